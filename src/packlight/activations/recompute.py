@@ -1,0 +1,260 @@
+"""Recompute: a block keeps its inputs only, and runs its forward again when backward needs what was inside.
+
+`torch.utils.checkpoint` does this for a function that the user wraps. Two things are missing for a model that nobody
+edits: it must be put around blocks that exist already and come off again without a trace, and a block with side
+effects must have them once. The idea: the block's `forward` is replaced on the instance (its hooks stay outside, as they
+would around the block), and buffers that the forward changes (running statistics of batch norm) are put back to their
+earlier values for the second run and to their present ones after it.
+
+Layers that follow transformers' `GradientCheckpointingLayer` protocol bring their own switch, which also keeps the
+key-value cache from being filled twice; there the switch is used. Technique: Chen et al. 2016, arXiv 1604.06174.
+"""
+
+import functools
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from packlight.activations.blocks import Block, find_blocks
+
+_state = threading.local()
+_Slot = tuple[dict[str, torch.Tensor | None], tuple[int, str], torch.Tensor]
+
+
+def is_recomputing() -> bool:
+    """Tell whether this thread is running a block's forward for the second time."""
+    return getattr(_state, "depth", 0) > 0
+
+
+class Recomputation:
+    """Blocks that are recomputed until `remove` is called; also a context manager."""
+
+    def __init__(self, undo: Sequence[Callable[[], None]]) -> None:
+        """Keep what undoes each block."""
+        self._undo = list(undo)
+
+    def remove(self) -> None:
+        """Give every block its own forward back; calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Self:
+        """Return the handle itself."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Undo."""
+        self.remove()
+
+
+def recompute(model: nn.Module, blocks: Iterable[str] | None = None) -> Recomputation:
+    """Recompute blocks of a model in backward instead of keeping what they save.
+
+    Losses and gradients stay bit-equal where the forward is deterministic for a fixed random state.
+
+    Args:
+        model: the model; changed in place.
+        blocks: paths of blocks as `find_blocks` names them; None for all of them.
+
+    Returns:
+        A handle whose `remove()` undoes it; it works as a context manager too.
+
+    Raises:
+        ValueError: a path that the model has no block for.
+
+    Source: Chen et al. 2016, arXiv 1604.06174; torch.utils.checkpoint (non-reentrant).
+
+    >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3)])
+    >>> with recompute(model, ["1"]):
+    ...     model(torch.randn(2, 4)).sum().backward()
+    """
+    known = {block.path: block for block in find_blocks(model)}
+    wanted = list(known) if blocks is None else list(blocks)
+    missing = [path for path in wanted if path not in known]
+    if missing:
+        raise ValueError(f"the model has no block {missing[0]!r}; its blocks are {', '.join(known) or 'none'}")
+    undo = []
+    runs: dict[str, list[Block]] = {}
+    for block in (known[path] for path in wanted):
+        if block.start is None:
+            undo.append(_recompute_module(model.get_submodule(block.module_path)))
+        else:
+            runs.setdefault(block.module_path, []).append(block)
+    undo += [_recompute_runs(model.get_submodule(path), parts) for path, parts in runs.items()]
+    return Recomputation(undo)
+
+
+def follows_protocol(module: nn.Module) -> bool:
+    """Tell whether a layer has transformers' own switch for recomputation (`GradientCheckpointingLayer`)."""
+    return any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+
+
+def recomputes_itself(module: nn.Module) -> bool:
+    """Tell whether the user already switched recomputation on in a layer or around it."""
+    return follows_protocol(module) and bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _recompute_module(module: nn.Module) -> Callable[[], None]:
+    if not follows_protocol(module):
+        return _replace(module, forward=_Recomputed(module))
+    return _replace(module, gradient_checkpointing=True, _gradient_checkpointing_func=_ProtocolFunction(module))
+
+
+def _recompute_runs(module: nn.Module, runs: Sequence[Block]) -> Callable[[], None]:
+    assert isinstance(module, nn.Sequential)
+    return _replace(module, forward=_RecomputedRuns(module, [(run.start or 0, run.stop or 0) for run in runs]))
+
+
+def _replace(module: nn.Module, **values: object) -> Callable[[], None]:
+    """Set instance attributes, and return what puts the former ones back."""
+    before = {name: module.__dict__[name] for name in values if name in module.__dict__}
+    module.__dict__.update(values)
+
+    def undo() -> None:
+        for name in values:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(before)
+
+    return undo
+
+
+class _Recomputed:
+    """Stands in for a module's `forward`; a copy or a pickle of the module gets the plain forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._forward = module.forward
+        self._buffers = _Buffers(module)
+        functools.update_wrapper(self, self._forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _run(functools.partial(self._forward, **kwargs), self._buffers, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return types.MethodType, (type(self._module).forward, self._module)
+
+
+class _ProtocolFunction:
+    """What a `GradientCheckpointingLayer` calls to run its own forward; a copy or pickle is torch's checkpoint."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = _Buffers(module)
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return _run(function, self._buffers, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        reduced: tuple[Any, ...] = functools.partial(checkpoint, use_reentrant=False).__reduce__()
+        return reduced
+
+
+class _RecomputedRuns:
+    """Stands in for the `forward` of an `nn.Sequential` of which some runs of layers are recomputed."""
+
+    def __init__(self, module: nn.Sequential, runs: Sequence[tuple[int, int]]) -> None:
+        self._module = module
+        self._runs = {start: (stop, _Buffers(*list(module)[start:stop])) for start, stop in runs}
+        functools.update_wrapper(self, module.forward)
+
+    def __call__(self, value: Any) -> Any:
+        layers = list(self._module)
+        position = 0
+        while position < len(layers):
+            stop, buffers = self._runs.get(position, (position + 1, None))
+            run = functools.partial(_chain, layers[position:stop])
+            value = run(value) if buffers is None else _run(run, buffers, value)
+            position = stop
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return types.MethodType, (type(self._module).forward, self._module)
+
+
+def _chain(layers: Sequence[nn.Module], value: Any) -> Any:
+    for layer in layers:
+        value = layer(value)
+    return value
+
+
+def _run(function: Callable[..., Any], buffers: "_Buffers", *args: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=buffers.contexts)
+
+
+class _Buffers:
+    """The buffers of a block, so that its second run starts from the values of the first and changes nothing.
+
+    ```
+    1 first run    note each buffer's tensor and version; copy those known to change (at the first call: all)
+    2 after it     versions and tensors that differ name the buffers that change; the other copies are dropped
+    3 second run   the noted values are put in place, on copies
+    4 after it     the present tensors are put back
+    ```
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._modules = modules
+        self._changing: set[tuple[int, str]] | None = None
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        noted: dict[tuple[int, str], torch.Tensor] = {}
+        return self._first_run(noted), _SecondRun(self, noted)
+
+    def _slots(self) -> Iterator[tuple[tuple[int, str], dict[str, torch.Tensor | None], torch.Tensor]]:
+        owners = (owner for module in self._modules for owner in module.modules())
+        for position, owner in enumerate(owners):
+            for name, buffer in owner._buffers.items():
+                if buffer is not None:
+                    yield (position, name), owner._buffers, buffer
+
+    @contextmanager
+    def _first_run(self, noted: dict[tuple[int, str], torch.Tensor]) -> Iterator[None]:
+        before = {key: (buffer, buffer._version) for key, _, buffer in self._slots()}  # step 1
+        with torch.no_grad():
+            for key, (buffer, _) in before.items():
+                if self._changing is None or key in self._changing:
+                    noted[key] = buffer.clone()
+        yield
+        changed = {
+            key
+            for key, _, buffer in self._slots()
+            if key in before and (buffer is not before[key][0] or buffer._version != before[key][1])
+        }
+        if not changed <= noted.keys():  # step 2
+            name = min(changed - noted.keys())[1]
+            raise RuntimeError(f"buffer {name!r} changed in forward for the first time; its block cannot be recomputed")
+        self._changing = (self._changing or set()) | changed
+        for key in noted.keys() - self._changing:
+            del noted[key]
+
+    def swap_in(self, noted: dict[tuple[int, str], torch.Tensor]) -> list[_Slot]:
+        """Put copies of the noted values in place (step 3), and return what stood there."""
+        present = [(owner, key, buffer) for key, owner, buffer in self._slots() if key in noted]
+        with torch.no_grad():
+            for owner, key, _ in present:
+                owner[key[1]] = noted[key].clone()
+        return present
+
+
+class _SecondRun:
+    """The context of a second run; it can be entered once for each backward through the block."""
+
+    def __init__(self, buffers: _Buffers, noted: dict[tuple[int, str], torch.Tensor]) -> None:
+        self._buffers, self._noted = buffers, noted
+        self._present: list[list[_Slot]] = []
+
+    def __enter__(self) -> None:
+        self._present.append(self._buffers.swap_in(self._noted))
+        _state.depth = getattr(_state, "depth", 0) + 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        _state.depth -= 1
+        for owner, key, buffer in self._present.pop():  # step 4
+            owner[key[1]] = buffer

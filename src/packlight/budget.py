@@ -1,0 +1,92 @@
+"""Budgets: how many bytes are allowed on each tier, as a person writes them.
+
+PyTorch takes a share of a device (`set_per_process_memory_fraction`) and no number of bytes that would mean the same on
+every machine; here a budget is an exact integer of bytes, read from what people write ("16GiB", "800MB", "80%").
+"""
+
+import re
+from dataclasses import dataclass
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class BudgetError(ValueError):
+    """No plan fits the budget; `smallest_bytes` is the least budget that would, None where it is not known."""
+
+    def __init__(self, message: str, *, smallest_bytes: int | None = None) -> None:
+        """Keep the smallest budget that fits (bytes) beside the message."""
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Write a number of bytes for a person.
+
+    >>> format_bytes(3 * 2**30 // 2)
+    '1.50 GiB'
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def parse_bytes(text: int | str, *, total_bytes: int | None = None) -> int:
+    """Read a number of bytes: an int, "12GiB", "800MB", or "80%" of `total_bytes`.
+
+    Returns:
+        The number of bytes, at least 1.
+
+    Raises:
+        ValueError: it cannot be read, or is not positive.
+
+    >>> parse_bytes("1.5GiB")
+    1610612736
+    """
+    wanted = 'wanted bytes as an int or a string such as "16GiB", "800MB" or "80%"'
+    if isinstance(text, bool) or not isinstance(text, int | str):
+        raise ValueError(f"budget {text!r} is a {type(text).__name__}; {wanted}")
+    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*([a-zA-Z%]*)\s*", str(text))
+    unit = match.group(2).upper() or "B" if match else ""
+    if match is None or (unit != "%" and unit not in _UNITS):
+        raise ValueError(f"budget {text!r} cannot be read; {wanted}")
+    if unit == "%" and total_bytes is None:
+        raise ValueError(f"budget {text!r} is a share of a device, and none is known here; {wanted}")
+    size = (total_bytes or 0) / 100 if unit == "%" else _UNITS[unit]
+    num_bytes = int(float(match.group(1)) * size) if size != 1 else int(float(match.group(1)))
+    if num_bytes <= 0:
+        raise ValueError(f"budget {text!r} is {num_bytes} bytes; wanted more than 0")
+    return num_bytes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes allowed on the training device, in host memory (None: not to be used), and the disk tier's folder.
+
+    >>> Budget.of("2MiB").device_bytes
+    2097152
+    """
+
+    device_bytes: int
+    host_bytes: int | None = None
+    disk: str | None = None
+
+    @classmethod
+    def of(cls, budget: "int | str | Budget", *, total_bytes: int | None = None) -> "Budget":
+        """Read a budget of device bytes, and hold it against the device's size `total_bytes` where that is known.
+
+        Raises:
+            ValueError: it cannot be read, is not positive, or is larger than the device.
+        """
+        if isinstance(budget, Budget):
+            read = budget
+        else:
+            read = cls(parse_bytes(budget, total_bytes=total_bytes))
+        if total_bytes is not None and read.device_bytes > total_bytes:
+            raise ValueError(
+                f"budget {budget!r} is {format_bytes(read.device_bytes)} and the device has "
+                f"{format_bytes(total_bytes)}; try a smaller one, or \"100%\""
+            )
+        return read

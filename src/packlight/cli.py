@@ -1,0 +1,154 @@
+"""The `packlight` command: run, plan, explain and demo, on training scripts that nobody edits.
+
+What packlight says of a run goes to standard error, so that a script's own output stays as it is. Exit status: the script's
+own; 2 for wrong usage, 3 where no plan fits the budget (nothing was trained, nothing was written).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from packlight.records import Plan, Run
+from packlight.report import text
+
+_SCRIPT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="packlight")
+def main() -> None:
+    """Make a PyTorch training script fit a byte budget, and say before the run what to expect."""
+
+
+def _script_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that `run` and `plan` share, and the script with its arguments."""
+    decorators = [
+        click.option("--exact", is_flag=True, help="Only choices that leave every loss and gradient bit-equal."),
+        click.option("--host-budget", metavar="BYTES", help="Bytes allowed in host memory (no choice uses it yet)."),
+        click.option("--disk", metavar="DIR", help="Folder of the disk tier (no choice uses it yet)."),
+        click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as in python -m."),
+        click.argument("script"),
+        click.argument("arguments", nargs=-1, type=click.UNPROCESSED),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+@main.command(context_settings=_SCRIPT)
+@click.option("--budget", metavar="BYTES", help='Bytes allowed on the device: "16GiB", "800MB", "80%" or a number.')
+@click.option("--plan", "plan_file", metavar="FILE", help="Carry out this saved plan instead of making one.")
+@click.option("--record", metavar="FILE", help="Write what was planned and measured to this JSON file.")
+@click.option("--measure-only", is_flag=True, help="Measure the script as it is; plan and change nothing.")
+@_script_arguments
+def run(*, script: str, arguments: tuple[str, ...], record: str | None, **options: Any) -> None:
+    """Run SCRIPT under a plan that keeps its tensors within the budget."""
+    if record is not None and not Path(record).absolute().parent.is_dir():
+        raise click.UsageError(f"--record {record}: there is no folder {Path(record).absolute().parent}")
+    outcome = _run(script, arguments, **options)
+    if outcome.run is not None and record is not None:
+        outcome.run.save(record)
+    if outcome.message:
+        click.echo(f"packlight: {outcome.message}", err=True)
+    elif outcome.run is not None:
+        click.echo(text.summary(outcome.run), err=True)
+    sys.exit(outcome.exit_status)
+
+
+@main.command(context_settings=_SCRIPT)
+@click.option("--budget", metavar="BYTES", required=True, help='"16GiB", "800MB", "80%" or a number of bytes.')
+@click.option("--save", metavar="FILE", help="Write the plan to this JSON file.")
+@_script_arguments
+def plan(*, script: str, arguments: tuple[str, ...], save: str | None, **options: Any) -> None:
+    """Stop SCRIPT before its first step, and print the plan."""
+    plans: list[Plan] = []
+    outcome = _run(script, arguments, stop_before_step=True, plans=plans, **options)
+    if outcome.message:
+        click.echo(f"packlight: {outcome.message}", err=True)
+    if plans and outcome.exit_status == 0:
+        text.show(plans[-1])
+        if save is not None:
+            plans[-1].save(save)
+    sys.exit(outcome.exit_status)
+
+
+@main.command()
+@click.argument("file", metavar="RUN_OR_PLAN.json", type=click.Path(exists=True, dir_okay=False))
+def explain(file: str) -> None:
+    """Print a saved plan or run: what was chosen, what was expected, what happened."""
+    try:
+        text.show(text.read_record(file))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+@main.command()
+@click.option("--budget", metavar="BYTES", help="Budget of the planned run. Default: half the plain run's peak.")
+@click.option("--steps", default=18, show_default=True, help="Training steps of each run.")
+@click.option("--record", metavar="FILE", help="Write the planned run's record to this JSON file.")
+def demo(*, budget: str | None, steps: int, record: str | None) -> None:
+    """Train a small byte-level language model on the standard library's sources, plain and planned."""
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        plain, plain_loss = _demo_run(console, Path(folder), "plain", ["--measure-only"], steps=steps)
+        budget = budget or str(plain.measurement.device_peak_bytes // 2)
+        planned, planned_loss = _demo_run(console, Path(folder), "planned", ["--budget", budget], steps=steps)
+        if record is not None:
+            planned.save(record)
+    losses = {"plain": plain_loss, "planned": planned_loss}
+    console.print(text.comparison({"plain": plain, "planned": planned}, losses))
+
+
+def _demo_run(console: Console, folder: Path, name: str, options: list[str], *, steps: int) -> tuple[Run, float]:
+    """Run the demo's training script in a process of its own; return its record and its held-out loss."""
+    script = Path(__file__).with_name("demo") / "train_gpt.py"
+    record, result = folder / f"{name}.json", folder / f"{name}-result.json"
+    console.print(f"[bold]{name}[/bold]")
+    command = [sys.executable, "-m", "packlight", "run", *options, "--record", os.fspath(record), os.fspath(script)]
+    done = subprocess.run([*command, "--steps", str(steps), "--result", os.fspath(result)], check=False)
+    if done.returncode != 0:
+        sys.exit(done.returncode)
+    return Run.load(record), float(json.loads(result.read_text(encoding="utf-8"))["held_out_loss"])
+
+
+def _run(
+    script: str,
+    arguments: tuple[str, ...],
+    *,
+    budget: str | None,
+    module: bool,
+    exact: bool,
+    host_budget: str | None,
+    disk: str | None,
+    **options: Any,
+) -> Any:
+    """Run a script under a session; errors of usage become click's."""
+    from packlight.integrations.script import Settings, Target, run_script
+
+    for name, value in (("--host-budget", host_budget), ("--disk", disk)):
+        if value is not None:
+            click.echo(f"packlight: {name} is read, but no choice of this version uses that tier", err=True)
+    plan_file, measure_only = options.get("plan_file"), options.get("measure_only", False)
+    if (budget is None) == (plan_file is None and not measure_only):
+        raise click.UsageError("wanted one of --budget BYTES, --plan FILE or --measure-only")
+    plans: list[Plan] = options.get("plans", [])
+
+    def tell(made: Plan, title: str) -> None:
+        plans.append(made)
+        if not options.get("stop_before_step"):
+            click.echo(f"packlight: {title}{made}", err=True)
+
+    try:
+        given = Plan.load(plan_file) if plan_file else None
+        settings = Settings(budget, exact, given, bool(options.get("stop_before_step")), tell)
+        return run_script(Target(script, arguments, module), settings)
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from error

@@ -1,0 +1,156 @@
+"""Runs a Python script or module as `python` would, under a session.
+
+`runpy` runs code in this process but leaves the command line, the import path and the end of a program to its caller. Here
+they are as the script expects them: its own `sys.argv` and `sys.path[0]`, `__name__ == "__main__"`, its own traceback
+without the frames of packlight, and its own exit status.
+"""
+
+import os
+import platform
+import runpy
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from packlight.integrations.session import ScriptStop, Session, Settings
+from packlight.records import Run
+
+__all__ = ["Outcome", "ScriptStop", "Settings", "Target", "run_script"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be run: a script's path or, with `as_module`, a module's name; and its arguments."""
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    as_module: bool = False
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command line without `python`."""
+        return (*(("-m",) if self.as_module else ()), self.script, *self.arguments)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its exit status, the record (None where nothing was trained), and what to tell the user."""
+
+    exit_status: int
+    run: Run | None
+    message: str = ""
+
+
+def run_script(target: Target, settings: Settings) -> Outcome:
+    """Run a script or module under a plan.
+
+    Args:
+        target: what to run.
+        settings: the budget and what else was asked for.
+
+    Returns:
+        The outcome. The script's own errors are printed as Python prints them, and become exit status 1.
+
+    Raises:
+        ValueError: there is no such script, or the budget cannot be read.
+    """
+    if not target.as_module and not Path(target.script).is_file():
+        raise ValueError(f"there is no script {target.script!r}; wanted the path of a Python file, or -m MODULE")
+    session = Session(settings)
+    with session:
+        exit_status, message = _run(target)
+        record = _record(target, session)
+    if exit_status == 0 and not session.trained and not message:
+        return Outcome(2, None, "the script ended without a training step that packlight could see; nothing was planned")
+    if message == "planned":
+        return Outcome(exit_status, None)
+    return Outcome(exit_status, record, message)
+
+
+def _run(target: Target) -> tuple[int, str]:
+    """Run the target; return its exit status, and why packlight stopped it, if it did."""
+    try:
+        with _command_line(target):
+            if target.as_module:
+                runpy.run_module(target.script, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(target.script, run_name="__main__")
+    except ScriptStop as stop:
+        return stop.exit_status, str(stop)
+    except SystemExit as stop:
+        return _exit_status(stop.code), ""
+    except Exception as error:
+        sys.stdout.flush()
+        traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
+        return 1, ""
+    return 0, ""
+
+
+def _exit_status(code: object) -> int:
+    """Do what Python does with the argument of `sys.exit`."""
+    if code is None or isinstance(code, int):
+        return int(code or 0)
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _own_frames(frames: TracebackType | None) -> TracebackType | None:
+    """Leave out the frames between the interpreter and the script."""
+    own = ("<frozen runpy>", runpy.__file__, __file__)
+    while frames is not None and frames.tb_frame.f_code.co_filename in own:
+        frames = frames.tb_next
+    return frames
+
+
+@contextmanager
+def _command_line(target: Target) -> Iterator[None]:
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = [target.script, *target.arguments]
+    folder = os.getcwd() if target.as_module else str(Path(target.script).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = argv, path
+
+
+def _record(target: Target, session: Session) -> Run | None:
+    measurement = session.measurement()
+    if measurement is None:
+        return None
+    return Run(
+        script=target.command,
+        plan=session.plan,
+        estimate=session.plan.estimate if session.plan else None,
+        first_estimate=session.first_estimate,
+        measurement=measurement,
+        environment=environment(),
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Return the hardware and the versions that a figure depends on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "hardware": device,
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packlight": metadata.version("packlight"),
+    }
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,19 @@
+"""Optimisers whose states take few bytes.
+
+`AdamW` stands in for torch.optim.AdamW; `adopt` makes an existing torch.optim.AdamW or Adam keep its states
+compactly, in place, for a script that builds its own optimiser. `state_bytes` says what a parameter's states
+will take before they exist.
+
+Example:
+    >>> import torch
+    >>> from packlight.optim import AdamW
+    >>> model = torch.nn.Linear(512, 512)
+    >>> AdamW(model.named_parameters(), lr=1e-3).state_bytes()
+    278536
+"""
+
+from packlight.optim.adamw import AdamW
+from packlight.optim.adopt import Adoption, adopt, can_adopt
+from packlight.optim.state import state_bytes
+
+__all__ = ["AdamW", "Adoption", "adopt", "can_adopt", "state_bytes"]

@@ -1,0 +1,340 @@
+"""Compact states for an optimiser that already exists, in place.
+
+A training script builds its own torch.optim.AdamW, hands it to schedulers and to a GradScaler (both wrap its
+`step`, some before, some after us), and saves its state_dict. So neither the object, its class nor its `step`
+may change; PyTorch offers hooks around a step, and nothing inside it. But a step calls its closure before it
+looks at any gradient, and skips parameters without one. That is all it takes:
+
+    optimizer.step(closure)
+      1 pre-hook: hands torch's step a closure of ours, in place of the script's or of none
+      2 torch's step calls it, after all hooks: the script's closure runs; managed parameters are updated here
+      3 torch's own step, unhooked, for the others: managed gradients are out of sight for as long as it runs,
+        and come back even if it raises
+      4 now all gradients are out of sight: what remains of the outer step finds nothing to do or to fail at
+      5 post-hook: the gradients are put back (post-hooks that the script registered earlier run before it)
+
+state_dict() shows managed states as torch's own (fp32 exp_avg, exp_avg_sq, step); loading encodes them again,
+before torch casts them to the parameter's dtype. A deep copy or a pickle of the optimiser has no hooks, so
+its states are torch's own too.
+
+Source: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023 (arXiv 2309.01507), for
+the formats.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+
+from packlight.numerics.formats import state_format as format_named
+from packlight.optim.state import (
+    MOMENTS,
+    State,
+    check_dtype,
+    from_portable,
+    group_settings,
+    init_state,
+    nbytes,
+    state_bytes,
+    to_portable,
+    update,
+)
+
+_adopted: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+
+class CompactState(dict[str, Tensor]):
+    """A managed parameter's state; copies and pickles of it are plain dicts in torch's own form.
+
+    Attributes:
+        shape: the parameter's shape.
+        state_format: the name of the format that the state has.
+    """
+
+    def __init__(self, state: State, shape: torch.Size, state_format: str) -> None:
+        super().__init__(state)
+        self.shape, self.state_format = shape, state_format
+
+    def portable(self, device: torch.device | str | None = None) -> State:
+        """Return step, exp_avg and exp_avg_sq, the moments in fp32 on `device` (None: where they are)."""
+        return to_portable(self, shape=self.shape, state_format=self.state_format, device=device)
+
+    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[State]]:
+        """Copy and pickle as a plain dict that torch's own step understands."""
+        return dict, (self.portable(),)
+
+
+class Adoption:
+    """What `adopt` returns: undone by `remove()`, or at the end of a with statement."""
+
+    def __init__(self, optimizer: Adam, state_formats: Mapping[Tensor, str]) -> None:
+        self._optimizer = optimizer
+        self._formats = {param: name for param, name in state_formats.items() if name != "fp32"}
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._loaded: dict[Tensor, State] = {}
+        for param, name in self._formats.items():
+            if optimizer.state.get(param):
+                self._adopt_state(
+                    param, from_portable(_moments_of(optimizer.state[param]), state_format=name)
+                )
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(_show_portable),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    def state_bytes(self) -> int:
+        """Return the exact bytes of the optimiser's states, managed or not, also before the first step.
+
+        A parameter without a state counts as what its first gradient will make it take; a frozen one counts
+        nothing.
+
+        Returns:
+            The bytes of all state tensors.
+        """
+        return sum(self._bytes_of(param) for param in _params(self._optimizer))
+
+    def remove(self) -> None:
+        """Give the optimiser back as it was: no hooks, all states in torch's own form.
+
+        A second call does nothing.
+        """
+        self._show_gradients()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for group in self._optimizer.param_groups:
+            for param in group["params"]:
+                if isinstance(self._optimizer.state.get(param), CompactState):
+                    self._optimizer.state[param] = _own_state(self._optimizer.state[param], param, group)
+        _adopted.discard(self._optimizer)
+
+    def __enter__(self) -> Self:
+        """Return the handle."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Remove the adoption."""
+        self.remove()
+
+    # 1
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._show_gradients()  # still hidden if another post-hook raised in the step before
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        return args[:1], {**kwargs, "closure": partial(self._step, closure)}
+
+    # 2 to 4
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None if closure is None else closure()  # torch's step has enabled gradients
+        with torch.no_grad():
+            self._update_managed()
+            with self._gradients_hidden(self._formats):
+                _unhooked_step(self._optimizer)
+            self._hide_gradients(_params(self._optimizer))
+        return loss
+
+    # 5
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._show_gradients()
+
+    def _update_managed(self) -> None:
+        # GradScaler sets these on an optimiser with fused=True for the time of its step.
+        scale, found_inf = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        if found_inf is not None and float(found_inf) != 0:
+            return
+        for group in self._optimizer.param_groups:
+            settings = group_settings(group, grad_scale=1.0 if scale is None else float(scale))
+            for param in group["params"]:
+                if param in self._formats and param.grad is not None:
+                    state = self._state_of(param)
+                    update(param, param.grad, state, state_format=state.state_format, settings=settings)
+
+    def _state_of(self, param: Tensor) -> CompactState:
+        state = self._optimizer.state.get(param)
+        if isinstance(state, CompactState):
+            return state
+        return self._adopt_state(param, init_state(param, self._formats[param]))
+
+    def _adopt_state(self, param: Tensor, state: State) -> CompactState:
+        compact = CompactState(state, param.shape, self._formats[param])
+        self._optimizer.state[param] = compact
+        return compact
+
+    def _bytes_of(self, param: Tensor) -> int:
+        state = self._optimizer.state.get(param)
+        if state:
+            return nbytes(state)
+        if not param.requires_grad:
+            return 0
+        if param in self._formats:
+            return state_bytes(param.shape, param.dtype, self._formats[param])
+        return 4 + len(MOMENTS) * param.numel() * param.element_size()
+
+    def _hide_gradients(self, params: Iterable[Tensor]) -> None:
+        for param in params:
+            if param.grad is not None:
+                self._hidden.append((param, param.grad))
+                param.grad = None
+
+    def _show_gradients(self) -> None:
+        while self._hidden:
+            param, grad = self._hidden.pop()
+            if param.grad is None:
+                param.grad = grad
+
+    @contextmanager
+    def _gradients_hidden(self, params: Iterable[Tensor]) -> Iterator[None]:
+        self._hide_gradients(params)
+        try:
+            yield
+        finally:
+            self._show_gradients()
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Encode managed states before torch casts them, and leave the others to torch."""
+        for group in state_dict["param_groups"]:
+            _raise_if(_group_refusal(group))
+        indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        managed = {
+            index: param
+            for index, param in zip(indices, _params(optimizer), strict=False)
+            if param in self._formats
+        }
+        states = state_dict["state"]
+        self._loaded = {
+            param: from_portable(
+                _moments_of(states[index]), state_format=self._formats[param], device=param.device
+            )
+            for index, param in managed.items()
+            if states.get(index)
+        }
+        return {**state_dict, "state": {key: state for key, state in states.items() if key not in managed}}
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        while self._loaded:
+            self._adopt_state(*self._loaded.popitem())
+
+
+def adopt(optimizer: Optimizer, state_formats: Mapping[Tensor, str]) -> Adoption:
+    """Make an existing AdamW or Adam keep its states in our formats, in place.
+
+    States that exist are encoded and freed. Parameters that are not named, or named "fp32", stay with torch's
+    own step.
+
+    Args:
+        optimizer: exactly a torch.optim.AdamW or torch.optim.Adam; the object, its class and its `step` stay
+            what they are.
+        state_formats: from parameter (the tensor object) to a format's name.
+
+    Returns:
+        The handle: `remove()` undoes it, `state_bytes()` counts.
+
+    Raises:
+        ValueError: `can_adopt` gives a reason, a format is unknown, or a parameter is not the optimiser's or
+            of a dtype that the formats do not take.
+
+    Example:
+        >>> model = torch.nn.Linear(256, 256)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> handle = adopt(optimizer, {model.weight: "paper4bit"})
+        >>> handle.state_bytes() < 0.15 * 8 * 256 * 257
+        True
+        >>> handle.remove()
+    """
+    _raise_if(can_adopt(optimizer))
+    assert isinstance(optimizer, Adam)
+    own = set(_params(optimizer))
+    for param, name in state_formats.items():
+        if param not in own:
+            raise ValueError(
+                f"state_formats names a parameter of shape {tuple(param.shape)} that is not the optimiser's; "
+                "wanted only parameters of its param_groups. Call adopt after add_param_group."
+            )
+        if format_named(name).name != "fp32":
+            check_dtype(param.dtype)
+    handle = Adoption(optimizer, state_formats)
+    _adopted.add(optimizer)
+    return handle
+
+
+def can_adopt(optimizer: Optimizer) -> str | None:
+    """Tell why an optimiser cannot be adopted.
+
+    Args:
+        optimizer: any optimiser.
+
+    Returns:
+        The reason, or None if `adopt` will take it.
+    """
+    if type(optimizer) not in (AdamW, Adam):
+        name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        return f"it is a {name}, not torch.optim.AdamW or torch.optim.Adam"
+    if optimizer in _adopted:
+        return "it has been adopted already; remove() that handle first"
+    reasons = (_group_refusal(group) for group in optimizer.param_groups)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _group_refusal(group: Mapping[str, Any]) -> str | None:
+    for option in ("amsgrad", "capturable", "differentiable"):
+        if group.get(option):
+            return f"a param group has {option}=True, which the compact step does not know"
+    for param in group["params"]:
+        if isinstance(param, Tensor) and param.is_complex():
+            return f"a parameter of shape {tuple(param.shape)} is complex"
+        if isinstance(param, Tensor) and param.layout != torch.strided:
+            return f"a parameter of shape {tuple(param.shape)} is sparse"
+    return None
+
+
+def _raise_if(reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(
+            f"the optimiser cannot have compact states: {reason}. "
+            "Use a plain torch.optim.AdamW or Adam, or leave the states in fp32."
+        )
+
+
+def _unhooked_step(optimizer: Adam) -> None:
+    """Call torch's own step without its hooks: the class keeps it below the wrapper that calls them."""
+    step = type(optimizer).step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(optimizer)
+
+
+def _params(optimizer: Optimizer) -> Iterator[Tensor]:
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
+
+
+def _moments_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    return state.portable() if isinstance(state, CompactState) else state
+
+
+def _own_state(state: CompactState, param: Tensor, group: Mapping[str, Any]) -> State:
+    """Return a state in torch's form: moments in the parameter's dtype, `step` beside it if fused."""
+    own = {key: value.to(param.dtype) if key in MOMENTS else value for key, value in state.portable().items()}
+    own["step"] = own["step"].to(param.device if group.get("fused") else "cpu")
+    return own
+
+
+def _show_portable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Replace compact states by fp32 ones on the CPU, so that saving takes no device memory."""
+    states = state_dict["state"].items()
+    shown = {
+        key: state.portable("cpu") if isinstance(state, CompactState) else state for key, state in states
+    }
+    return {**state_dict, "state": shown}

@@ -1,0 +1,15 @@
+"""Decides what to do with every byte of a training step, and does it.
+
+>>> import torch, packlight
+>>> model = torch.nn.Sequential(*[torch.nn.TransformerEncoderLayer(8, 2, 16) for _ in range(4)])
+>>> optimizer = torch.optim.AdamW(model.parameters())
+>>> plan = packlight.plan(model, torch.randn(64, 4, 8), optimizer, budget="1MiB", loss=lambda out, _: out.sum())
+>>> plan.estimate.device_peak_bytes <= plan.budget_bytes
+True
+"""
+
+from packlight.planner.apply import Applied, apply, fit
+from packlight.planner.profile import Call, ProfileError, Seen, profile
+from packlight.planner.solve import plan, solve
+
+__all__ = ["Applied", "Call", "ProfileError", "Seen", "apply", "fit", "plan", "profile", "solve"]

@@ -1,0 +1,122 @@
+"""Does what a plan says, in place and undone by one handle.
+
+PyTorch's wrappers (checkpoint_wrapper, FSDP) change a model's class or its tree, and with it the names in a checkpoint.
+Here nothing that a script can see changes: recomputed blocks get another `forward` on the instance, states change their
+format under the optimiser that is already there, and `remove` puts everything back. `apply` decides nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from packlight.activations.recompute import recompute
+from packlight.budget import Budget
+from packlight.optim.adopt import adopt
+from packlight.planner.measure import StepWatch
+from packlight.planner.profile import Loss, parameter_names
+from packlight.planner.solve import EXACT_FORMATS
+from packlight.planner.solve import plan as make_plan
+from packlight.records import Measurement, Plan
+
+
+class Applied:
+    """A plan in force; `remove` undoes it. Also a context manager."""
+
+    def __init__(self, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        """Carry the plan out; nothing is changed where a part of it cannot be."""
+        self.plan = plan
+        self._undo = [recompute(model, sorted(plan.recomputed())).remove]
+        try:
+            if optimizer is not None:
+                self._undo.append(adopt_formats(plan, model, optimizer))
+            self._watch = StepWatch(model, [optimizer] if optimizer is not None else [])
+            self._undo.append(self._watch.close)
+        except BaseException:
+            self.remove()
+            raise
+        if optimizer is not None:
+            self._watch.attach(optimizer)
+
+    @property
+    def measurement(self) -> Measurement | None:
+        """What happened so far, beside `plan.estimate`; None before the first step is complete."""
+        measured = self._watch.measurement()
+        return measured if measured.num_steps else None
+
+    def remove(self) -> None:
+        """Give blocks and optimiser back as they were (states are decoded to fp32); again it does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Self:
+        """Return the handle itself."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Undo."""
+        self.remove()
+
+
+def apply(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Applied:
+    """Carry a plan out on a model and its optimiser, in place.
+
+    Args:
+        plan: what `plan` or `Plan.load` returned, for this model.
+        model: the module that is trained.
+        optimizer: the optimiser that the plan was made for.
+
+    Returns:
+        A handle: `handle.measurement` after the first steps, `handle.remove()` to undo it.
+
+    Raises:
+        ValueError: the plan names blocks or parameters that the model or the optimiser does not have.
+    """
+    return Applied(plan, model, optimizer)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    batch: Any,
+    *,
+    budget: int | str | Budget,
+    loss: Loss | None = None,
+    exact: bool = False,
+) -> Applied:
+    """Plan and apply: make a training step fit a byte budget.
+
+    Args:
+        model, optimizer, batch, budget, loss, exact: as for `plan`.
+
+    Returns:
+        The handle of `apply`.
+
+    Raises:
+        BudgetError: nothing fits; it names the smallest budget that would.
+
+    >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(8)])
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> batch = torch.ones(4096, 64)
+    >>> with fit(model, optimizer, batch, budget="20MiB", loss=lambda output, _: output.sum()) as handle:
+    ...     for _ in range(3):
+    ...         model(batch).sum().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    ...     handle.measurement.device_peak_bytes <= 20 * 2**20
+    True
+    """
+    return apply(make_plan(model, batch, optimizer, budget=budget, loss=loss, exact=exact), model, optimizer)
+
+
+def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Let an optimiser keep its states as a plan says; returns what undoes it.
+
+    Raises:
+        ValueError: the plan wants a format for a state that this optimiser cannot keep in it.
+    """
+    names = parameter_names(model, optimizer)
+    formats = {parameter: plan.state_formats.get(name, "as is") for parameter, name in names.items()}
+    changed = {parameter: chosen for parameter, chosen in formats.items() if chosen not in EXACT_FORMATS}
+    return adopt(optimizer, changed).remove if changed else lambda: None

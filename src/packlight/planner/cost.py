@@ -1,0 +1,213 @@
+"""What a plan costs: the step's peak and its seconds, by arithmetic on the intervals of a `Profile`.
+
+Running a step to learn its peak needs the memory that may not be there. Here a plan's line of live bytes is summed up
+from intervals. A kept storage lives from its birth until autograd releases it; a recomputed one dies its natural death in
+forward and is born again when its block's backward begins:
+
+```
+forward           ... | block b runs: births, natural deaths | ...
+backward of b     1 the events of b up to its last save are replayed on top of what lives then
+                  2 what b saves stays from then until each save is released
+                  3 b's inputs live from forward until the last of these releases
+```
+This file adds up; what a technique allocates is written in the technique's own file.
+"""
+
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from packlight.records import CATEGORIES
+from packlight.step import OptimizerCost, Profile, Region, Save
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Peak bytes of a plan on the device, where and of what, and the seconds of a step.
+
+    Attributes:
+        at: the event at which the peak stands; `Profile.num_events` for the optimiser's step.
+    """
+
+    peak_bytes: int
+    moment: str
+    by_category: dict[str, int]
+    seconds: float
+    at: int
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A region's second run: its peak above what lives then, and what it saves again (storage -> release)."""
+
+    region: Region
+    peak_bytes: int
+    saved: dict[int, int]
+
+    @property
+    def last_release(self) -> int:
+        return max(self.saved.values())
+
+
+class StepCost:
+    """Prices plans for one profile; built once, asked often."""
+
+    def __init__(self, profile: Profile) -> None:
+        """Prepare what does not depend on the plan."""
+        self.profile = profile
+        self.resident_bytes = sum(profile.resident_bytes.values())
+        storages, saves = profile.storages, profile.saves
+        self._sizes = torch.tensor([storage.num_bytes for storage in storages], dtype=torch.int64)
+        self._born = torch.tensor([storage.born for storage in storages], dtype=torch.int64)
+        self._died = torch.tensor([storage.died for storage in storages], dtype=torch.int64)
+        self._saved = torch.tensor([save.storage for save in saves], dtype=torch.int64)
+        self._released = torch.tensor([save.released for save in saves], dtype=torch.int64)
+        self._save_regions = torch.tensor([save.region for save in saves], dtype=torch.int64)
+        by_region: dict[int, list[Save]] = {}
+        for save in saves:
+            by_region.setdefault(save.region, []).append(save)
+        replays = (self._replay(region, by_region.get(at, [])) for at, region in enumerate(profile.regions))
+        self._replays = [replay for replay in replays if replay.saved]
+        self.blocks = list(dict.fromkeys(replay.region.block for replay in self._replays))
+
+    def price(self, recomputed: Collection[str], optimizer: OptimizerCost | None) -> Cost:
+        """Compute the peak and the time of a step.
+
+        Args:
+            recomputed: paths of the blocks that are recomputed.
+            optimizer: the state format; None where there is no optimiser.
+        """
+        chosen = frozenset(recomputed)
+        replays = [replay for replay in self._replays if replay.region.block in chosen]
+        ends = self._ends(chosen)
+        live = self._live_bytes(ends, replays)
+        at, replayed = int(live.argmax()), None
+        peak_bytes = int(live[at])
+        for replay in replays:
+            before = max(0, replay.region.unpacked - 1)
+            if int(live[before]) + replay.peak_bytes > peak_bytes:
+                at, peak_bytes, replayed = before, int(live[before]) + replay.peak_bytes, replay
+        seconds = self.profile.seconds * self.profile.num_microbatches + sum(map(self.recompute_seconds, chosen))
+        cost = Cost(peak_bytes, self._moment(at), self._by_category(at, ends, replays, replayed), seconds, at)
+        return cost if optimizer is None else self._with_optimizer(cost, ends, optimizer)
+
+    def held_bytes(self, block: str, *, at: int | None = None) -> int:
+        """Return what lives only because a block's saves keep it: at an event, or in all."""
+        kept, alone = self._ends(frozenset()), self._ends(frozenset((block,)))
+        spared = alone < kept
+        if at is not None:
+            spared = spared & (alone <= at) & (kept > at)
+        return int(self._sizes[spared].sum())
+
+    @functools.cache  # noqa: B019  (an instance lives for one decision)
+    def recompute_seconds(self, block: str) -> float:
+        """Return what recomputing a block adds to a step."""
+        seconds = sum(replay.region.forward_seconds for replay in self._replays if replay.region.block == block)
+        return seconds * self.profile.num_microbatches
+
+    def _replay(self, region: Region, saves: list[Save]) -> _Replay:
+        """Run through a region's events up to its last save; early stop ends the second run there."""
+        storages = self.profile.storages
+        inside = [
+            at for at, storage in enumerate(storages) if region.start <= storage.born < region.last_packed
+        ]
+        saved: dict[int, int] = {}
+        for save in saves:
+            if region.start <= storages[save.storage].born:
+                saved[save.storage] = max(save.released, saved.get(save.storage, 0))
+        events = [(storages[at].born, storages[at].num_bytes) for at in inside]
+        events += [(storages[at].died, -storages[at].num_bytes) for at in inside if at not in saved]
+        live = peak = 0
+        for when, num_bytes in sorted(events):
+            if when < region.last_packed:
+                live += num_bytes
+                peak = max(peak, live)
+        return _Replay(region, peak, saved)
+
+    @functools.cache  # noqa: B019  (an instance lives for one decision)
+    def _ends(self, chosen: frozenset[str]) -> torch.Tensor:
+        """Return the event at which each storage of the first run ends, int64 of shape (num_storages,)."""
+        ends = self._died.clone()
+        regions = self.profile.regions
+        for replay in self._replays:
+            if replay.region.block in chosen and replay.region.drops_side_outputs:
+                ends = self._without_side_outputs(ends, replay.region)
+        gone = [at for at, region in enumerate(regions) if region.block in chosen]
+        kept = ~torch.isin(self._save_regions, torch.tensor(gone, dtype=torch.int64))
+        ends.scatter_reduce_(0, self._saved[kept], self._released[kept], "amax")
+        for replay in self._replays:
+            if replay.region.block in chosen:
+                inputs = torch.tensor(replay.region.inputs, dtype=torch.int64)
+                ends[inputs] = ends[inputs].clamp(min=replay.last_release)
+        return ends
+
+    def _without_side_outputs(self, ends: torch.Tensor, region: Region) -> torch.Tensor:
+        side = (self._born >= region.start) & (self._born < region.end) & (ends > region.end)
+        side[torch.tensor(region.outputs, dtype=torch.int64)] = False
+        return torch.where(side, region.end, ends)
+
+    def _live_bytes(self, ends: torch.Tensor, replays: list[_Replay]) -> torch.Tensor:
+        """Return the live bytes after each event, int64 of shape (num_events + 1,)."""
+        num_events = self.profile.num_events
+        change = torch.zeros(num_events + 1, dtype=torch.int64)
+        change[0] += self.resident_bytes
+        change.index_add_(0, self._born, self._sizes)
+        change.index_add_(0, ends, -self._sizes)
+        carried = self._carried(ends)
+        change[0] += carried
+        change[min(self.profile.forward_end, num_events)] -= carried
+        for replay in replays:
+            for index, released in replay.saved.items():
+                change[replay.region.unpacked] += self._sizes[index]
+                change[released] -= self._sizes[index]
+        return change.cumsum(0)[:-1] if num_events else change.cumsum(0)
+
+    def _carried(self, ends: torch.Tensor) -> int:
+        """Return the bytes of outputs that the loop still holds when the next step begins, until it makes new ones."""
+        if not self.profile.carries_outputs:
+            return 0
+        return int(self._sizes[self._outliving(ends)].sum())
+
+    def _outliving(self, ends: torch.Tensor) -> torch.Tensor:
+        gradients = torch.tensor([storage.is_gradient for storage in self.profile.storages], dtype=torch.bool)
+        return (ends >= self.profile.num_events) & ~gradients
+
+    def _moment(self, at: int) -> str:
+        return "forward" if at < self.profile.forward_end else "loss" if at < self.profile.backward_start else "backward"
+
+    def _by_category(
+        self, at: int, ends: torch.Tensor, replays: list[_Replay], replayed: _Replay | None
+    ) -> dict[str, int]:
+        """Divide the live bytes at an event; an activation is a storage that outlives the pass that made it."""
+        divided = dict.fromkeys(CATEGORIES, 0) | dict(self.profile.resident_bytes)
+        for storage, end in zip(self.profile.storages, ends.tolist(), strict=True):
+            if storage.born <= at < end:
+                crosses = storage.phase in ("forward", "loss") and end > self.profile.backward_start
+                name = "gradients" if storage.is_gradient else "activations" if crosses else "temporaries"
+                divided[name] += storage.num_bytes
+        for replay in replays:
+            if replay.region.unpacked <= at:
+                held = (index for index, released in replay.saved.items() if released > at)
+                divided["activations"] += sum(self.profile.storages[index].num_bytes for index in held)
+        divided["activations"] += replayed.peak_bytes if replayed else 0
+        divided["other"] += self._carried(ends) if at < self.profile.forward_end else 0
+        return divided
+
+    def _with_optimizer(self, cost: Cost, ends: torch.Tensor, optimizer: OptimizerCost) -> Cost:
+        """Add the states, which live through the whole step, and hold the peak against the optimiser's own."""
+        seconds = cost.seconds + optimizer.seconds
+        states = {"optimizer_states": optimizer.state_bytes}
+        num_events = self.profile.num_events
+        gradients = sum(at.num_bytes for at in self.profile.storages if at.is_gradient and at.died >= num_events)
+        held = int(self._sizes[self._outliving(ends)].sum())
+        temporaries = max(optimizer.temporary_bytes, self.profile.after_backward_bytes)
+        in_step = dict.fromkeys(CATEGORIES, 0) | dict(self.profile.resident_bytes) | states
+        in_step["gradients"] += gradients
+        in_step["activations"] += held
+        in_step["temporaries"] += temporaries
+        step_bytes = sum(in_step.values())
+        if step_bytes > cost.peak_bytes + optimizer.state_bytes:
+            return Cost(step_bytes, "optimizer", in_step, seconds, num_events)
+        return Cost(cost.peak_bytes + optimizer.state_bytes, cost.moment, cost.by_category | states, seconds, cost.at)

@@ -1,0 +1,97 @@
+"""Rates of the machine, and what an operator costs by them.
+
+PyTorch counts floating-point operations and knows no seconds. Here an operator takes the longer of two times, its
+arithmetic over the matrix rate and its bytes over the memory rate (the roofline model, Williams et al. 2009), and no less
+than a launch. The rates are measured in a fraction of a second where the device is at hand; they serve to compare
+plans, and the first real step then scales them.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from packlight.optim.state import group_settings, init_state, update
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device does in a second, and how long it takes to start an operator.
+
+    Attributes:
+        flops_per_second: floating-point operations in a large fp32 matrix product.
+        bytes_per_second: bytes read and written by a large copy.
+        launch_seconds: least time of an operator.
+        update_seconds_per_element: the low-bit optimiser step, for one parameter element.
+    """
+
+    flops_per_second: float
+    bytes_per_second: float
+    launch_seconds: float
+    update_seconds_per_element: float
+
+
+@functools.cache
+def measure(device_type: str) -> Rates:
+    """Measure the rates of a device (about half a second, once in a process)."""
+    device = torch.device(device_type)
+    with torch.inference_mode(), torch.random.fork_rng():
+        matrix = torch.ones(1024, 1024, device=device)
+        flops_seconds = _best_seconds(lambda: matrix @ matrix, device)
+        block = torch.ones(2**24, device=device)
+        target = torch.empty_like(block)
+        copy_seconds = _best_seconds(lambda: target.copy_(block), device)
+        scalar = torch.ones(1, device=device)
+        launch_seconds = _best_seconds(lambda: scalar + 1, device)
+        update_seconds = _update_seconds(device)
+    return Rates(2 * 1024**3 / flops_seconds, 2 * block.nbytes / copy_seconds, launch_seconds, update_seconds)
+
+
+def _update_seconds(device: torch.device) -> float:
+    """Measure the low-bit AdamW step, in seconds for one element."""
+    parameter = torch.ones(1024, 1024, device=device)
+    state = init_state(parameter, "paper4bit")
+    settings = group_settings({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False})
+    run = functools.partial(update, parameter, parameter, state, state_format="paper4bit", settings=settings)
+    return _best_seconds(run, device, repeats=3) / parameter.numel()
+
+
+def _best_seconds(function: Callable[[], Any], device: torch.device, *, repeats: int = 5) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def operator_seconds(rates: Rates, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+    """Predict an operator's time: the longer of arithmetic and memory traffic, and no less than a launch."""
+    if func.is_view:
+        return 0.0
+    num_bytes = sum(_tensor_bytes(value) for value in (*args, *kwargs.values(), out))
+    flops = _flops(func, args, kwargs, out)
+    return max(flops / rates.flops_per_second, num_bytes / rates.bytes_per_second, rates.launch_seconds)
+
+
+def _tensor_bytes(value: object) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(_tensor_bytes(item) for item in value) if isinstance(value, tuple | list) else 0
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+    packet = func.overloadpacket
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if packet is attention:
+        return float(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return 2.5 * float(sdpa_flop_count(args[1].shape, args[2].shape, args[3].shape))
+    count = flop_registry.get(packet)
+    return float(count(*args, **kwargs, out_val=out)) if count is not None else 0.0

@@ -1,0 +1,306 @@
+"""Follows the steps of a training loop from outside: bytes, moments and seconds.
+
+A training loop is the user's own code, so nothing tells where a step begins. The idea: it can be read off three events
+that every loop has. A step begins at the first forward with gradients after an optimiser's step; the loss lies between
+that forward's end and the moment when a gradient reaches the model's outputs; the step ends with the optimiser's step.
+
+```
+1 forward begins     hook on the model       4 gradient at the outputs   tensor hooks
+2 forward ends       hook on the model       5 backward ends             told by the caller, where it knows
+3 backward begins    told by the caller      6 the optimiser begins, ends   its step hooks
+```
+The first steps are watched operator by operator (`timeline.py`); later ones run at full speed and are timed.
+"""
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+
+from packlight.planner.timeline import Timeline, existing_tensors, flat_tensors
+from packlight.records import Measurement
+from packlight.step import Tail
+
+NUM_MEASURED_STEPS = 3
+MAX_SYNCHRONISED_STEPS = 20
+"""On CUDA a step's end has to be waited for to be timed; after so many steps the waiting ends."""
+
+
+@dataclass
+class _Marks:
+    """Live bytes at the marks of one forward and backward, and the highest points between them."""
+
+    forward_end_bytes: int = 0
+    forward_peak_bytes: int = 0
+    saved_bytes: int = 0
+    backward_peak_bytes: int = 0
+    backward_end_bytes: int = 0
+    after_backward_bytes: int = 0
+    outputs: tuple[int, ...] = ()
+
+
+class StepWatch:
+    """Watches a model and its optimisers from the first training forward on, until `close`."""
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, num_measured: int = NUM_MEASURED_STEPS
+    ) -> None:
+        """Hook onto the model; the optimisers' steps are told through `attach` or by the caller."""
+        first = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        self.model, self.optimizers = model, list(optimizers)
+        self.line = Timeline(first)
+        self.marks = _Marks()
+        self.num_steps = self.num_microbatches = 0
+        self.other_bytes = 0
+        self._num_measured = num_measured
+        self._seconds: list[float] = []
+        self._started: float | None = None
+        self._stepped_at: float | None = None
+        self._measuring = self._began = False
+        self._peak: tuple[int, str, dict[str, int]] = (0, "", {})
+        self._resident_start_bytes = 0
+        self._output_storages: list[weakref.ref[torch.UntypedStorage]] = []
+        self._hooks = [
+            model.register_forward_pre_hook(_ModuleHook(model, lambda _args: self.forward_begins())),
+            model.register_forward_hook(_ModuleHook(model, lambda _args, output: self.forward_ends(output))),
+        ]
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Follow an optimiser's steps by its own hooks."""
+        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self.update_begins()))
+        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.update_ends()))
+
+    def forward_begins(self) -> None:
+        """Open a step, unless one is open (mark 1)."""
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        if self._stepped_at is not None:
+            self._end_step()
+        if self._started is None:
+            self._open_step()
+        if self._measuring:
+            self.line.explicit_phase = "forward"
+
+    def forward_ends(self, output: object) -> None:
+        """Note the live bytes, and watch for the gradient at the outputs (mark 2)."""
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        self.num_microbatches += 1
+        self.line.explicit_phase = None
+        if self._measuring:
+            self.marks.forward_end_bytes = self.line.live_bytes
+            self.line.highest_bytes()
+            self._output_storages = [weakref.ref(tensor.untyped_storage()) for tensor in flat_tensors(output)]
+            for position, tensor in enumerate(flat_tensors(output)):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda _, position=position: self._gradient_arrives(position))
+
+    def backward_begins(self) -> None:
+        """Note what the loss has allocated (mark 3)."""
+        if self._measuring:
+            marks, start = self.marks, self.marks.forward_end_bytes
+            marks.forward_peak_bytes = max(marks.forward_peak_bytes, self.line.highest_bytes() - start)
+            marks.saved_bytes = max(marks.saved_bytes, self.line.live_bytes - start)
+
+    def backward_ends(self) -> None:
+        """Note the live bytes (mark 5)."""
+        if self._measuring:
+            self.marks.backward_end_bytes = self.line.live_bytes
+            self.line.highest_bytes()
+
+    def update_begins(self) -> None:
+        """Name the gradients, and note what was allocated since backward (mark 6)."""
+        if self._measuring:
+            marks = self.marks
+            above_bytes = self.line.highest_bytes() - marks.backward_end_bytes
+            marks.after_backward_bytes = max(marks.after_backward_bytes, above_bytes)
+            self._name_gradients()
+            self.line.explicit_phase = "optimizer"
+
+    def update_ends(self) -> None:
+        """Name the states; the step ends here unless another optimiser follows."""
+        if self._measuring:
+            self._name_states()
+            self.line.explicit_phase = None
+        self._stepped_at = self._clock()
+
+    def tail(self) -> Tail:
+        """Return what the loss outside the model was seen to allocate; never less than nothing."""
+        marks = self.marks
+        return Tail(
+            outputs=marks.outputs,
+            forward_peak_bytes=max(0, marks.forward_peak_bytes),
+            saved_bytes=max(0, marks.saved_bytes),
+            backward_peak_bytes=max(0, marks.backward_peak_bytes),
+            after_backward_bytes=max(0, marks.after_backward_bytes),
+        )
+
+    def outputs_alive(self) -> bool:
+        """Tell whether the loop still holds what the model returned last."""
+        return any(storage() is not None for storage in self._output_storages)
+
+    def step_seconds_so_far(self) -> float:
+        """Return how long the open step has taken."""
+        return 0.0 if self._started is None else (self._clock() or 0.0) - self._started
+
+    def measurement(self, losses: dict[str, tuple[float, ...]] | None = None) -> Measurement:
+        """Return what has been measured so far; closed steps and the one that has just stepped."""
+        if self._stepped_at is not None:
+            self._end_step()
+        peak_bytes, moment, by_category = self._peak_now()
+        cuda = self.line.device_type == "cuda" and self._began
+        timed = self._seconds[self._num_measured :] or self._seconds
+        return Measurement(
+            device_peak_bytes=torch.cuda.max_memory_allocated() if cuda else peak_bytes,
+            host_peak_bytes=0,
+            reserved_peak_bytes=torch.cuda.max_memory_reserved() if cuda else None,
+            resident_peak_bytes=max(0, _resident_bytes("VmHWM") - self._resident_start_bytes),
+            step_seconds=statistics.median(timed) if timed else None,
+            num_steps=self.num_steps,
+            num_measured_steps=self.num_steps if cuda else min(self.num_steps, self._num_measured),
+            losses=losses or {"first": (), "last": ()},
+            peak_by_category={} if cuda else by_category,
+            peak_moment="" if cuda else moment,
+            state_bytes=self._state_bytes(),
+        )
+
+    def pause(self) -> bool:
+        """Take the line off the stack of dispatch modes; returns whether it was on it."""
+        return _take_off(self.line)
+
+    def resume(self) -> None:
+        """Put the line back onto the stack."""
+        self.line.__enter__()
+
+    def close(self) -> None:
+        """Stop watching and take every hook off."""
+        if self._stepped_at is not None:
+            self._end_step()
+        self._stop_measuring()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _open_step(self) -> None:
+        if not self._began:
+            self._began = True
+            self._begin()
+        self._started = self._clock()
+
+    def _begin(self) -> None:
+        """Put everything that lives at the head of the line, and watch from here on."""
+        self._resident_start_bytes = _resident_bytes("VmRSS")
+        _reset_resident_peak()
+        if self.line.device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for parameter in self.model.parameters():
+            self.line.add(parameter, category="parameters")
+        self._name_gradients()
+        self._name_states()
+        known_bytes = self.line.live_bytes
+        for tensor in existing_tensors(self.line.device_type):
+            if self.line.index(tensor) is None:
+                self.line.add(tensor, category="other")
+        self.other_bytes = self.line.live_bytes - known_bytes
+        self._measuring = True
+        self.resume()
+
+    def _end_step(self) -> None:
+        if self._started is not None and self._stepped_at is not None:
+            self._seconds.append(self._stepped_at - self._started)
+        self._started = self._stepped_at = None
+        self.num_steps += 1
+        self.num_microbatches = 0
+        if self.num_steps >= (1 if self.line.device_type == "cuda" else self._num_measured):
+            self._stop_measuring()
+
+    def _stop_measuring(self) -> None:
+        if self._measuring:
+            self._measuring = False
+            self.pause()
+            self._peak = self.line.peak()
+            self.line.close()
+
+    def _peak_now(self) -> tuple[int, str, dict[str, int]]:
+        return self.line.peak() if self._measuring else self._peak
+
+    def _gradient_arrives(self, position: int) -> None:
+        """Note the highest point of the loss's backward (mark 4)."""
+        marks = self.marks
+        if self._measuring and position not in marks.outputs:
+            if not marks.outputs:
+                above_bytes = self.line.highest_bytes() - marks.forward_end_bytes
+                marks.backward_peak_bytes = max(marks.backward_peak_bytes, above_bytes)
+            marks.outputs = tuple(sorted((*marks.outputs, position)))
+
+    def _name_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            if parameter.grad is not None and parameter.grad.layout == torch.strided:
+                self.line.add(parameter.grad, category="gradients")
+
+    def _name_states(self) -> None:
+        for optimizer in self.optimizers:
+            for tensor in flat_tensors(list(optimizer.state.values())):
+                self.line.add(tensor, category="optimizer_states")
+
+    def _state_bytes(self) -> int:
+        states = [tensor for each in self.optimizers for tensor in flat_tensors(list(each.state.values()))]
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in states}
+        return sum(storages.values())
+
+    def _clock(self) -> float:
+        if self.line.device_type == "cuda" and self.num_steps < MAX_SYNCHRONISED_STEPS:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class _ModuleHook:
+    """A hook that stays with one module: in a copy or a pickle of the module it does nothing, and needs no packlight."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., None]) -> None:
+        self._module, self._function = module, function
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if module is self._module:
+            self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _take_off(mode: Timeline) -> bool:
+    """Remove a mode from the stack, wherever it stands; modes pushed after it stay in their order."""
+    stack = _get_current_dispatch_mode_stack()
+    if mode not in stack:
+        return False
+    above = []
+    while (top := _pop_mode()) is not mode:
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
+    return True
+
+
+def _resident_bytes(field: str) -> int:
+    """Read VmRSS or VmHWM (the peak) of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _reset_resident_peak() -> None:
+    """Let VmHWM start anew where the kernel allows it; else it keeps the process's earlier peak."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+

@@ -1,0 +1,207 @@
+"""Finds the fastest plan whose predicted peak fits the budget.
+
+torch's own choices are all or nothing, or a fraction that nobody can relate to bytes. The idea, for blocks that are kept
+or recomputed: look at where the peak stands, and recompute the block that spares the most bytes there for each
+second it costs; among equals the earliest, whose bytes live longest. Repeat until the peak fits, then take back every
+choice that turns out not to be needed. This is done for each state format, and the fastest result is taken. Every step
+is judged by the whole line of events (`cost.py`), never by the sum of what was spared.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from packlight.budget import Budget, BudgetError, format_bytes
+from packlight.planner.cost import Cost, StepCost
+from packlight.planner.profile import Loss, Seen, profile
+from packlight.records import Choice, Estimate, Plan
+from packlight.step import OptimizerCost, Profile
+
+HEADROOM = 0.01
+"""Share of the budget that a plan leaves free, for scalars and lists that a script makes beside the step."""
+
+EXACT_FORMATS = ("fp32", "as is")
+
+
+def plan(
+    model: nn.Module,
+    batch: Any,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    budget: int | str | Budget,
+    loss: Loss | None = None,
+    host_budget: int | str | None = None,
+    disk: str | None = None,
+    exact: bool = False,
+) -> Plan:
+    """Decide how a training step fits a byte budget; runs nothing on the device and changes nothing.
+
+    Args:
+        model: the module that is trained, on any device (also meta).
+        batch: what the model takes: a mapping is `model(**batch)`, a tuple `model(*batch)`, a tensor `model(batch)`.
+        optimizer: the optimiser that steps; None for forward and backward alone.
+        budget: bytes allowed on the training device at the step's peak: an int, "12GiB", "800MB" or "80%".
+        loss: a function of (output, batch) that returns a scalar; None: `output.loss`, or the output if it is a scalar.
+        host_budget: bytes allowed in host memory; no choice of this version uses it.
+        disk: folder of the disk tier; no choice of this version uses it.
+        exact: only choices that leave every loss and gradient bit-equal.
+
+    Returns:
+        The fastest plan that fits.
+
+    Raises:
+        BudgetError: nothing fits; it names the smallest budget that would.
+        ValueError: the budget cannot be read, is not positive, or is larger than the device.
+        ProfileError: the step cannot be traced on fake tensors.
+
+    >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(8)])
+    >>> made = plan(model, torch.ones(4096, 64), None, budget="20MiB", loss=lambda output, _: output.sum())
+    >>> made.estimate.device_peak_bytes <= 20 * 2**20 < made.estimate.plain_peak_bytes
+    True
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    allowed = Budget.of(budget, total_bytes=device_bytes(device) if device.type != "meta" else None)
+    return solve(profile(model, batch, optimizer, loss=loss, seen=Seen()), allowed, exact=exact)
+
+
+def device_bytes(device: torch.device) -> int:
+    """Return the size of a device's memory in bytes; the machine's for the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return int(file.readline().split()[1]) * 1024
+
+
+def solve(step: Profile, budget: Budget, *, exact: bool = False) -> Plan:
+    """Choose for a profiled step.
+
+    Args:
+        step: the profile.
+        budget: bytes allowed on the device.
+        exact: only choices that leave every loss and gradient bit-equal.
+
+    Raises:
+        BudgetError: nothing fits; it names the smallest budget that would.
+    """
+    costs = StepCost(step)
+    allowed_bytes = int(budget.device_bytes * (1 - HEADROOM))
+    formats = [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS] or [None]
+    smallest = min(_least(costs, optimizer).peak_bytes for optimizer in formats)
+    smallest_budget_bytes = int(smallest / (1 - HEADROOM)) + 1
+    found = [result for optimizer in formats if (result := _fit(costs, optimizer, allowed_bytes)) is not None]
+    if not found:
+        raise BudgetError(_refusal(budget, smallest_budget_bytes, exact=exact), smallest_bytes=smallest_budget_bytes)
+    recomputed, optimizer, cost = min(found, key=lambda result: result[2].seconds)
+    plain = costs.price((), formats[0])
+    return Plan(
+        device=step.device,
+        budget_bytes=budget.device_bytes,
+        exact=exact,
+        choices=_choices(costs, recomputed),
+        state_formats=_formats(step, optimizer),
+        estimate=_estimate(cost, plain),
+        smallest_budget_bytes=smallest_budget_bytes,
+        notes=step.notes,
+    )
+
+
+def _refusal(budget: Budget, smallest_bytes: int, *, exact: bool) -> str:
+    hint = "; without exact=True low-bit optimiser states may need less" if exact else ""
+    return (
+        f"no plan fits {format_bytes(budget.device_bytes)} ({budget.device_bytes} bytes); the smallest budget that "
+        f"fits is {smallest_bytes} bytes ({format_bytes(smallest_bytes)}){hint}; or try a smaller batch"
+    )
+
+
+def most_saving(step: Profile) -> frozenset[str]:
+    """Return every block whose recomputation spares bytes."""
+    costs = StepCost(step)
+    return frozenset(block for block in costs.blocks if costs.held_bytes(block) > 0)
+
+
+_Result = tuple[frozenset[str], OptimizerCost | None, Cost]
+
+
+def _fit(costs: StepCost, optimizer: OptimizerCost | None, allowed_bytes: int) -> _Result | None:
+    """Find the blocks to recompute for one state format, None where even the best choice does not fit."""
+    recomputed: frozenset[str] = frozenset()
+    cost = costs.price(recomputed, optimizer)
+    while cost.peak_bytes > allowed_bytes:
+        block = _best_block(costs, recomputed, cost)
+        if block is None:
+            return None
+        recomputed |= {block}
+        cost = costs.price(recomputed, optimizer)
+    for block in sorted(recomputed, key=costs.recompute_seconds, reverse=True):
+        without = costs.price(recomputed - {block}, optimizer)
+        if without.peak_bytes <= allowed_bytes:
+            recomputed, cost = recomputed - {block}, without
+    return recomputed, optimizer, cost
+
+
+def _least(costs: StepCost, optimizer: OptimizerCost | None) -> Cost:
+    """Find the smallest peak that recomputing can reach for one state format."""
+    recomputed: frozenset[str] = frozenset()
+    best = cost = costs.price(recomputed, optimizer)
+    while (block := _best_block(costs, recomputed, cost)) is not None:
+        recomputed |= {block}
+        cost = costs.price(recomputed, optimizer)
+        best = min(best, cost, key=lambda each: each.peak_bytes)
+    return best
+
+
+def _best_block(costs: StepCost, recomputed: Collection[str], cost: Cost) -> str | None:
+    """Return the block that spares the most bytes at the peak for each second, None where none spares any."""
+    best, best_ratio = None, 0.0
+    for block in costs.blocks:
+        if block not in recomputed:
+            spared_bytes = costs.held_bytes(block, at=cost.at)
+            ratio = spared_bytes / max(costs.recompute_seconds(block), 1e-9)
+            if ratio > best_ratio * (1 + 1e-6):
+                best, best_ratio = block, ratio
+    return best
+
+
+def _choices(costs: StepCost, recomputed: Collection[str]) -> tuple[Choice, ...]:
+    return tuple(
+        Choice(
+            group=block,
+            choice="recompute" if block in recomputed else "keep",
+            bytes=costs.held_bytes(block),
+            seconds=costs.recompute_seconds(block) if block in recomputed else 0.0,
+        )
+        for block in costs.blocks
+        if costs.held_bytes(block) > 0
+    )
+
+
+def _formats(step: Profile, optimizer: OptimizerCost | None) -> Mapping[str, str]:
+    return step.state_formats if optimizer is None else dict(optimizer.formats)
+
+
+def _estimate(cost: Cost, plain: Cost) -> Estimate:
+    return Estimate(
+        device_peak_bytes=cost.peak_bytes,
+        host_peak_bytes=0,
+        step_seconds=cost.seconds,
+        slowdown=cost.seconds / plain.seconds if plain.seconds else 1.0,
+        plain_peak_bytes=plain.peak_bytes,
+        peak_by_category=cost.by_category,
+        peak_moment=cost.moment,
+    )
+
+
+def predicted_step_seconds(step: Profile, recomputed: Collection[str]) -> float:
+    """Return the predicted time of forward, loss and backward with some blocks recomputed, without the optimiser."""
+    return StepCost(step).price(recomputed, None).seconds
+
+
+def rescale(made: Plan, measured_seconds: float, predicted_seconds: float) -> Plan:
+    """Scale a plan's times by how long a real step took beside its prediction."""
+    factor = measured_seconds / predicted_seconds if predicted_seconds else 1.0
+    estimate = replace(made.estimate, step_seconds=made.estimate.step_seconds * factor)
+    choices = tuple(replace(choice, seconds=choice.seconds * factor) for choice in made.choices)
+    return replace(made, estimate=estimate, choices=choices)

@@ -1,0 +1,224 @@
+"""Follows every storage on the training device: its birth, its death, the live bytes and their peak.
+
+On CUDA the allocator counts bytes; on the CPU PyTorch counts nothing, and the profiler's memory events come only after
+the fact and know no categories. The idea: every tensor is the result of an operator, so a dispatch mode sees each new
+storage once (also inside backward and in the optimiser, whose operators go through the same dispatcher), and a weak
+reference to the storage tells its end. The same class follows real steps and steps on fake tensors, so that prediction
+and measurement count alike, storage by storage.
+
+Not seen: scratch memory that an operator's kernel takes and returns inside one call.
+"""
+
+import bisect
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from packlight.activations.recompute import is_recomputing
+from packlight.records import CATEGORIES
+
+ALLOCATION_BYTES = {"cuda": 512}
+"""What the device's allocator rounds up to. Source: kMinBlockSize in torch's CUDACachingAllocator."""
+
+
+_LEFT_OUT = -1
+
+
+@dataclass
+class Entry:
+    """A storage on the line: events of birth and death (None while it lives), phase of birth, category if known."""
+
+    num_bytes: int
+    born: int
+    phase: str
+    category: str | None = None
+    died: int | None = None
+
+
+class Timeline(TorchDispatchMode):
+    """A dispatch mode that writes the line of events of all storages on one type of device.
+
+    Attributes:
+        entries: every storage seen, by index.
+        events: the index of the storage born, or the complement (~index) of the one that died, in order.
+        live_bytes: bytes of the storages that live now.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        """Count storages on devices of type `device_type`."""
+        super().__init__()
+        self.device_type = device_type
+        self.entries: list[Entry] = []
+        self.events: list[int] = []
+        self.live_bytes = 0
+        self.explicit_phase: str | None = None
+        self._granularity = ALLOCATION_BYTES.get(device_type, 1)
+        self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+        self._highest_bytes = 0
+        self._phases: list[tuple[int, str]] = []
+        self._paused = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, then note the storages of its results that are new."""
+        out = func(*args, **(kwargs or {}))
+        if not self._paused:
+            self.observe(func, args, kwargs or {}, out)
+        return out
+
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note what one operator made; a subclass adds what else it wants to know of operators."""
+        for result in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(result, torch.Tensor):
+                self.add(result)
+
+    def add(self, tensor: torch.Tensor, *, category: str | None = None) -> int | None:
+        """Note a tensor's storage, unless it is known or on another device.
+
+        Returns:
+            The storage's index, None for another device's.
+        """
+        if tensor.device.type != self.device_type:
+            return None
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._live.get(key)
+        if known is not None:
+            if category is not None and known[0] != _LEFT_OUT:
+                self.entries[known[0]].category = category
+            return known[0] if known[0] != _LEFT_OUT else None
+        index = len(self.entries)
+        self._live[key] = (index, weakref.ref(storage, lambda _: self._end(key)))
+        self._begin(index, Entry(self._round(storage.nbytes()), len(self.events), self.phase(), category))
+        return index
+
+    def index(self, tensor: torch.Tensor) -> int | None:
+        """Return the index of a tensor's storage, None where it is not followed."""
+        known = self._live.get(tensor.untyped_storage()._cdata)
+        return known[0] if known is not None and known[0] != _LEFT_OUT else None
+
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Count neither a tensor's storage nor any view of it."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._live[key] = (_LEFT_OUT, weakref.ref(storage, lambda _: self._end(key)))
+
+    def now(self) -> int:
+        """Return the present position on the line."""
+        return len(self.events)
+
+    def phase(self) -> str:
+        """Return where the step is: what was said explicitly, else whether autograd's engine is running."""
+        if torch._C._current_graph_task_id() != -1:
+            return "recompute" if is_recomputing() else "backward"
+        return self.explicit_phase or "loss"
+
+    def highest_bytes(self) -> int:
+        """Return the most live bytes since the last call of this method."""
+        highest, self._highest_bytes = self._highest_bytes, self.live_bytes
+        return highest
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is made inside."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def close(self) -> None:
+        """Let go of every weak reference; the line stays."""
+        self._live.clear()
+
+    def peak(self, *, start: int = 0) -> tuple[int, str, dict[str, int]]:
+        """Find the highest point of the line from event `start` on.
+
+        Returns:
+            Its bytes, the phase it stands in, and its bytes by category.
+        """
+        at, peak_bytes = self._highest_point(start)
+        by_category = dict.fromkeys(CATEGORIES, 0)
+        for entry in self.entries:
+            if entry.born <= at and (entry.died is None or entry.died > at):
+                by_category[entry.category or self._category(entry)] += entry.num_bytes
+        return peak_bytes, self._phase_at(at), by_category
+
+    def _highest_point(self, start: int) -> tuple[int, int]:
+        live, best, best_bytes = 0, start, 0
+        for at, event in enumerate(self.events):
+            live += self.entries[event].num_bytes if event >= 0 else -self.entries[~event].num_bytes
+            if at >= start and live > best_bytes:
+                best, best_bytes = at, live
+        return best, best_bytes
+
+    def _category(self, entry: Entry) -> str:
+        """Call a storage an activation if it outlives the phase that made it, else a temporary."""
+        if entry.phase in ("backward", "optimizer"):
+            return "temporaries"
+        following = bisect.bisect_right(self._phases, (entry.born, "\uffff"))
+        phase_end = self._phases[following][0] if following < len(self._phases) else len(self.events)
+        return "activations" if entry.died is None or entry.died > phase_end else "temporaries"
+
+    def _phase_at(self, at: int) -> str:
+        following = bisect.bisect_right(self._phases, (at, "\uffff"))
+        return self._phases[following - 1][1] if following else "forward"
+
+    def _round(self, num_bytes: int) -> int:
+        return -(-num_bytes // self._granularity) * self._granularity
+
+    def _begin(self, index: int, entry: Entry) -> None:
+        if not self._phases or self._phases[-1][1] != entry.phase:
+            self._phases.append((entry.born, entry.phase))
+        self.entries.append(entry)
+        self.events.append(index)
+        self.live_bytes += entry.num_bytes
+        self._highest_bytes = max(self._highest_bytes, self.live_bytes)
+
+    def _end(self, key: int) -> None:
+        known = self._live.pop(key, None)
+        if known is None or known[0] == _LEFT_OUT:
+            return
+        entry = self.entries[known[0]]
+        entry.died = len(self.events)
+        self.events.append(~known[0])
+        self.live_bytes -= entry.num_bytes
+
+
+def existing_tensors(device_type: str) -> list[torch.Tensor]:
+    """Return every tensor on a device type that Python holds now (a batch, a data set, buffers, parameters)."""
+    fake = torch._subclasses.FakeTensor
+    return [
+        item
+        for item in gc.get_objects()
+        if issubclass(type(item), torch.Tensor)
+        and not issubclass(type(item), fake)
+        and item.layout == torch.strided
+        and item.device.type == device_type
+    ]
+
+
+def flat_tensors(value: object) -> Iterable[torch.Tensor]:
+    """Yield the tensors inside nested tuples, lists, mappings and dataclass-like outputs, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from flat_tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from flat_tensors(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from flat_tensors(getattr(value, name))
+
+
+OperatorCost = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], float]
+"""Predicts an operator's seconds from the operator, its arguments and its result."""

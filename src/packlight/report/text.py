@@ -1,0 +1,149 @@
+"""Prints a saved plan or run as tables: what was chosen, the peak by category beside its prediction, the step time.
+
+A memory snapshot of torch tells every block of the allocator and nothing of what was expected. Here the prediction stands
+beside the measurement, category by category, so that a reader sees at once whether the numbers can be trusted.
+"""
+
+import os
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from packlight.budget import format_bytes
+from packlight.records import CATEGORIES, Choice, Estimate, Measurement, Plan, Run, read_json
+
+
+def read_record(path: str | os.PathLike[str]) -> Plan | Run:
+    """Read a plan or a run from a JSON file.
+
+    Raises:
+        ValueError: the file is neither.
+    """
+    data = read_json(path)
+    if data.get("kind") == "plan":
+        return Plan.from_dict(data)
+    return Run.from_dict(data)
+
+
+def show(record: Plan | Run, *, console: Console | None = None) -> None:
+    """Print a plan or a run.
+
+    Args:
+        record: what `read_record` returned.
+        console: where to print; None: standard output.
+    """
+    out = console or Console()
+    run = record if isinstance(record, Run) else None
+    plan = record if isinstance(record, Plan) else record.plan
+    if run is not None:
+        out.print(f"[bold]run[/bold] of {' '.join(run.script)}")
+    if plan is not None:
+        out.print(str(plan), highlight=False, markup=False)
+        out.print(_choices(plan))
+    out.print(_peaks(plan.estimate if plan else None, run.measurement if run else None))
+    if run is not None:
+        out.print(_run_facts(run))
+
+
+def summary(run: Run) -> str:
+    """Say in one line what was expected of a run and what happened."""
+    measured, estimate = run.measurement, run.estimate
+    expected = f" (predicted {format_bytes(estimate.device_peak_bytes)})" if estimate else ""
+    return (
+        f"packlight: peak {format_bytes(measured.device_peak_bytes)}{expected}, resident peak "
+        f"{format_bytes(measured.resident_peak_bytes)}, {_seconds(measured.step_seconds)} a step"
+    )
+
+
+def comparison(runs: dict[str, Run], losses: dict[str, float]) -> RenderableType:
+    """Return one table of several runs of the same script.
+
+    Args:
+        runs: the runs by name.
+        losses: their held-out losses by name.
+    """
+    table = Table(title="plain and planned", title_justify="left")
+    table.add_column("")
+    for name in runs:
+        table.add_column(name, justify="right")
+    for title, values in _comparison_rows(runs, losses):
+        table.add_row(title, *values)
+    return table
+
+
+def _comparison_rows(runs: dict[str, Run], losses: dict[str, float]) -> list[tuple[str, list[str]]]:
+    measured = {name: run.measurement for name, run in runs.items()}
+    return [
+        ("budget", [format_bytes(run.plan.budget_bytes) if run.plan else "-" for run in runs.values()]),
+        ("peak predicted", [format_bytes(run.estimate.device_peak_bytes) if run.estimate else "-" for run in runs.values()]),
+        ("peak measured", [format_bytes(each.device_peak_bytes) for each in measured.values()]),
+        ("resident peak", [format_bytes(each.resident_peak_bytes) for each in measured.values()]),
+        ("seconds per step", [_seconds(each.step_seconds) for each in measured.values()]),
+        ("held-out loss", [f"{losses[name]:.4f}" for name in runs]),
+    ]
+
+
+def _choices(plan: Plan) -> RenderableType:
+    table = Table(title="blocks", title_justify="left")
+    for title, justify in (("block", "left"), ("choice", "left"), ("holds for backward", "right"), ("adds", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    for first, last, num_choices in _alike(plan.choices):
+        name = first.group if num_choices == 1 else f"{first.group} ... {last.group} ({num_choices})"
+        table.add_row(name, first.choice, format_bytes(first.bytes), _seconds(first.seconds))
+    formats = sorted(set(plan.state_formats.values()))
+    for state_format in formats:
+        num_states = sum(chosen == state_format for chosen in plan.state_formats.values())
+        table.add_row(f"optimiser states of {num_states} parameters", state_format, "", "")
+    return table
+
+
+def _alike(choices: tuple[Choice, ...]) -> list[tuple[Choice, Choice, int]]:
+    """Gather neighbours with the same choice and bytes."""
+    gathered: list[tuple[Choice, Choice, int]] = []
+    for choice in choices:
+        if gathered and (gathered[-1][0].choice, gathered[-1][0].bytes) == (choice.choice, choice.bytes):
+            gathered[-1] = (gathered[-1][0], choice, gathered[-1][2] + 1)
+        else:
+            gathered.append((choice, choice, 1))
+    return gathered
+
+
+def _peaks(estimate: Estimate | None, measured: Measurement | None) -> RenderableType:
+    table = Table(title="bytes at the peak", title_justify="left")
+    table.add_column("category")
+    predicted = estimate.peak_by_category if estimate else {}
+    found = measured.peak_by_category if measured else {}
+    table.add_column("predicted", justify="right")
+    table.add_column("measured", justify="right")
+    for name in CATEGORIES:
+        cells = [format_bytes(values[name]) if name in values else "-" for values in (predicted, found)]
+        table.add_row(name.replace("_", " "), *cells)
+    table.add_section()
+    table.add_row(
+        "all",
+        format_bytes(estimate.device_peak_bytes) if estimate else "-",
+        format_bytes(measured.device_peak_bytes) if measured else "-",
+    )
+    table.add_row("where", estimate.peak_moment if estimate else "-", measured.peak_moment if measured else "-")
+    return table
+
+
+def _run_facts(run: Run) -> RenderableType:
+    measured, estimate = run.measurement, run.estimate
+    table = Table(show_header=False)
+    predicted = f" (predicted {_seconds(estimate.step_seconds)})" if estimate else ""
+    table.add_row("step time", f"{_seconds(measured.step_seconds)}{predicted}")
+    table.add_row("steps", f"{measured.num_steps}, of which {measured.num_measured_steps} were measured for the peak")
+    table.add_row("resident peak", format_bytes(measured.resident_peak_bytes))
+    if measured.reserved_peak_bytes is not None:
+        table.add_row("reserved peak", format_bytes(measured.reserved_peak_bytes))
+    table.add_row("optimiser states", format_bytes(measured.state_bytes))
+    ends = [values for values in (measured.losses.get("first"), measured.losses.get("last")) if values]
+    if ends:
+        table.add_row("loss", f"{ends[0][0]:.6g} at first, {ends[-1][-1]:.6g} at last")
+    table.add_row("environment", ", ".join(f"{key} {value}" for key, value in run.environment.items()))
+    return table
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.3g} s"

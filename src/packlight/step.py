@@ -1,0 +1,148 @@
+"""A training step as a record: the births and deaths of its storages on one line of events.
+
+PyTorch can trace a step's memory only as it happens, under one choice of what is kept. The idea here: a storage that
+autograd saves has two ends, the one that it would have without autograd (`Storage.died`) and the one that autograd gives
+it (`Save.released`). With both known, every choice is arithmetic on intervals: *keep* ends a storage at its release,
+*recompute* ends it at its natural death and gives birth to it again just before its block's backward.
+`planner/profile.py` writes this record from one step on fake tensors, `planner/cost.py` does the arithmetic.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from packlight.records import JsonRecord
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage that the step creates.
+
+    Attributes:
+        num_bytes: its size.
+        born: the event at which it appears.
+        died: the event at which everybody but autograd has let go of it; `Profile.num_events` where it outlives the step.
+        phase: where it was born: "forward", "loss", "backward" or "recompute" (inside the script's own checkpoints).
+        is_gradient: whether it is a parameter's gradient at the end of backward.
+    """
+
+    num_bytes: int
+    born: int
+    died: int
+    phase: str
+    is_gradient: bool = False
+
+
+@dataclass(frozen=True)
+class Save:
+    """A storage saved for backward at one site, from the event `packed` until autograd releases it at `released`."""
+
+    storage: int
+    region: int
+    packed: int
+    released: int
+
+
+@dataclass(frozen=True)
+class Region:
+    """One call of a block in forward, the unit that can be recomputed.
+
+    Attributes:
+        block: the module's path.
+        start, end: the events between which its forward runs.
+        last_packed: the event of its last save, where a recomputation stops.
+        unpacked: the event in backward at which the first of its saves is wanted.
+        inputs, outputs: the storages of its tensor arguments and of its results.
+        forward_seconds: predicted time of its forward.
+        drops_side_outputs: while it is recomputed it does not fill caches that outlive it (key-value caches).
+    """
+
+    block: str
+    start: int
+    end: int
+    last_packed: int
+    unpacked: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    forward_seconds: float
+    drops_side_outputs: bool = False
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What the script allocates between the model's forward and its backward: the loss, and what comes after.
+
+    Bytes are counted above the live bytes at the end of the model's forward.
+
+    Attributes:
+        outputs: which of the model's output tensors receive a gradient, by position.
+        forward_peak_bytes: most while the loss is computed.
+        saved_bytes: when backward begins.
+        backward_peak_bytes: most until the gradient reaches the model's outputs.
+        after_backward_bytes: most between backward and the optimiser's step, above the end of backward.
+    """
+
+    outputs: tuple[int, ...]
+    forward_peak_bytes: int
+    saved_bytes: int
+    backward_peak_bytes: int
+    after_backward_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerCost:
+    """What a state format costs on the training device.
+
+    Attributes:
+        state_format: its name; "as is" for an optimiser that packlight does not know.
+        state_bytes: all states together.
+        temporary_bytes: most that a step allocates beside parameters, gradients and states.
+        seconds: predicted time of a step.
+        formats: the format of each parameter's state, by the parameter's name (small ones stay fp32).
+    """
+
+    state_format: str
+    state_bytes: int
+    temporary_bytes: int
+    seconds: float
+    formats: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Profile(JsonRecord):
+    """One training step as a line of events (births and deaths of storages).
+
+    Attributes:
+        resident_bytes: bytes by category that live before the step begins and until it ends.
+        num_events: the length of the line.
+        forward_end, backward_start: events at which the model's forward ends and the first backward begins.
+        optimizers: the state formats that can be chosen, the optimiser's present one first.
+        num_microbatches: forward and backward passes in a step.
+        seconds: predicted time of one forward, loss and backward without recomputation.
+        after_backward_bytes: most bytes between backward and the optimiser's step, above the end of backward.
+        carries_outputs: whether the loop still holds the model's outputs when the next step begins.
+        notes: what a reader should know, in sentences.
+    """
+
+    kind: ClassVar[str] = "profile"
+    nested: ClassVar[Mapping[str, type]] = {
+        "storages": Storage,
+        "saves": Save,
+        "regions": Region,
+        "optimizers": OptimizerCost,
+    }
+
+    device: str
+    resident_bytes: Mapping[str, int]
+    num_events: int
+    forward_end: int
+    backward_start: int
+    storages: tuple[Storage, ...]
+    saves: tuple[Save, ...]
+    regions: tuple[Region, ...]
+    optimizers: tuple[OptimizerCost, ...]
+    num_microbatches: int
+    seconds: float
+    after_backward_bytes: int = 0
+    carries_outputs: bool = True
+    notes: tuple[str, ...] = ()
