@@ -7,7 +7,6 @@ every machine; here a budget is an exact integer of bytes, read from what people
 import re
 from dataclasses import dataclass
 
-
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -87,6 +86,6 @@ class Budget:
         if total_bytes is not None and read.device_bytes > total_bytes:
             raise ValueError(
                 f"budget {budget!r} is {format_bytes(read.device_bytes)} and the device has "
-                f"{format_bytes(total_bytes)}; try a smaller one, or \"100%\""
+                f'{format_bytes(total_bytes)}; try a smaller one, or "100%"'
             )
         return read

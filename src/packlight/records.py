@@ -27,6 +27,7 @@ SCHEMA = 1
 CATEGORIES = ("parameters", "gradients", "optimizer_states", "activations", "temporaries", "other")
 """What the bytes at a peak are divided into; "other" is buffers, batches and whatever else the script holds."""
 
+
 class JsonRecord:
     """Reading and writing for the records that stand in files of their own (`kind` names which)."""
 

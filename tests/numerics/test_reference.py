@@ -152,6 +152,12 @@ def test_zero_rows_columns_and_blocks_decode_to_zeros(moment_format: MomentForma
         assert bool((decoded[:, 7] == 0).all())
 
 
+def test_zero_over_zero_gets_the_code_of_the_least_magnitude() -> None:
+    zeros = torch.zeros(64, 128)
+    assert set(encode(zeros, SIGNED_BLOCKS).codes.tolist()) == {0x77}  # code 7 is 0
+    assert set(encode(zeros, UNSIGNED_RANK1).codes.tolist()) == {0x00}  # code 0 is 1/16
+
+
 def test_fp32_is_stored_as_it_is(seed: int) -> None:
     values = torch.randn(5, 7)
     assert torch.equal(decode(encode(values, FP32)), values)

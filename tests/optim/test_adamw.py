@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from packlight.optim import AdamW
 from packlight.optim.state import nbytes
 
-# The total update of 100 steps on 4-bit moments against that on fp32 ones: least cosine, and range of the ratio
-# of lengths. One rounding changes an element of exp_avg by up to .11 of its block's largest; with beta1 .9 ten
-# of them add up, at random, to .36, so cos(atan(.36)) = .94 is left, less a tenth for the runs' drift. Nearest
-# rounding stalls exp_avg_sq at beta2 .999 (a step changes it by less than half a code): up to 1.2 in length.
+# The total update of 100 steps on 4-bit moments against that on fp32 ones: least cosine, and the ratio of
+# lengths. One rounding changes an element of exp_avg by up to .11 of its block's largest; with beta1 .9 ten
+# of them add up, at random, to .36, so cos(atan(.36)) = .94 is left, less a tenth for the runs' drift.
+# Nearest rounding stalls exp_avg_sq at beta2 .999 (a step changes it by less than half a code): up to 1.2.
 UPDATE_COSINE, UPDATE_LENGTH = 0.85, (0.8, 1.25)
 
 
@@ -146,6 +146,15 @@ def test_torchs_state_dict_resumes_in_ours(state_format: str) -> None:
     train(theirs, first, steps=range(5, 10))
     train(ours, second, steps=range(5, 10))
     assert same(ours, theirs) is (state_format == "fp32")
+
+
+def test_adams_state_dict_does_not_turn_the_decay_into_l2() -> None:
+    ours, theirs = Model(), Model()
+    optimizer = AdamW(ours.parameters(), state_format="fp32")
+    optimizer.load_state_dict(torch.optim.Adam(theirs.parameters(), weight_decay=0.5).state_dict())
+    train(ours, optimizer, steps=range(3))
+    train(theirs, torch.optim.AdamW(theirs.parameters(), weight_decay=0.5, foreach=False), steps=range(3))
+    assert same(ours, theirs)
 
 
 def test_state_of_another_format_is_converted_to_this_optimisers() -> None:

@@ -92,6 +92,4 @@ def _runs(module: nn.Module, path: str) -> list[Block]:
     starts = _run_starts(module)
     length = math.isqrt(len(starts) - 1) + 1
     cuts = [0, *starts[length::length], len(module)]
-    return [
-        Block(f"{path}[{start}:{stop}]", path, start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)
-    ]
+    return [Block(f"{path}[{start}:{stop}]", path, start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]

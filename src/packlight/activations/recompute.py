@@ -23,6 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from packlight.activations.blocks import Block, find_blocks
 
+MAX_COPIED_ELEMENTS = 2**16
+"""Buffers up to this size are copied at every call of a recomputed block."""
+
 _state = threading.local()
 _Slot = tuple[dict[str, torch.Tensor | None], tuple[int, str], torch.Tensor]
 
@@ -150,8 +153,7 @@ class _ProtocolFunction:
         return _run(function, self._buffers, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        reduced: tuple[Any, ...] = functools.partial(checkpoint, use_reentrant=False).__reduce__()
-        return reduced
+        return tuple(functools.partial(checkpoint, use_reentrant=False).__reduce__())
 
 
 class _RecomputedRuns:
@@ -191,9 +193,12 @@ def _run(function: Callable[..., Any], buffers: "_Buffers", *args: Any) -> Any:
 class _Buffers:
     """The buffers of a block, so that its second run starts from the values of the first and changes nothing.
 
+    A change cannot be told from a buffer's version: batch norm's kernels write running statistics without raising it. So
+    small buffers are always copied; a large one (a mask, a table) is compared by value at the first call.
+
     ```
-    1 first run    note each buffer's tensor and version; copy those known to change (at the first call: all)
-    2 after it     versions and tensors that differ name the buffers that change; the other copies are dropped
+    1 first run    note each buffer's tensor and version; copy the small ones and those known to change
+    2 after it     at the first call, compare the large ones; later, a version that rose for the first time is an error
     3 second run   the noted values are put in place, on copies
     4 after it     the present tensors are put back
     ```
@@ -204,43 +209,51 @@ class _Buffers:
         self._changing: set[tuple[int, str]] | None = None
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return the contexts of the first and of the second run, for `checkpoint`."""
         noted: dict[tuple[int, str], torch.Tensor] = {}
         return self._first_run(noted), _SecondRun(self, noted)
 
-    def _slots(self) -> Iterator[tuple[tuple[int, str], dict[str, torch.Tensor | None], torch.Tensor]]:
+    def _slots(self) -> Iterator[_Slot]:
         owners = (owner for module in self._modules for owner in module.modules())
         for position, owner in enumerate(owners):
             for name, buffer in owner._buffers.items():
                 if buffer is not None:
-                    yield (position, name), owner._buffers, buffer
+                    yield owner._buffers, (position, name), buffer
 
     @contextmanager
     def _first_run(self, noted: dict[tuple[int, str], torch.Tensor]) -> Iterator[None]:
-        before = {key: (buffer, buffer._version) for key, _, buffer in self._slots()}  # step 1
+        before = {key: (buffer, buffer._version) for _, key, buffer in self._slots()}  # step 1
         with torch.no_grad():
             for key, (buffer, _) in before.items():
-                if self._changing is None or key in self._changing:
+                if self._changing is None or key in self._changing or buffer.numel() <= MAX_COPIED_ELEMENTS:
                     noted[key] = buffer.clone()
         yield
-        changed = {
-            key
-            for key, _, buffer in self._slots()
-            if key in before and (buffer is not before[key][0] or buffer._version != before[key][1])
-        }
-        if not changed <= noted.keys():  # step 2
-            name = min(changed - noted.keys())[1]
-            raise RuntimeError(f"buffer {name!r} changed in forward for the first time; its block cannot be recomputed")
-        self._changing = (self._changing or set()) | changed
-        for key in noted.keys() - self._changing:
-            del noted[key]
+        if self._changing is None:  # step 2
+            self._changing = {key for _, key, buffer in self._slots() if _differs(buffer, noted.get(key))}
+        for _, key, buffer in self._slots():
+            if key not in noted and (buffer is not before[key][0] or buffer._version != before[key][1]):
+                raise RuntimeError(
+                    f"buffer {key[1]!r} of {buffer.numel()} elements changed in forward for the first time after earlier "
+                    "calls had left it alone, so its block cannot be recomputed; keep that block"
+                )
+        for key in [key for key in noted if key not in self._changing]:
+            if noted[key].numel() > MAX_COPIED_ELEMENTS:
+                del noted[key]
 
     def swap_in(self, noted: dict[tuple[int, str], torch.Tensor]) -> list[_Slot]:
         """Put copies of the noted values in place (step 3), and return what stood there."""
-        present = [(owner, key, buffer) for key, owner, buffer in self._slots() if key in noted]
+        present = [slot for slot in self._slots() if slot[1] in noted]
         with torch.no_grad():
             for owner, key, _ in present:
                 owner[key[1]] = noted[key].clone()
         return present
+
+
+def _differs(buffer: torch.Tensor, before: torch.Tensor | None) -> bool:
+    """Tell whether a large buffer has another value than before; small ones need no answer."""
+    if buffer.numel() <= MAX_COPIED_ELEMENTS or before is None:
+        return False
+    return buffer.shape != before.shape or not torch.equal(buffer, before)
 
 
 class _SecondRun:

@@ -116,9 +116,7 @@ def read_text() -> tuple[Tensor, Tensor]:
     return train, held_out
 
 
-def draw_batch(
-    text: Tensor, generator: torch.Generator, *, batch: int, context: int
-) -> tuple[Tensor, Tensor]:
+def draw_batch(text: Tensor, generator: torch.Generator, *, batch: int, context: int) -> tuple[Tensor, Tensor]:
     """Cut windows at random places: the inputs and, one byte later, the targets (int64, batch x context)."""
     starts = torch.randint(len(text) - context, (batch,), generator=generator).tolist()
     windows = torch.stack([text[start : start + context + 1] for start in starts]).long()
@@ -154,8 +152,7 @@ def evaluate(model: nn.Module, text: Tensor, *, batch: int, context: int) -> flo
     model.eval()
     with torch.no_grad():
         losses = [
-            next_byte_loss(model, *draw_batch(text, generator, batch=batch, context=context)).item()
-            for _ in range(4)
+            next_byte_loss(model, *draw_batch(text, generator, batch=batch, context=context)).item() for _ in range(4)
         ]
     return statistics.fmean(losses)
 
@@ -224,12 +221,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="optimiser steps (default: 24)")
     parser.add_argument("--batch", type=int, default=8, help="windows in a batch (default: 8)")
     parser.add_argument("--context", type=int, default=256, help="bytes in a window (default: 256)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the initial weights and the batches (default: 0)"
-    )
-    parser.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, default=True, help="show a bar on stderr"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches (default: 0)")
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show a bar on stderr")
     parser.add_argument("--result", type=Path, metavar="PATH", help="write losses and times here, as JSON")
     return parser.parse_args()
 

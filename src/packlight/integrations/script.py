@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from packlight.integrations.session import ScriptStop, Session, Settings
+from packlight.planner.session import SessionStop, Session, Settings
 from packlight.records import Run
 
-__all__ = ["Outcome", "ScriptStop", "Settings", "Target", "run_script"]
+__all__ = ["Outcome", "SessionStop", "Settings", "Target", "run_script"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def run_script(target: Target, settings: Settings) -> Outcome:
         exit_status, message = _run(target)
         record = _record(target, session)
     if exit_status == 0 and not session.trained and not message:
-        return Outcome(2, None, "the script ended without a training step that packlight could see; nothing was planned")
+        return Outcome(
+            2, None, "the script ended without a training step that packlight could see; nothing was planned"
+        )
     if message == "planned":
         return Outcome(exit_status, None)
     return Outcome(exit_status, record, message)
@@ -83,7 +85,7 @@ def _run(target: Target) -> tuple[int, str]:
                 runpy.run_module(target.script, run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(target.script, run_name="__main__")
-    except ScriptStop as stop:
+    except SessionStop as stop:
         return stop.exit_status, str(stop)
     except SystemExit as stop:
         return _exit_status(stop.code), ""

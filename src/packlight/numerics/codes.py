@@ -91,8 +91,6 @@ def _guess_tables(book: CodeBook, device: torch.device) -> tuple[Tensor, Tensor]
     edges = [low + i * width for i in range(GUESS_CELLS + 1)]
     least = [sum(middle < edge - slack for middle in book.midpoints) for edge in edges]
     most = [sum(middle < edge + slack for middle in book.midpoints) for edge in edges]
-    assert all(after - before <= 1 for before, after in zip(least, most[1:], strict=False)), (
-        "cells are too wide"
-    )
+    assert all(after - before <= 1 for before, after in zip(least, most[1:], strict=False)), "cells are too wide"
     guesses = torch.tensor(least[:-1], dtype=torch.int32, device=device)
     return guesses, torch.tensor([*book.midpoints, math.inf], dtype=torch.float32, device=device)

@@ -111,16 +111,12 @@ def _scale_of(moment: Moment, scales: tuple[Tensor, ...]) -> _Scale:
     if moment.format.scale == "block":
         return _Scale(scales[0], None, moment.format.block_elements)
     axes = len(moment.shape) - 1
-    spread = [
-        vector.view([-1 if k == axis else 1 for k in range(axes)]) for axis, vector in enumerate(scales[1:])
-    ]
+    spread = [vector.view([-1 if k == axis else 1 for k in range(axes)]) for axis, vector in enumerate(scales[1:])]
     inner = functools.reduce(torch.minimum, spread).reshape(-1)
     return _Scale(scales[0], inner, inner.numel())
 
 
-def zero_moment(
-    shape: Sequence[int], moment_format: MomentFormat, *, device: torch.device | str = "cpu"
-) -> Moment:
+def zero_moment(shape: Sequence[int], moment_format: MomentFormat, *, device: torch.device | str = "cpu") -> Moment:
     """Return a stored moment that decodes to zeros.
 
     Args:
@@ -140,9 +136,7 @@ def zero_moment(
 
 
 @torch.no_grad()
-def encode(
-    values: Tensor, moment_format: MomentFormat, *, device: torch.device | str | None = None
-) -> Moment:
+def encode(values: Tensor, moment_format: MomentFormat, *, device: torch.device | str | None = None) -> Moment:
     """Store a tensor in a moment format.
 
     code(x) = the nearest book value's index to x / scale(x), the lower one of two equally near.
@@ -255,11 +249,7 @@ def _chunks(moment: Moment) -> Iterator[tuple[int, int]]:
     """Cut a flat tensor at multiples of 128 elements, and at ends of rows where that is possible."""
     numel = moment.numel
     limit = CPU_CHUNK_ELEMENTS if moment.codes.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
-    unit = (
-        math.lcm(BLOCK_ELEMENTS, numel // moment.shape[0])
-        if moment.format.scale == "rank1"
-        else BLOCK_ELEMENTS
-    )
+    unit = math.lcm(BLOCK_ELEMENTS, numel // moment.shape[0]) if moment.format.scale == "rank1" else BLOCK_ELEMENTS
     size = limit // unit * unit or limit
     return ((start, min(start + size, numel)) for start in range(0, numel, size))
 

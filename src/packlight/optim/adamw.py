@@ -224,12 +224,8 @@ class AdamW(Optimizer):
     def _put_states(self, taken: dict[str, Any]) -> None:
         saved = chain.from_iterable(_saved_parameters(group) for group in taken["param_groups"])
         states = {
-            param: _converted(
-                taken["state"][index], param, saved_format=saved_format, state_format=state_format
-            )
-            for (index, saved_format), (param, state_format) in zip(
-                saved, self._all_parameters(), strict=True
-            )
+            param: _converted(taken["state"][index], param, saved_format=saved_format, state_format=state_format)
+            for (index, saved_format), (param, state_format) in zip(saved, self._all_parameters(), strict=True)
             if index in taken["state"]
         }
         self.state.update(states)

@@ -81,9 +81,7 @@ class Adoption:
         self._loaded: dict[Tensor, State] = {}
         for param, name in self._formats.items():
             if optimizer.state.get(param):
-                self._adopt_state(
-                    param, from_portable(_moments_of(optimizer.state[param]), state_format=name)
-                )
+                self._adopt_state(param, from_portable(_moments_of(optimizer.state[param]), state_format=name))
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -209,15 +207,11 @@ class Adoption:
             _raise_if(_group_refusal(group))
         indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         managed = {
-            index: param
-            for index, param in zip(indices, _params(optimizer), strict=False)
-            if param in self._formats
+            index: param for index, param in zip(indices, _params(optimizer), strict=False) if param in self._formats
         }
         states = state_dict["state"]
         self._loaded = {
-            param: from_portable(
-                _moments_of(states[index]), state_format=self._formats[param], device=param.device
-            )
+            param: from_portable(_moments_of(states[index]), state_format=self._formats[param], device=param.device)
             for index, param in managed.items()
             if states.get(index)
         }
@@ -334,7 +328,5 @@ def _own_state(state: CompactState, param: Tensor, group: Mapping[str, Any]) -> 
 def _show_portable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Replace compact states by fp32 ones on the CPU, so that saving takes no device memory."""
     states = state_dict["state"].items()
-    shown = {
-        key: state.portable("cpu") if isinstance(state, CompactState) else state for key, state in states
-    }
+    shown = {key: state.portable("cpu") if isinstance(state, CompactState) else state for key, state in states}
     return {**state_dict, "state": shown}

@@ -84,9 +84,7 @@ def init_state(param: Tensor, state_format: str) -> State:
     )
 
 
-def stored_moments(
-    state: Mapping[str, Tensor], shape: Sequence[int], state_format: str
-) -> tuple[Moment, Moment]:
+def stored_moments(state: Mapping[str, Tensor], shape: Sequence[int], state_format: str) -> tuple[Moment, Moment]:
     """Return the two moments of a compact state; they share its tensors.
 
     Args:
@@ -137,9 +135,7 @@ def to_portable(
     return {"step": _step_tensor(state["step"]), **dict(zip(MOMENTS, values, strict=True))}
 
 
-def from_portable(
-    portable: Mapping[str, Any], *, state_format: str, device: torch.device | str | None = None
-) -> State:
+def from_portable(portable: Mapping[str, Any], *, state_format: str, device: torch.device | str | None = None) -> State:
     """Return the compact form of a state that torch.optim.AdamW holds.
 
     Args:
@@ -251,9 +247,7 @@ def _keys(name: str, moment: MomentFormat, shape: Sequence[int]) -> list[str]:
 def _pack(step: Tensor, moments: Sequence[Moment]) -> State:
     state = {"step": step}
     for name, moment in zip(MOMENTS, moments, strict=True):
-        state.update(
-            zip(_keys(name, moment.format, moment.shape), (moment.codes, *moment.scales), strict=True)
-        )
+        state.update(zip(_keys(name, moment.format, moment.shape), (moment.codes, *moment.scales), strict=True))
     return state
 
 

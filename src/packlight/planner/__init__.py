@@ -9,7 +9,8 @@ True
 """
 
 from packlight.planner.apply import Applied, apply, fit
-from packlight.planner.profile import Call, ProfileError, Seen, profile
+from packlight.planner.loop import Call, Seen
+from packlight.planner.profile import ProfileError, profile
 from packlight.planner.solve import plan, solve
 
 __all__ = ["Applied", "Call", "ProfileError", "Seen", "apply", "fit", "plan", "profile", "solve"]

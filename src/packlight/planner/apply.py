@@ -14,10 +14,11 @@ from torch import nn
 from packlight.activations.recompute import recompute
 from packlight.budget import Budget
 from packlight.optim.adopt import adopt
+from packlight.planner.loop import Loss
 from packlight.planner.measure import StepWatch
-from packlight.planner.profile import Loss, parameter_names
 from packlight.planner.solve import EXACT_FORMATS
 from packlight.planner.solve import plan as make_plan
+from packlight.planner.trace import parameter_names
 from packlight.records import Measurement, Plan
 
 

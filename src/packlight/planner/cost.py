@@ -110,9 +110,7 @@ class StepCost:
     def _replay(self, region: Region, saves: list[Save]) -> _Replay:
         """Run through a region's events up to its last save; early stop ends the second run there."""
         storages = self.profile.storages
-        inside = [
-            at for at, storage in enumerate(storages) if region.start <= storage.born < region.last_packed
-        ]
+        inside = [at for at, storage in enumerate(storages) if region.start <= storage.born < region.last_packed]
         saved: dict[int, int] = {}
         for save in saves:
             if region.start <= storages[save.storage].born:
@@ -175,7 +173,9 @@ class StepCost:
         return (ends >= self.profile.num_events) & ~gradients
 
     def _moment(self, at: int) -> str:
-        return "forward" if at < self.profile.forward_end else "loss" if at < self.profile.backward_start else "backward"
+        return (
+            "forward" if at < self.profile.forward_end else "loss" if at < self.profile.backward_start else "backward"
+        )
 
     def _by_category(
         self, at: int, ends: torch.Tensor, replays: list[_Replay], replayed: _Replay | None

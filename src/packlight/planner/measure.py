@@ -302,5 +302,3 @@ def _reset_resident_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return
-
-

@@ -16,7 +16,8 @@ from torch import nn
 
 from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.cost import Cost, StepCost
-from packlight.planner.profile import Loss, Seen, profile
+from packlight.planner.loop import Loss
+from packlight.planner.profile import profile
 from packlight.records import Choice, Estimate, Plan
 from packlight.step import OptimizerCost, Profile
 
@@ -64,7 +65,7 @@ def plan(
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     allowed = Budget.of(budget, total_bytes=device_bytes(device) if device.type != "meta" else None)
-    return solve(profile(model, batch, optimizer, loss=loss, seen=Seen()), allowed, exact=exact)
+    return solve(profile(model, batch, optimizer, loss=loss), allowed, exact=exact)
 
 
 def device_bytes(device: torch.device) -> int:

@@ -38,7 +38,7 @@ def show(record: Plan | Run, *, console: Console | None = None) -> None:
     if run is not None:
         out.print(f"[bold]run[/bold] of {' '.join(run.script)}")
     if plan is not None:
-        out.print(str(plan), highlight=False, markup=False)
+        out.print(str(plan), highlight=False, markup=False, soft_wrap=True)
         out.print(_choices(plan))
     out.print(_peaks(plan.estimate if plan else None, run.measurement if run else None))
     if run is not None:
@@ -75,7 +75,10 @@ def _comparison_rows(runs: dict[str, Run], losses: dict[str, float]) -> list[tup
     measured = {name: run.measurement for name, run in runs.items()}
     return [
         ("budget", [format_bytes(run.plan.budget_bytes) if run.plan else "-" for run in runs.values()]),
-        ("peak predicted", [format_bytes(run.estimate.device_peak_bytes) if run.estimate else "-" for run in runs.values()]),
+        (
+            "peak predicted",
+            [format_bytes(run.estimate.device_peak_bytes) if run.estimate else "-" for run in runs.values()],
+        ),
         ("peak measured", [format_bytes(each.device_peak_bytes) for each in measured.values()]),
         ("resident peak", [format_bytes(each.resident_peak_bytes) for each in measured.values()]),
         ("seconds per step", [_seconds(each.step_seconds) for each in measured.values()]),

@@ -31,8 +31,9 @@ from torch.optim.optimizer import (
 from packlight.activations.recompute import Recomputation, recompute
 from packlight.budget import Budget, BudgetError
 from packlight.planner.apply import adopt_formats
+from packlight.planner.loop import Call, Seen
 from packlight.planner.measure import StepWatch
-from packlight.planner.profile import Call, ProfileError, Seen, profile
+from packlight.planner.profile import ProfileError, profile
 from packlight.planner.solve import device_bytes, most_saving, predicted_step_seconds, rescale, solve
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
@@ -40,7 +41,7 @@ from packlight.step import Profile
 NUM_KEPT_LOSSES = 10
 
 
-class ScriptStop(BaseException):
+class SessionStop(BaseException):
     """Ends a script from inside; not an `Exception`, so that the script's own handlers let it through."""
 
     def __init__(self, message: str, *, exit_status: int, smallest_bytes: int | None = None) -> None:
@@ -86,7 +87,7 @@ class Session:
         self._model: nn.Module | None = None
         self._recomputation: Recomputation | None = None
         self._undo: list[Callable[[], None]] = []
-        self._stop: ScriptStop | None = None
+        self._stop: SessionStop | None = None
         self._num_updates = self._depth = 0
         self._between = self._planning = False
         self._gradients: Literal["none", "forward", "step"] = "none"
@@ -185,7 +186,7 @@ class Session:
         self._model, self._call, self._optimizers = _unwrapped(module), call, trained
         try:
             self._plan_before_first_step()
-        except ScriptStop as stop:
+        except SessionStop as stop:
             self._stop = stop
             module.register_forward_pre_hook(lambda *_: self._stop_again())
             raise
@@ -202,7 +203,7 @@ class Session:
     def _refuse_other_models(self, module: nn.Module, own: set[torch.Tensor]) -> None:
         others = [optimizer for optimizer in self._made if not own.intersection(_parameters(optimizer))]
         if others and self.settings.budget is not None:
-            raise ScriptStop(
+            raise SessionStop(
                 f"the script trains two models: {type(module).__name__}, and what {type(others[0]).__name__} steps. "
                 "packlight run plans for one; call packlight.fit on each in the script",
                 exit_status=2,
@@ -218,7 +219,7 @@ class Session:
         self.first_estimate, self.plan = plan.estimate, plan
         self.settings.tell(plan, "")
         if self.settings.stop_before_step:
-            raise ScriptStop("planned", exit_status=0)
+            raise SessionStop("planned", exit_status=0)
         assert self._model is not None
         self._recomputation = recompute(self._model, sorted(most_saving(step)))  # step 2
         self._step = step
@@ -231,9 +232,9 @@ class Session:
             step = profile(self._model, self._call, self._optimizers, seen=seen)
             return step, solve(step, budget, exact=self.settings.exact)
         except BudgetError as error:
-            raise ScriptStop(str(error), exit_status=3, smallest_bytes=error.smallest_bytes) from None
+            raise SessionStop(str(error), exit_status=3, smallest_bytes=error.smallest_bytes) from None
         except ProfileError as error:
-            raise ScriptStop(str(error), exit_status=2) from error
+            raise SessionStop(str(error), exit_status=2) from error
         finally:
             self._planning = False
 

@@ -1,0 +1,70 @@
+"""What is known of the loop around a model: how it calls the model, and what it keeps alive between steps.
+
+A model's forward is half of a step; the other half is the user's own code. These two records say what a trace has to
+know of it, whether the user told it or a real first step showed it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from packlight.step import Tail
+
+Loss = Callable[[Any, Any], torch.Tensor]
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+
+
+def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
+    """Return the types of device for which autocast is on now, with its dtype."""
+    types = ("cpu", "cuda")
+    return tuple((at, torch.get_autocast_dtype(at)) for at in types if torch.is_autocast_enabled(at))
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model is called in a step; it remembers the autocast that it is made under."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    autocast: tuple[tuple[str, torch.dtype], ...] = field(default_factory=_autocast_state)
+
+    @classmethod
+    def of(cls, batch: Any) -> "Call":
+        """Read a batch: a mapping is `model(**batch)`, a tuple `model(*batch)`, anything else `model(batch)`."""
+        if isinstance(batch, Call):
+            return batch
+        if isinstance(batch, Mapping):
+            return cls(kwargs=dict(batch))
+        return cls(tuple(batch)) if isinstance(batch, tuple) else cls((batch,))
+
+    @contextmanager
+    def autocasting(self) -> Iterator[None]:
+        """Run under the call's autocast; casts that it cached for tensors of the trace are dropped at the end."""
+        with ExitStack() as stack:
+            for device_type, dtype in self.autocast:
+                stack.enter_context(torch.autocast(device_type, dtype=dtype))
+            yield
+        torch.clear_autocast_cache()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of the loop around the model, from the user or from a real first step.
+
+    Attributes:
+        tail: what the loss outside the model allocates; None: trace `loss`, the model's own, or a guess.
+        num_microbatches: forward and backward passes for one optimiser step.
+        gradients: how long gradients of the step before (or of earlier microbatches) live on: "none" where they are
+            gone before forward, "forward" where they go between forward and backward, "step" where backward adds to them.
+        other_bytes: bytes of tensors that are not of the model and the optimiser; None: buffers and the batch.
+        keeps_outputs: whether the loop still holds the model's output when the next step begins.
+    """
+
+    tail: Tail | None = None
+    num_microbatches: int = 1
+    gradients: Literal["none", "forward", "step"] = "none"
+    other_bytes: int | None = None
+    keeps_outputs: bool = True
