@@ -20,7 +20,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "packlight"
 #: The first part of a module's name (below packlight) -> the modules it may import besides its own folder and
 #: records. A folder's name stands for all in it. "" is packlight/__init__.py.
 ARROWS: dict[str, set[str]] = {
+    "budget": set(),
     "records": set(),
+    "step": set(),
     "numerics": set(),
     "optim": {"numerics"},
     "activations": {"numerics"},
@@ -40,7 +42,9 @@ NO_SIBLINGS = {"integrations"}
 
 #: The third-party packages that a part may import; optional frameworks have a table of their own.
 THIRD_PARTY: dict[str, set[str]] = {
+    "budget": set(),
     "records": set(),
+    "step": set(),
     "report": {"rich", "plotly"},
     "cli": {"torch", "click", "rich"},
     "demo": {"torch", "rich"},
@@ -186,7 +190,7 @@ def keeps_to_the_arrows(modules: Sequence[Module]) -> Iterator[str]:
 def may_import(module: Module, target: str) -> bool:
     allowed = set(ARROWS[module.part])
     if module.part not in NO_RECORDS:
-        allowed.add("records")
+        allowed |= {"budget", "records", "step"}
     if module.part not in {"", *NO_SIBLINGS}:
         allowed.add(module.part)
     return any(inside(target, name) for name in allowed)

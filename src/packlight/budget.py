@@ -23,6 +23,9 @@ class BudgetError(ValueError):
 def format_bytes(num_bytes: float) -> str:
     """Write a number of bytes for a person.
 
+    Returns:
+        The number with two digits after the point and the largest binary unit up to GiB that it reaches.
+
     >>> format_bytes(3 * 2**30 // 2)
     '1.50 GiB'
     """
@@ -32,7 +35,7 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def parse_bytes(text: int | str, *, total_bytes: int | None = None) -> int:
+def parse_bytes(text: object, *, total_bytes: int | None = None) -> int:
     """Read a number of bytes: an int, "12GiB", "800MB", or "80%" of `total_bytes`.
 
     Returns:
@@ -75,6 +78,9 @@ class Budget:
     @classmethod
     def of(cls, budget: "int | str | Budget", *, total_bytes: int | None = None) -> "Budget":
         """Read a budget of device bytes, and hold it against the device's size `total_bytes` where that is known.
+
+        Returns:
+            The budget.
 
         Raises:
             ValueError: it cannot be read, is not positive, or is larger than the device.

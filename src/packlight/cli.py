@@ -1,7 +1,7 @@
 """The `packlight` command: run, plan, explain and demo, on training scripts that nobody edits.
 
-What packlight says of a run goes to standard error, so that a script's own output stays as it is. Exit status: the script's
-own; 2 for wrong usage, 3 where no plan fits the budget (nothing was trained, nothing was written).
+What packlight says of a run goes to standard error, so that a script's own output stays as it is. Exit status: the
+script's own; 2 for wrong usage, 3 where no plan fits the budget (nothing was trained, nothing was written).
 """
 
 import json

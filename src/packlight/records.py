@@ -38,8 +38,11 @@ class JsonRecord:
         return {"schema": SCHEMA, "kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: object) -> Self:
         """Build the record from what `to_dict` returned.
+
+        Returns:
+            The record.
 
         Raises:
             ValueError: another kind of record, a newer schema, or missing or unknown fields.
@@ -71,6 +74,9 @@ class JsonRecord:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a record that `save` wrote.
 
+        Returns:
+            The record.
+
         Raises:
             ValueError: the file is not JSON, or not such a record.
         """
@@ -79,6 +85,9 @@ class JsonRecord:
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON object from a file.
+
+    Returns:
+        The object.
 
     Raises:
         ValueError: the file does not hold a JSON object.

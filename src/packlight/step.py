@@ -1,7 +1,8 @@
 """A training step as a record: the births and deaths of its storages on one line of events.
 
 PyTorch can trace a step's memory only as it happens, under one choice of what is kept. The idea here: a storage that
-autograd saves has two ends, the one that it would have without autograd (`Storage.died`) and the one that autograd gives
+autograd saves has two ends, the one that it would have without autograd (`Storage.died`) and the one that autograd
+gives
 it (`Save.released`). With both known, every choice is arithmetic on intervals: *keep* ends a storage at its release,
 *recompute* ends it at its natural death and gives birth to it again just before its block's backward.
 `planner/profile.py` writes this record from one step on fake tensors, `planner/cost.py` does the arithmetic.
@@ -21,7 +22,8 @@ class Storage:
     Attributes:
         num_bytes: its size.
         born: the event at which it appears.
-        died: the event at which everybody but autograd has let go of it; `Profile.num_events` where it outlives the step.
+        died: the event at which everybody but autograd has let go of it; `Profile.num_events` where it outlives the
+        step.
         phase: where it was born: "forward", "loss", "backward" or "recompute" (inside the script's own checkpoints).
         is_gradient: whether it is a parameter's gradient at the end of backward.
     """

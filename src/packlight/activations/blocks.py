@@ -7,6 +7,7 @@ are walked into. A flat `nn.Sequential` of primitive layers has no such child, s
 layers, each beginning at a layer with a weight matrix (Chen et al. 2016, arXiv 1604.06174, section 4.2).
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,4 +93,4 @@ def _runs(module: nn.Module, path: str) -> list[Block]:
     starts = _run_starts(module)
     length = math.isqrt(len(starts) - 1) + 1
     cuts = [0, *starts[length::length], len(module)]
-    return [Block(f"{path}[{start}:{stop}]", path, start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [Block(f"{path}[{start}:{stop}]", path, start, stop) for start, stop in itertools.pairwise(cuts)]

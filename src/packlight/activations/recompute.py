@@ -2,7 +2,8 @@
 
 `torch.utils.checkpoint` does this for a function that the user wraps. Two things are missing for a model that nobody
 edits: it must be put around blocks that exist already and come off again without a trace, and a block with side
-effects must have them once. The idea: the block's `forward` is replaced on the instance (its hooks stay outside, as they
+effects must have them once. The idea: the block's `forward` is replaced on the instance (its hooks stay outside, as
+they
 would around the block), and buffers that the forward changes (running statistics of batch norm) are put back to their
 earlier values for the second run and to their present ones after it.
 
@@ -153,7 +154,7 @@ class _ProtocolFunction:
         return _run(function, self._buffers, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return tuple(functools.partial(checkpoint, use_reentrant=False).__reduce__())
+        return (functools.partial, (checkpoint,), (checkpoint, (), {"use_reentrant": False}, None))
 
 
 class _RecomputedRuns:
@@ -193,8 +194,8 @@ def _run(function: Callable[..., Any], buffers: "_Buffers", *args: Any) -> Any:
 class _Buffers:
     """The buffers of a block, so that its second run starts from the values of the first and changes nothing.
 
-    A change cannot be told from a buffer's version: batch norm's kernels write running statistics without raising it. So
-    small buffers are always copied; a large one (a mask, a table) is compared by value at the first call.
+    A change cannot be told from a buffer's version: batch norm's kernels write running statistics without raising
+    it. So small buffers are always copied; a large one (a mask, a table) is compared by value at the first call.
 
     ```
     1 first run    note each buffer's tensor and version; copy the small ones and those known to change
@@ -233,9 +234,12 @@ class _Buffers:
         for _, key, buffer in self._slots():
             if key not in noted and (buffer is not before[key][0] or buffer._version != before[key][1]):
                 raise RuntimeError(
-                    f"buffer {key[1]!r} of {buffer.numel()} elements changed in forward for the first time after earlier "
-                    "calls had left it alone, so its block cannot be recomputed; keep that block"
-                )
+                    f"buffer {key[1]!r} of {buffer.numel()} elements changed in forward for the first
+                    time after
+                  
+                     earlier " "calls had left it alone, so its block cannot be recomputed; keep that block"
+              
+                 )
         for key in [key for key in noted if key not in self._changing]:
             if noted[key].numel() > MAX_COPIED_ELEMENTS:
                 del noted[key]
@@ -249,7 +253,8 @@ class _Buffers:
         return present
 
 
-def _differs(buffer: torch.Tensor, before: torch.Tensor | None) -> bool:
+def _differs(buffer: torch.Tensor, before: torch.Tensor | None) ->
+bool:
     """Tell whether a large buffer has another value than before; small ones need no answer."""
     if buffer.numel() <= MAX_COPIED_ELEMENTS or before is None:
         return False

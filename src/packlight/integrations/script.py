@@ -1,6 +1,7 @@
 """Runs a Python script or module as `python` would, under a session.
 
-`runpy` runs code in this process but leaves the command line, the import path and the end of a program to its caller. Here
+`runpy` runs code in this process but leaves the command line, the import path and the end of a program to its
+caller. Here
 they are as the script expects them: its own `sys.argv` and `sys.path[0]`, `__name__ == "__main__"`, its own traceback
 without the frames of packlight, and its own exit status.
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from packlight.planner.session import SessionStop, Session, Settings
+from packlight.planner.session import Session, SessionStop, Settings
 from packlight.records import Run
 
 __all__ = ["Outcome", "SessionStop", "Settings", "Target", "run_script"]

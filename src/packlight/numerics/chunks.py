@@ -60,7 +60,8 @@ def write(tensor: Tensor, start: int, stop: int, values: Tensor) -> None:
         stop: one past the last element.
         values: fp32, (stop - start,): the new elements.
     """
-    if values.data_ptr() == tensor.data_ptr() + start * tensor.element_size() and tensor.is_contiguous():
+    shared = values.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+    if shared and values.storage_offset() == tensor.storage_offset() + start and tensor.is_contiguous():
         return
     done = 0
     for view in _views(tensor, start, stop):

@@ -89,7 +89,12 @@ def fit(
     """Plan and apply: make a training step fit a byte budget.
 
     Args:
-        model, optimizer, batch, budget, loss, exact: as for `plan`.
+        model: the module that is trained.
+        optimizer: the optimiser that steps; None for forward and backward alone.
+        batch: what the model takes, as for `plan`.
+        budget: bytes allowed on the training device at the step's peak, as for `plan`.
+        loss: a function of (output, batch) that returns a scalar, as for `plan`.
+        exact: only choices that leave every loss and gradient bit-equal.
 
     Returns:
         The handle of `apply`.
@@ -112,7 +117,10 @@ def fit(
 
 
 def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Let an optimiser keep its states as a plan says; returns what undoes it.
+    """Let an optimiser keep its states as a plan says.
+
+    Returns:
+        What undoes it.
 
     Raises:
         ValueError: the plan wants a format for a state that this optimiser cannot keep in it.

@@ -1,8 +1,8 @@
 """What a plan costs: the step's peak and its seconds, by arithmetic on the intervals of a `Profile`.
 
 Running a step to learn its peak needs the memory that may not be there. Here a plan's line of live bytes is summed up
-from intervals. A kept storage lives from its birth until autograd releases it; a recomputed one dies its natural death in
-forward and is born again when its block's backward begins:
+from intervals. A kept storage lives from its birth until autograd releases it; a recomputed one dies its natural
+death in forward and is born again when its block's backward begins:
 
 ```
 forward           ... | block b runs: births, natural deaths | ...
@@ -78,6 +78,9 @@ class StepCost:
         Args:
             recomputed: paths of the blocks that are recomputed.
             optimizer: the state format; None where there is no optimiser.
+
+        Returns:
+            What the plan costs.
         """
         chosen = frozenset(recomputed)
         replays = [replay for replay in self._replays if replay.region.block in chosen]

@@ -55,5 +55,6 @@ class FakeLine(Timeline):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note what an operator made, and add its seconds."""
         super().observe(func, args, kwargs, out)
         self.seconds += operator_seconds(self.rates, func, args, kwargs, out)

@@ -1,8 +1,8 @@
 """Rates of the machine, and what an operator costs by them.
 
 PyTorch counts floating-point operations and knows no seconds. Here an operator takes the longer of two times, its
-arithmetic over the matrix rate and its bytes over the memory rate (the roofline model, Williams et al. 2009), and no less
-than a launch. The rates are measured in a fraction of a second where the device is at hand; they serve to compare
+arithmetic over the matrix rate and its bytes over the memory rate (the roofline model, Williams et al. 2009), and no
+less than a launch. The rates are measured in a fraction of a second where the device is at hand; they serve to compare
 plans, and the first real step then scales them.
 """
 

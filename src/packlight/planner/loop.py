@@ -17,6 +17,13 @@ Loss = Callable[[Any, Any], torch.Tensor]
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 
+def listed(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
+    """Return one optimiser, several or none as a list."""
+    if optimizers is None:
+        return []
+    return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+
+
 def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     """Return the types of device for which autocast is on now, with its dtype."""
     types = ("cpu", "cuda")
@@ -58,7 +65,8 @@ class Seen:
         tail: what the loss outside the model allocates; None: trace `loss`, the model's own, or a guess.
         num_microbatches: forward and backward passes for one optimiser step.
         gradients: how long gradients of the step before (or of earlier microbatches) live on: "none" where they are
-            gone before forward, "forward" where they go between forward and backward, "step" where backward adds to them.
+            gone before forward, "forward" where they go between forward and backward, "step" where backward adds to
+            them.
         other_bytes: bytes of tensors that are not of the model and the optimiser; None: buffers and the batch.
         keeps_outputs: whether the loop still holds the model's output when the next step begins.
     """

@@ -178,7 +178,7 @@ class StepWatch:
 
     def resume(self) -> None:
         """Put the line back onto the stack."""
-        self.line.__enter__()
+        self.line.__enter__()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Stop watching and take every hook off."""
@@ -262,7 +262,9 @@ class StepWatch:
 
 
 class _ModuleHook:
-    """A hook that stays with one module: in a copy or a pickle of the module it does nothing, and needs no packlight."""
+    """A hook that stays with one module: in a copy or a pickle of the module it does nothing, and needs no
+    packlight.
+    """
 
     def __init__(self, module: nn.Module, function: Callable[..., None]) -> None:
         self._module, self._function = module, function

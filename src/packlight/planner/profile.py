@@ -1,7 +1,9 @@
 """Profiles a training step before it runs: one trace on fake tensors, with the loss that the loop will compute.
 
-torch has parts of this (`MemTracker`, `FakeTensorMode`) and leaves out the half of a step that stands outside the model.
-Here the loss is the caller's function, the model's own, a guess that says so, or, once a real step has been seen, a stand-in
+torch has parts of this (`MemTracker`, `FakeTensorMode`) and leaves out the half of a step that stands outside the
+model.
+Here the loss is the caller's function, the model's own, a guess that says so, or, once a real step has been seen, a
+stand-in
 that allocates what the real loss allocated. Blocks whose forward cannot be run twice are found on fake tensors too.
 """
 
@@ -125,11 +127,10 @@ def _loss(output: Any, *, batch: Call, loss: Loss | None, seen: Seen, notes: lis
         chosen = [tensors[position] for position in seen.tail.outputs if position < len(tensors)]
         return _SeenTail.apply(seen.tail, *chosen)  # type: ignore[no-any-return, no-untyped-call]
     if loss is not None:
-        scalar = loss(output, batch.kwargs or (batch.args if len(batch.args) > 1 else batch.args[0]))
+        scalar: Any = loss(output, batch.kwargs or (batch.args if len(batch.args) > 1 else batch.args[0]))
     else:
-        scalar = output["loss"] if isinstance(output, Mapping) and "loss" in output else getattr(output, "loss", None)
-        if scalar is None:
-            scalar = _guess_loss(tensors, notes)
+        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        scalar = _guess_loss(tensors, notes) if own is None else own
     if not isinstance(scalar, torch.Tensor) or scalar.numel() != 1 or not scalar.requires_grad:
         raise ValueError(f"the loss is {scalar!r}; wanted a scalar tensor that depends on parameters")
     return scalar
@@ -151,7 +152,7 @@ class _SeenTail(torch.autograd.Function):
     """Allocates what the real loss was seen to allocate, and hands a gradient to the outputs that got one."""
 
     @staticmethod
-    def forward(ctx: Any, tail: Tail, *outputs: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tail: Tail, *outputs: torch.Tensor) -> torch.Tensor:
         ctx.tail, ctx.outputs = tail, [(output.shape, output.dtype, output.device) for output in outputs]
         device = outputs[0].device if outputs else "cpu"
         torch.empty(tail.forward_peak_bytes, dtype=torch.uint8, device=device)

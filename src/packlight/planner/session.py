@@ -1,9 +1,10 @@
 """Plans for a training script while it runs, from outside.
 
 A script names neither its model nor its step. The idea: its optimiser names the parameters that are trained, the first
-outermost module that is called with gradients and holds them is the model, and that call has real shapes. What cannot be
-known then, the loss outside the model, is seen in step 1, which runs under the most saving choice of blocks; the states'
-format is decided only when the optimiser steps for the first time, because states do not exist before.
+outermost module that is called with gradients and holds them is the model, and that call has real shapes. What
+cannot be
+known then, the loss outside the model, is seen in step 1, which runs under the most saving choice of blocks; the
+states' format is decided only when the optimiser steps for the first time, because states do not exist before.
 
 ```
 1 the model is called for the first time   profile on fake tensors, first plan; nothing fits: stop before training
@@ -177,7 +178,7 @@ class Session:
 
     def _consider(self, module: nn.Module, call: Call) -> None:
         """Take a module as the model if an optimiser holds parameters of it (step 1)."""
-        own = set(module.parameters())
+        own: set[torch.Tensor] = set(module.parameters())
         trained = [optimizer for optimizer in self._made if own.intersection(_parameters(optimizer))]
         if not trained:
             return
@@ -251,7 +252,7 @@ class Session:
         """Take in an optimiser that was made after the first forward."""
         assert self._model is not None and self._watch is not None
         if set(self._model.parameters()).isdisjoint(_parameters(optimizer)):
-            self._refuse_other_models(self._model, set(self._model.parameters()))
+            self._refuse_other_models(self._model, set[torch.Tensor](self._model.parameters()))
         self._optimizers.append(optimizer)
         self._watch.optimizers.append(optimizer)
 
@@ -327,7 +328,8 @@ def _device(model: nn.Module) -> torch.device:
 def _unwrapped(module: nn.Module) -> nn.Module:
     """Return the model inside torch's own data-parallel wrapper."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        return module.module
+        inner: nn.Module = module.module
+        return inner
     return module
 
 

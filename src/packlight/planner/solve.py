@@ -1,13 +1,13 @@
 """Finds the fastest plan whose predicted peak fits the budget.
 
-torch's own choices are all or nothing, or a fraction that nobody can relate to bytes. The idea, for blocks that are kept
-or recomputed: look at where the peak stands, and recompute the block that spares the most bytes there for each
+torch's own choices are all or nothing, or a fraction that nobody can relate to bytes. The idea, for blocks that are
+kept or recomputed: look at where the peak stands, and recompute the block that spares the most bytes there for each
 second it costs; among equals the earliest, whose bytes live longest. Repeat until the peak fits, then take back every
 choice that turns out not to be needed. This is done for each state format, and the fastest result is taken. Every step
 is judged by the whole line of events (`cost.py`), never by the sum of what was spared.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -84,12 +84,16 @@ def solve(step: Profile, budget: Budget, *, exact: bool = False) -> Plan:
         budget: bytes allowed on the device.
         exact: only choices that leave every loss and gradient bit-equal.
 
+    Returns:
+        The fastest plan that fits.
+
     Raises:
         BudgetError: nothing fits; it names the smallest budget that would.
     """
     costs = StepCost(step)
     allowed_bytes = int(budget.device_bytes * (1 - HEADROOM))
-    formats = [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS] or [None]
+    allowed = [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS]
+    formats: list[OptimizerCost | None] = [*allowed] or [None]
     smallest = min(_least(costs, optimizer).peak_bytes for optimizer in formats)
     smallest_budget_bytes = int(smallest / (1 - HEADROOM)) + 1
     found = [result for optimizer in formats if (result := _fit(costs, optimizer, allowed_bytes)) is not None]
@@ -102,7 +106,7 @@ def solve(step: Profile, budget: Budget, *, exact: bool = False) -> Plan:
         budget_bytes=budget.device_bytes,
         exact=exact,
         choices=_choices(costs, recomputed),
-        state_formats=_formats(step, optimizer),
+        state_formats=dict(optimizer.formats) if optimizer else {},
         estimate=_estimate(cost, plain),
         smallest_budget_bytes=smallest_budget_bytes,
         notes=step.notes,
@@ -177,10 +181,6 @@ def _choices(costs: StepCost, recomputed: Collection[str]) -> tuple[Choice, ...]
         for block in costs.blocks
         if costs.held_bytes(block) > 0
     )
-
-
-def _formats(step: Profile, optimizer: OptimizerCost | None) -> Mapping[str, str]:
-    return step.state_formats if optimizer is None else dict(optimizer.formats)
 
 
 def _estimate(cost: Cost, plain: Cost) -> Estimate:

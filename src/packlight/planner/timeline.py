@@ -52,7 +52,7 @@ class Timeline(TorchDispatchMode):
 
     def __init__(self, device_type: str) -> None:
         """Count storages on devices of type `device_type`."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device_type = device_type
         self.entries: list[Entry] = []
         self.events: list[int] = []

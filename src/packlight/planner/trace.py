@@ -34,7 +34,7 @@ from packlight.optim.adopt import can_adopt
 from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes, update
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
-from packlight.planner.loop import Call, Optimizers, Seen
+from packlight.planner.loop import Call, Optimizers, Seen, listed
 from packlight.planner.timeline import flat_tensors
 from packlight.step import OptimizerCost, Profile, Region, Save, Storage
 
@@ -69,8 +69,7 @@ class Trace:
 
     def __init__(self, model: nn.Module, optimizer: Optimizers, seen: Seen) -> None:
         self.seen, self.real_model = seen, model
-        single = isinstance(optimizer, torch.optim.Optimizer)
-        self.real_optimizers = [optimizer] if single else list(optimizer or ())  # type: ignore[arg-type]
+        self.real_optimizers = listed(optimizer)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._copy = FakeCopy(self.mode)
         with self._copy:
@@ -95,6 +94,7 @@ class Trace:
             self.line.close()
 
     def fake_call(self, call: Call) -> Call:
+        """Return the call with fake tensors in place of real ones."""
         fake = tree_map_only(torch.Tensor, self._copy.fake, (call.args, dict(call.kwargs)))
         return replace(call, args=fake[0], kwargs=fake[1])
 
@@ -191,7 +191,7 @@ class Trace:
             self.model.zero_grad()
         self.backward_start = self.line.now()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            scalar.backward()  # type: ignore[no-untyped-call]
+            scalar.backward()
         self.num_events = self.line.now()
         self.seconds = self.line.seconds
         self._name_gradients()

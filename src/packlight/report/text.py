@@ -1,7 +1,7 @@
 """Prints a saved plan or run as tables: what was chosen, the peak by category beside its prediction, the step time.
 
-A memory snapshot of torch tells every block of the allocator and nothing of what was expected. Here the prediction stands
-beside the measurement, category by category, so that a reader sees at once whether the numbers can be trusted.
+A memory snapshot of torch tells every block of the allocator and nothing of what was expected. Here the prediction
+stands beside the measurement, category by category, so that a reader sees at once whether the numbers can be trusted.
 """
 
 import os
@@ -15,6 +15,9 @@ from packlight.records import CATEGORIES, Choice, Estimate, Measurement, Plan, R
 
 def read_record(path: str | os.PathLike[str]) -> Plan | Run:
     """Read a plan or a run from a JSON file.
+
+    Returns:
+        The record.
 
     Raises:
         ValueError: the file is neither.
