@@ -232,14 +232,12 @@ class _Buffers:
         if self._changing is None:  # step 2
             self._changing = {key for _, key, buffer in self._slots() if _differs(buffer, noted.get(key))}
         for _, key, buffer in self._slots():
-            if key not in noted and (buffer is not before[key][0] or buffer._version != before[key][1]):
+            tensor, version = before.get(key, (buffer, buffer._version))
+            if key not in noted and (buffer is not tensor or buffer._version != version):
                 raise RuntimeError(
-                    f"buffer {key[1]!r} of {buffer.numel()} elements changed in forward for the first
-                    time after
-                  
-                     earlier " "calls had left it alone, so its block cannot be recomputed; keep that block"
-              
-                 )
+                    f"buffer {key[1]!r} of {buffer.numel()} elements changed in forward for the first time, after "
+                    "earlier calls had left it alone; its block cannot be recomputed, so keep that block"
+                )
         for key in [key for key in noted if key not in self._changing]:
             if noted[key].numel() > MAX_COPIED_ELEMENTS:
                 del noted[key]
@@ -253,8 +251,7 @@ class _Buffers:
         return present
 
 
-def _differs(buffer: torch.Tensor, before: torch.Tensor | None) ->
-bool:
+def _differs(buffer: torch.Tensor, before: torch.Tensor | None) -> bool:
     """Tell whether a large buffer has another value than before; small ones need no answer."""
     if buffer.numel() <= MAX_COPIED_ELEMENTS or before is None:
         return False

@@ -262,9 +262,7 @@ class StepWatch:
 
 
 class _ModuleHook:
-    """A hook that stays with one module: in a copy or a pickle of the module it does nothing, and needs no
-    packlight.
-    """
+    """A hook of one module only; in a copy or a pickle of the module it does nothing, and needs no packlight."""
 
     def __init__(self, module: nn.Module, function: Callable[..., None]) -> None:
         self._module, self._function = module, function
