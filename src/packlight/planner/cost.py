@@ -13,7 +13,6 @@ backward of b     1 the events of b up to its last save are replayed on top of w
 This file adds up; what a technique allocates is written in the technique's own file.
 """
 
-import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -57,6 +56,7 @@ class StepCost:
     def __init__(self, profile: Profile) -> None:
         """Prepare what does not depend on the plan."""
         self.profile = profile
+        self._known_ends: dict[frozenset[str], torch.Tensor] = {}
         self.resident_bytes = sum(profile.resident_bytes.values())
         storages, saves = profile.storages, profile.saves
         self._sizes = torch.tensor([storage.num_bytes for storage in storages], dtype=torch.int64)
@@ -104,7 +104,6 @@ class StepCost:
             spared = spared & (alone <= at) & (kept > at)
         return int(self._sizes[spared].sum())
 
-    @functools.cache  # noqa: B019  (an instance lives for one decision)
     def recompute_seconds(self, block: str) -> float:
         """Return what recomputing a block adds to a step."""
         seconds = sum(replay.region.forward_seconds for replay in self._replays if replay.region.block == block)
@@ -127,9 +126,13 @@ class StepCost:
                 peak = max(peak, live)
         return _Replay(region, peak, saved)
 
-    @functools.cache  # noqa: B019  (an instance lives for one decision)
     def _ends(self, chosen: frozenset[str]) -> torch.Tensor:
         """Return the event at which each storage of the first run ends, int64 of shape (num_storages,)."""
+        if chosen not in self._known_ends:
+            self._known_ends[chosen] = self._find_ends(chosen)
+        return self._known_ends[chosen]
+
+    def _find_ends(self, chosen: frozenset[str]) -> torch.Tensor:
         ends = self._died.clone()
         regions = self.profile.regions
         for replay in self._replays:

@@ -9,7 +9,8 @@ that forward's end and the moment when a gradient reaches the model's outputs; t
 2 forward ends       hook on the model       5 backward ends             told by the caller, where it knows
 3 backward begins    told by the caller      6 the optimiser begins, ends   its step hooks
 ```
-The first steps are watched operator by operator (`timeline.py`); later ones run at full speed and are timed.
+The first steps are watched operator by operator (`timeline.py`), but never what a loop does between them: an
+evaluation may take other kernels under a dispatch mode. Later steps run at full speed and are timed.
 """
 
 import statistics
@@ -119,6 +120,8 @@ class StepWatch:
     def update_begins(self) -> None:
         """Name the gradients, and note what was allocated since backward (mark 6)."""
         if self._measuring:
+            if self._stepped_at is not None:
+                self.resume()  # a second optimiser in the same step
             marks = self.marks
             above_bytes = self.line.highest_bytes() - marks.backward_end_bytes
             marks.after_backward_bytes = max(marks.after_backward_bytes, above_bytes)
@@ -130,6 +133,7 @@ class StepWatch:
         if self._measuring:
             self._name_states()
             self.line.explicit_phase = None
+            self.pause()
         self._stepped_at = self._clock()
 
     def tail(self) -> Tail:
@@ -192,6 +196,9 @@ class StepWatch:
         if not self._began:
             self._began = True
             self._begin()
+        if self._measuring:
+            self._meet_others()
+            self.resume()
         self._started = self._clock()
 
     def _begin(self) -> None:
@@ -204,13 +211,15 @@ class StepWatch:
             self.line.add(parameter, category="parameters")
         self._name_gradients()
         self._name_states()
-        known_bytes = self.line.live_bytes
+        self._measuring = True
+
+    def _meet_others(self) -> None:
+        """Add what was made between steps (a batch, a data set), while nothing was followed."""
+        before_bytes = self.line.live_bytes
         for tensor in existing_tensors(self.line.device_type):
             if self.line.index(tensor) is None:
                 self.line.add(tensor, category="other")
-        self.other_bytes = self.line.live_bytes - known_bytes
-        self._measuring = True
-        self.resume()
+        self.other_bytes += self.line.live_bytes - before_bytes
 
     def _end_step(self) -> None:
         if self._started is not None and self._stepped_at is not None:

@@ -15,10 +15,13 @@ peak of every plan can be computed (`cost.py`). Backward gets new fake tensors o
 """
 
 import copy
+import io
+import logging
 import math
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from packlight.activations.blocks import Block, find_blocks
 from packlight.activations.recompute import follows_protocol, recomputes_itself
@@ -37,6 +41,9 @@ from packlight.planner.hardware import measure
 from packlight.planner.loop import Call, Optimizers, Seen, listed
 from packlight.planner.timeline import flat_tensors
 from packlight.step import OptimizerCost, Profile, Region, Save, Storage
+
+MAX_TRACED_ELEMENTS = 2**22
+"""A low-bit update is traced on a parameter of about this size at most."""
 
 
 @dataclass
@@ -80,18 +87,24 @@ class Trace:
         self.regions: list[_Region] = []
         self.saves: list[list[int]] = []
         self._inside: list[int] = []
+        self._hooks: list[RemovableHandle] = []
         self.resident: dict[str, int] = {}
         self.num_resident = self.num_events = self.forward_end = self.backward_start = 0
         self.seconds = 0.0
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Push the fake mode and the line of events; let go of both afterwards."""
+        """Push the fake mode and the line of events; what the model prints or logs meanwhile is left out."""
+        logged = logging.root.manager.disable
+        logging.disable(logging.WARNING)
         try:
-            with self.mode, self.line:
+            with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()), self.mode, self.line:
                 yield
         finally:
+            logging.disable(logged)
             self.line.close()
+            while self._hooks:  # they hold the trace, and with it every fake tensor
+                self._hooks.pop().remove()
 
     def fake_call(self, call: Call) -> Call:
         """Return the call with fake tensors in place of real ones."""
@@ -151,8 +164,8 @@ class Trace:
                 region.end, region.outputs = self.line.now(), self._indices(output)
                 region.seconds += self.line.seconds
 
-        first.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
-        last.register_forward_hook(end, with_kwargs=True)
+        self._hooks.append(first.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+        self._hooks.append(last.register_forward_hook(end, with_kwargs=True))
 
     def _indices(self, value: object) -> tuple[int, ...]:
         indices = (self.line.index(tensor) for tensor in flat_tensors(value))
@@ -246,9 +259,15 @@ class Trace:
         )
 
     def _update_bytes(self, state_format: str, parameter: torch.Tensor) -> int:
-        """Return the most that the update of one parameter allocates beside its state."""
+        """Return the most that the update of one parameter allocates beside its state.
+
+        It works in chunks, so a parameter of fewer rows that still takes several shows as much.
+        """
+        inner = math.prod(parameter.shape[1:])
+        num_rows = min(parameter.shape[0], max(1, MAX_TRACED_ELEMENTS // max(1, inner))) if parameter.dim() else 0
+        shape = (num_rows, *parameter.shape[1:]) if parameter.dim() else ()
         with torch.no_grad():
-            fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device_type)
+            fake = torch.empty(shape, dtype=parameter.dtype, device=self.device_type)
             state, settings = init_state(fake, state_format), group_settings(self.real_optimizers[0].param_groups[0])
             before_bytes = self.line.live_bytes
             self.line.highest_bytes()
