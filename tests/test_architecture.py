@@ -302,9 +302,7 @@ def keeps_functions_short(modules: Sequence[Module]) -> Iterator[str]:
             yield module.at(node.lineno, f"{node.name} has {size} lines, more than {LONGEST_BODY_LINES}")
     if num_long * 10 > len(sizes):
         for size, module, node in longest[:num_long]:
-            yield module.at(
-                node.lineno, f"{node.name} has {size} lines; over one in ten have {LONG_BODY_LINES}+"
-            )
+            yield module.at(node.lineno, f"{node.name} has {size} lines; over one in ten have {LONG_BODY_LINES}+")
     if typical > MEDIAN_BODY_LINES:
         yield f"src/packlight:1: the median function has {typical} lines, more than {MEDIAN_BODY_LINES}"
 
@@ -366,9 +364,7 @@ def is_boolean(annotation: ast.AST | None) -> bool:
             return is_boolean(ast.parse(text, mode="eval").body)
         case ast.BinOp(op=ast.BitOr(), left=left, right=right):
             return is_boolean(left) or is_boolean(right)
-        case ast.Subscript(
-            value=ast.Name(id="Optional" | "Union" | "Annotated"), slice=ast.Tuple(elts=parts)
-        ):
+        case ast.Subscript(value=ast.Name(id="Optional" | "Union" | "Annotated"), slice=ast.Tuple(elts=parts)):
             return any(map(is_boolean, parts))
         case ast.Subscript(value=ast.Name(id="Optional"), slice=part):
             return is_boolean(part)

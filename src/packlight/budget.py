@@ -6,6 +6,7 @@ every machine; here a budget is an exact integer of bytes, read from what people
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -56,8 +57,8 @@ def parse_bytes(text: object, *, total_bytes: int | None = None) -> int:
         raise ValueError(f"budget {text!r} cannot be read; {wanted}")
     if unit == "%" and total_bytes is None:
         raise ValueError(f"budget {text!r} is a share of a device, and none is known here; {wanted}")
-    size = (total_bytes or 0) / 100 if unit == "%" else _UNITS[unit]
-    num_bytes = int(float(match.group(1)) * size) if size != 1 else int(float(match.group(1)))
+    size = Fraction(total_bytes or 0, 100) if unit == "%" else _UNITS[unit]
+    num_bytes = int(Fraction(match.group(1)) * size)  # a float would lose bytes above 2**53
     if num_bytes <= 0:
         raise ValueError(f"budget {text!r} is {num_bytes} bytes; wanted more than 0")
     return num_bytes
@@ -74,6 +75,13 @@ class Budget:
     device_bytes: int
     host_bytes: int | None = None
     disk: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a size that only `Budget.of` reads, or that allows nothing."""
+        sizes: tuple[object, ...] = (self.device_bytes, self.host_bytes)
+        for size in sizes:
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size <= 0):
+                raise ValueError(f"Budget takes bytes as an int above 0 and got {size!r}; Budget.of reads strings")
 
     @classmethod
     def of(cls, budget: "int | str | Budget", *, total_bytes: int | None = None) -> "Budget":

@@ -4,22 +4,25 @@ What packlight says of a run goes to standard error, so that a script's own outp
 script's own; 2 for wrong usage, 3 where no plan fits the budget (nothing was trained, nothing was written).
 """
 
+import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 
+from packlight.budget import parse_bytes
 from packlight.records import Plan, Run
 from packlight.report import text
 
-_SCRIPT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+_SCRIPT = {"allow_interspersed_args": False}  # what follows the script is the script's
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,16 +54,15 @@ def _script_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
 @_script_arguments
 def run(*, script: str, arguments: tuple[str, ...], record: str | None, **options: Any) -> None:
     """Run SCRIPT under a plan that keeps its tensors within the budget."""
-    if record is not None and not Path(record).absolute().parent.is_dir():
-        raise click.UsageError(f"--record {record}: there is no folder {Path(record).absolute().parent}")
+    target = _output_file("--record", record)
     outcome = _run(script, arguments, **options)
-    if outcome.run is not None and record is not None:
-        outcome.run.save(record)
+    if outcome.run is not None and target is not None:
+        outcome.run.save(target)
     if outcome.message:
         click.echo(f"packlight: {outcome.message}", err=True)
     elif outcome.run is not None:
         click.echo(text.summary(outcome.run), err=True)
-    sys.exit(outcome.exit_status)
+    _leave(outcome.exit_status)
 
 
 @main.command(context_settings=_SCRIPT)
@@ -70,14 +72,15 @@ def run(*, script: str, arguments: tuple[str, ...], record: str | None, **option
 def plan(*, script: str, arguments: tuple[str, ...], save: str | None, **options: Any) -> None:
     """Stop SCRIPT before its first step, and print the plan."""
     plans: list[Plan] = []
+    target = _output_file("--save", save)
     outcome = _run(script, arguments, stop_before_step=True, plans=plans, **options)
     if outcome.message:
         click.echo(f"packlight: {outcome.message}", err=True)
     if plans and outcome.exit_status == 0:
         text.show(plans[-1])
-        if save is not None:
-            plans[-1].save(save)
-    sys.exit(outcome.exit_status)
+        if target is not None:
+            plans[-1].save(target)
+    _leave(outcome.exit_status)
 
 
 @main.command()
@@ -96,13 +99,13 @@ def explain(file: str) -> None:
 @click.option("--record", metavar="FILE", help="Write the planned run's record to this JSON file.")
 def demo(*, budget: str | None, steps: int, record: str | None) -> None:
     """Train a small byte-level language model on the standard library's sources, plain and planned."""
-    console = Console()
+    console, target = Console(), _output_file("--record", record)
     with tempfile.TemporaryDirectory() as folder:
         plain, plain_loss = _demo_run(console, Path(folder), "plain", ["--measure-only"], steps=steps)
         budget = budget or str(plain.measurement.device_peak_bytes // 2)
         planned, planned_loss = _demo_run(console, Path(folder), "planned", ["--budget", budget], steps=steps)
-        if record is not None:
-            planned.save(record)
+        if target is not None:
+            planned.save(target)
     losses = {"plain": plain_loss, "planned": planned_loss}
     console.print(text.comparison({"plain": plain, "planned": planned}, losses))
 
@@ -119,6 +122,30 @@ def _demo_run(console: Console, folder: Path, name: str, options: list[str], *, 
     return Run.load(record), float(json.loads(result.read_text(encoding="utf-8"))["held_out_loss"])
 
 
+def _output_file(option: str, name: str | None) -> Path | None:
+    """Refuse a file that cannot be written before a script runs for hours, and keep its place: a script may chdir."""
+    if name is None:
+        return None
+    path = Path(name).absolute()
+    if path.is_dir():
+        raise click.UsageError(f"{option} {name}: this is a folder; wanted a file to write")
+    if not path.parent.is_dir():
+        raise click.UsageError(f"{option} {name}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise click.UsageError(f"{option} {name}: the folder {path.parent} may not be written to")
+    return path
+
+
+def _leave(exit_status: int) -> NoReturn:
+    """End this process as the script ended: with its exit status, or by the signal that a negative one names."""
+    if exit_status < 0:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        signal.signal(-exit_status, signal.SIG_DFL)
+        os.kill(os.getpid(), -exit_status)
+    sys.exit(exit_status)
+
+
 def _run(
     script: str,
     arguments: tuple[str, ...],
@@ -133,11 +160,8 @@ def _run(
     """Run a script under a session; errors of usage become click's."""
     from packlight.integrations.script import Settings, Target, run_script
 
-    for name, value in (("--host-budget", host_budget), ("--disk", disk)):
-        if value is not None:
-            click.echo(f"packlight: {name} is read, but no choice of this version uses that tier", err=True)
     plan_file, measure_only = options.get("plan_file"), options.get("measure_only", False)
-    if (budget is None) == (plan_file is None and not measure_only):
+    if (budget is not None) + (plan_file is not None) + measure_only != 1:
         raise click.UsageError("wanted one of --budget BYTES, --plan FILE or --measure-only")
     plans: list[Plan] = options.get("plans", [])
 
@@ -147,8 +171,18 @@ def _run(
             click.echo(f"packlight: {title}{made}", err=True)
 
     try:
-        given = Plan.load(plan_file) if plan_file else None
-        settings = Settings(budget, exact, given, bool(options.get("stop_before_step")), tell)
+        _note_unused_tiers(host_budget, disk)
+        given = Plan.load(plan_file) if plan_file is not None else None
+        allowed = budget if given is None else given.budget_bytes
+        settings = Settings(allowed, exact, given, bool(options.get("stop_before_step")), tell)
         return run_script(Target(script, arguments, module), settings)
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error
+
+
+def _note_unused_tiers(host_budget: str | None, disk: str | None) -> None:
+    if host_budget is not None:
+        parse_bytes(host_budget)
+    for name, value in (("--host-budget", host_budget), ("--disk", disk)):
+        if value is not None:
+            click.echo(f"packlight: {name} is read, but no choice of this version uses that tier", err=True)

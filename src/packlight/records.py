@@ -9,13 +9,15 @@ The line of events that a `Profile` holds stands in `step.py`, for its size.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from packlight.budget import format_bytes
 
@@ -26,6 +28,9 @@ SCHEMA = 1
 
 CATEGORIES = ("parameters", "gradients", "optimizer_states", "activations", "temporaries", "other")
 """What the bytes at a peak are divided into; "other" is buffers, batches and whatever else the script holds."""
+
+CHOICES = ("keep", "recompute")
+"""What can be done with a group of storages."""
 
 
 class JsonRecord:
@@ -45,7 +50,7 @@ class JsonRecord:
             The record.
 
         Raises:
-            ValueError: another kind of record, a newer schema, or missing or unknown fields.
+            ValueError: another kind of record, another schema, or missing, unknown or wrong fields.
         """
         if not isinstance(data, Mapping) or data.get("kind") != cls.kind:
             got = data.get("kind") if isinstance(data, Mapping) else type(data).__name__
@@ -80,7 +85,11 @@ class JsonRecord:
         Raises:
             ValueError: the file is not JSON, or not such a record.
         """
-        return cls.from_dict(read_json(path))
+        data = read_json(path)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -101,25 +110,46 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return data
 
 
-def _build(cls: type[_Record], data: Mapping[str, Any]) -> _Record:
-    """Construct a dataclass from plain types, with the nested records that it declares in `nested`."""
-    names = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+def _build(cls: type[_Record], data: object, where: str = "") -> _Record:
+    """Construct a dataclass from plain JSON types, as the types of its fields say; `where` it stands in the file."""
+    where = where or cls.__name__
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where} is {data!r:.60}; wanted the fields of a {cls.__name__}; was it edited?")
+    fields = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
     required = {
         name
-        for name, entry in names.items()
+        for name, entry in fields.items()
         if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
     }
-    unknown, missing = sorted(set(data) - set(names)), sorted(required - set(data))
+    unknown, missing = sorted(set(data) - set(fields)), sorted(required - set(data))
     if unknown or missing:
-        raise ValueError(f"{cls.__name__}: unknown fields {unknown}, missing fields {missing}; was it edited?")
-    nested: Mapping[str, type] = getattr(cls, "nested", {})
-    return cls(**{name: _build_field(nested.get(name), value) for name, value in data.items()})
+        raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}; was it edited?")
+    types = _field_types(cls)  # type: ignore[arg-type]
+    return cls(**{name: _build_field(types[name], value, f"{where}.{name}") for name, value in data.items()})
 
 
-def _build_field(cls: type | None, value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_build_field(cls, item) for item in value)
-    return _build(cls, value) if cls is not None and value is not None else value
+@functools.cache
+def _field_types(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _build_field(kind: Any, value: Any, where: str) -> Any:
+    """Build a field of a type from plain JSON types."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any or (origin is UnionType and value is None):
+        return value
+    if origin is UnionType:
+        return _build_field(parts[0], value, where)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_build_field(parts[0], item, f"{where}[{at}]") for at, item in enumerate(value))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {key: _build_field(parts[1], item, f"{where}.{key}") for key, item in value.items()}
+    accepted = (int, float) if kind is float else kind
+    if origin is not None or not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{where} is {value!r:.60}; wanted {getattr(kind, '__name__', kind)}; was it edited?")
+    return value
 
 
 @dataclass(frozen=True)
@@ -128,7 +158,7 @@ class Choice:
 
     Attributes:
         group: the path of the block that saves them.
-        choice: "keep" or "recompute".
+        choice: one of `CHOICES`.
         bytes: what the group holds for backward if it is kept.
         seconds: what the choice adds to a step.
     """
@@ -137,6 +167,11 @@ class Choice:
     choice: str
     bytes: int
     seconds: float
+
+    def __post_init__(self) -> None:
+        """Refuse a choice that nothing would carry out (a plan may have been edited by hand)."""
+        if self.choice not in CHOICES:
+            raise ValueError(f"the choice for {self.group!r} is {self.choice!r}; wanted one of {', '.join(CHOICES)}")
 
 
 @dataclass(frozen=True)
@@ -176,7 +211,6 @@ class Plan(JsonRecord):
     """
 
     kind: ClassVar[str] = "plan"
-    nested: ClassVar[Mapping[str, type]] = {"choices": Choice, "estimate": Estimate}
 
     device: str
     budget_bytes: int
@@ -257,12 +291,6 @@ class Run(JsonRecord):
     """
 
     kind: ClassVar[str] = "run"
-    nested: ClassVar[Mapping[str, type]] = {
-        "plan": Plan,
-        "estimate": Estimate,
-        "first_estimate": Estimate,
-        "measurement": Measurement,
-    }
 
     script: tuple[str, ...]
     plan: Plan | None

@@ -37,12 +37,18 @@ class Storage:
 
 @dataclass(frozen=True)
 class Save:
-    """A storage saved for backward at one site, from the event `packed` until autograd releases it at `released`."""
+    """A storage saved for backward at one site, from the event `packed` until autograd releases it at `released`.
+
+    Attributes:
+        used: the event at which backward lets go of what it took out of the save; a recomputed storage ends there,
+        a little before a kept one. `released` where backward never takes it.
+    """
 
     storage: int
     region: int
     packed: int
     released: int
+    used: int
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,10 @@ class Region:
         start, end: the events between which its forward runs.
         last_packed: the event of its last save, where a recomputation stops.
         unpacked: the event in backward at which the first of its saves is wanted.
+        released: the event at which autograd has released all of its saves, parameters too.
         inputs, outputs: the storages of its tensor arguments and of its results.
         forward_seconds: predicted time of its forward.
+        copied_bytes: what a recomputed call copies of its buffers.
         drops_side_outputs: while it is recomputed it does not fill caches that outlive it (key-value caches).
     """
 
@@ -64,9 +72,11 @@ class Region:
     end: int
     last_packed: int
     unpacked: int
+    released: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     forward_seconds: float
+    copied_bytes: int = 0
     drops_side_outputs: bool = False
 
 

@@ -81,9 +81,7 @@ def _is_view(tensor: Tensor, args: Any) -> bool:
 
 
 def moments(shape: tuple[int, ...], name: str = "paper4bit", device: str = "cpu") -> tuple[Moment, Moment]:
-    exp_avg, exp_avg_sq = (
-        zero_moment(shape, moment, device=device) for moment in moment_formats(name, shape)
-    )
+    exp_avg, exp_avg_sq = (zero_moment(shape, moment, device=device) for moment in moment_formats(name, shape))
     return exp_avg, exp_avg_sq
 
 
@@ -101,14 +99,10 @@ def scales_of(values: Tensor, moment_format: MomentFormat) -> Tensor:
 
 @pytest.mark.parametrize("book", [DYNAMIC_EXPONENT, LINEAR_WITHOUT_ZERO], ids=lambda book: book.name)
 def test_nearest_code_is_bucketize_at_and_around_every_border(book: CodeBook) -> None:
-    points = torch.tensor(
-        [*book.values, *book.midpoints, *torch.linspace(book.values[0], 1, 100_001).tolist()]
-    )
+    points = torch.tensor([*book.values, *book.midpoints, *torch.linspace(book.values[0], 1, 100_001).tolist()])
     around = torch.cat([points, points.nextafter(torch.tensor(2.0)), points.nextafter(torch.tensor(-2.0))])
     around = around.clamp(-1 if book.values[0] < 0 else 0, 1)
-    assert torch.equal(
-        nearest_codes(around, book), torch.bucketize(around, torch.tensor(book.midpoints)).byte()
-    )
+    assert torch.equal(nearest_codes(around, book), torch.bucketize(around, torch.tensor(book.midpoints)).byte())
 
 
 def test_low_nibble_is_the_even_element() -> None:
@@ -229,9 +223,7 @@ def test_tiny_gradients_get_right_updates(shape: tuple[int, ...], rms: float, se
         exp_avg, exp_avg_sq = moments(shape, name)
         for step in range(1, 21):
             settings = AdamWSettings(1.0, eps=rms / 100)
-            adamw_step(
-                param, rms * signs, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step, settings=settings
-            )
+            adamw_step(param, rms * signs, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step, settings=settings)
         updates[name] = param
     # One magnitude everywhere: both moments are at the top of their scale, but the map gives -1 as -.8875.
     assert float((updates["paper4bit"] / updates["fp32"] - 1).abs().max()) < 0.12
@@ -239,16 +231,12 @@ def test_tiny_gradients_get_right_updates(shape: tuple[int, ...], rms: float, se
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("shape", [(100, 130), (13_000,), (20, 20)])
-def test_nan_or_inf_in_the_gradient_shows_in_the_parameter(
-    shape: tuple[int, ...], poison: float, seed: int
-) -> None:
+def test_nan_or_inf_in_the_gradient_shows_in_the_parameter(shape: tuple[int, ...], poison: float, seed: int) -> None:
     param, grad = torch.randn(shape), torch.randn(shape)
     grad.view(-1)[57] = poison
     exp_avg, exp_avg_sq = moments(shape)
     for step in (1, 2):
-        adamw_step(
-            param, grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step, settings=AdamWSettings(1e-3)
-        )
+        adamw_step(param, grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step, settings=AdamWSettings(1e-3))
         assert bool(param.view(-1)[57].isnan())
     codes_beside = decode(exp_avg).view(-1)[256:]
     assert bool(codes_beside.isfinite().all())
@@ -260,9 +248,7 @@ def test_16_bit_parameter_is_the_rounded_fp32_one(dtype: torch.dtype, seed: int)
     param, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     exact, stored, exact_stored = param.float(), moments(shape), moments(shape)
     adamw_step(param, grad, exp_avg=stored[0], exp_avg_sq=stored[1], step=1, settings=settings)
-    adamw_step(
-        exact, grad.float(), exp_avg=exact_stored[0], exp_avg_sq=exact_stored[1], step=1, settings=settings
-    )
+    adamw_step(exact, grad.float(), exp_avg=exact_stored[0], exp_avg_sq=exact_stored[1], step=1, settings=settings)
     assert torch.equal(param, exact.to(dtype))
     assert torch.equal(stored[1].codes, exact_stored[1].codes)
     assert {scale.dtype for moment in stored for scale in moment.scales} == {torch.float32}

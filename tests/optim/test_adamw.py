@@ -248,9 +248,7 @@ def test_sparse_gradient_is_refused() -> None:
 def test_amsgrads_state_dict_is_refused() -> None:
     net = Model()
     with pytest.raises(ValueError, match="amsgrad"):
-        AdamW(net.parameters()).load_state_dict(
-            torch.optim.AdamW(net.parameters(), amsgrad=True).state_dict()
-        )
+        AdamW(net.parameters()).load_state_dict(torch.optim.AdamW(net.parameters(), amsgrad=True).state_dict())
 
 
 class ByteModel(nn.Module):

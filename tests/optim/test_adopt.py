@@ -270,9 +270,7 @@ def test_scheduler_gives_the_same_rates(before: bool) -> None:
     if not before:
         adopt(optimizer, weights(net))
     rates = []
-    schedulers = [
-        torch.optim.lr_scheduler.OneCycleLR(one, 1e-2, total_steps=8) for one in (optimizer, reference)
-    ]
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(one, 1e-2, total_steps=8) for one in (optimizer, reference)]
     if before:
         adopt(optimizer, weights(net))
     for step in range(8):
@@ -324,9 +322,7 @@ def test_saved_checkpoint_resumes_in_plain_torch(kind: type[torch.optim.Adam]) -
     train(net, optimizer, steps=range(4, 7))
     train(plain, resumed, steps=range(4, 7))
     assert same(net, plain)
-    assert {tensor.dtype for state in state_dict["state"].values() for tensor in state.values()} == {
-        torch.float32
-    }
+    assert {tensor.dtype for state in state_dict["state"].values() for tensor in state.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,10 +33,7 @@ def test_formula_by_hand() -> None:
     assert state_bytes((1024,), torch.bfloat16, "paper4bit") == 4 + 2 * 4 * 1024
     assert state_bytes((1024, 768), torch.float32, "fp32") == 4 + 8 * 1024 * 768
     assert state_bytes((1001, 129), torch.float32, "paper4bit") == (
-        4
-        + 2 * 64565
-        + 4 * 1009
-        + 4 * (1001 + 129)  # step, two moments' codes, blocks of exp_avg, rows and columns
+        4 + 2 * 64565 + 4 * 1009 + 4 * (1001 + 129)  # step, two moments' codes, blocks of exp_avg, rows and columns
     )
     assert state_bytes((5001,), torch.float32, "paper4bit") == 4 + 2 * 2501 + 2 * 4 * 40
 
@@ -70,9 +67,7 @@ def test_decoding_and_encoding_again_changes_nothing_that_decodes(
     assert {key: value.dtype for key, value in portable.items()} == dict.fromkeys(portable, torch.float32)
     assert [*portable] == ["step", "exp_avg", "exp_avg_sq"]
     assert float(portable["step"]) == 1
-    again = to_portable(
-        from_portable(portable, state_format=state_format), shape=shape, state_format=state_format
-    )
+    again = to_portable(from_portable(portable, state_format=state_format), shape=shape, state_format=state_format)
     for name in ("exp_avg_sq", "step") if state_format == "paper4bit" else portable:
         assert torch.allclose(again[name], portable[name], rtol=1e-6, atol=0)
 

@@ -18,9 +18,7 @@ class Encoder(nn.Module):
         self.token = nn.Embedding(257, width)
         self.position = nn.Parameter(torch.randn(context, width) * 0.02)
         self.dropout = nn.Dropout(0.1)
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.1, activation="gelu", batch_first=True
-        )
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.1, activation="gelu", batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers)
         self.head = nn.Linear(width, 256)
 
@@ -58,9 +56,7 @@ def main():
 
     model = Encoder(context=args.context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warm_up_then_cosine(step, total=args.steps)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_then_cosine(step, total=args.steps))
 
     def masked_loss(tokens):
         inputs, targets = mask_bytes(tokens, generator)

@@ -104,6 +104,12 @@ def recomputes_itself(module: nn.Module) -> bool:
     return follows_protocol(module) and bool(getattr(module, "gradient_checkpointing", False))
 
 
+def copied_sizes(*modules: nn.Module) -> list[int]:
+    """Return the bytes of each buffer that a recomputed call of these modules copies, and its second run again."""
+    sizes = (buffer.nbytes for _, _, buffer in _Buffers(*modules).slots() if buffer.numel() <= MAX_COPIED_ELEMENTS)
+    return [num_bytes for num_bytes in sizes if num_bytes]
+
+
 def _recompute_module(module: nn.Module) -> Callable[[], None]:
     if not follows_protocol(module):
         return _replace(module, forward=_Recomputed(module))
@@ -214,7 +220,8 @@ class _Buffers:
         noted: dict[tuple[int, str], torch.Tensor] = {}
         return self._first_run(noted), _SecondRun(self, noted)
 
-    def _slots(self) -> Iterator[_Slot]:
+    def slots(self) -> Iterator[_Slot]:
+        """Yield every buffer with the dictionary that it stands in and a key of its own."""
         owners = (owner for module in self._modules for owner in module.modules())
         for position, owner in enumerate(owners):
             for name, buffer in owner._buffers.items():
@@ -223,15 +230,15 @@ class _Buffers:
 
     @contextmanager
     def _first_run(self, noted: dict[tuple[int, str], torch.Tensor]) -> Iterator[None]:
-        before = {key: (buffer, buffer._version) for _, key, buffer in self._slots()}  # step 1
+        before = {key: (buffer, buffer._version) for _, key, buffer in self.slots()}  # step 1
         with torch.no_grad():
             for key, (buffer, _) in before.items():
                 if self._changing is None or key in self._changing or buffer.numel() <= MAX_COPIED_ELEMENTS:
                     noted[key] = buffer.clone()
         yield
         if self._changing is None:  # step 2
-            self._changing = {key for _, key, buffer in self._slots() if _differs(buffer, noted.get(key))}
-        for _, key, buffer in self._slots():
+            self._changing = {key for _, key, buffer in self.slots() if _differs(buffer, noted.get(key))}
+        for _, key, buffer in self.slots():
             tensor, version = before.get(key, (buffer, buffer._version))
             if key not in noted and (buffer is not tensor or buffer._version != version):
                 raise RuntimeError(
@@ -244,7 +251,7 @@ class _Buffers:
 
     def swap_in(self, noted: dict[tuple[int, str], torch.Tensor]) -> list[_Slot]:
         """Put copies of the noted values in place (step 3), and return what stood there."""
-        present = [slot for slot in self._slots() if slot[1] in noted]
+        present = [slot for slot in self.slots() if slot[1] in noted]
         with torch.no_grad():
             for owner, key, _ in present:
                 owner[key[1]] = noted[key].clone()

@@ -1,27 +1,32 @@
 """Runs a Python script or module as `python` would, under a session.
 
 `runpy` runs code in this process but leaves the command line, the import path and the end of a program to its
-caller. Here
-they are as the script expects them: its own `sys.argv` and `sys.path[0]`, `__name__ == "__main__"`, its own traceback
-without the frames of packlight, and its own exit status.
+caller. Here they are as the script expects them: its own `sys.argv`, `sys.path[0]` and `__file__`,
+`__name__ == "__main__"`, its own traceback without the frames of packlight, and its own exit status.
 """
 
+import builtins
+import io
 import os
 import platform
 import runpy
+import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
 
+from packlight.budget import Budget
+from packlight.planner import session as session_module
 from packlight.planner.session import Session, SessionStop, Settings
+from packlight.planner.solve import device_bytes
 from packlight.records import Run
 
 __all__ = ["Outcome", "SessionStop", "Settings", "Target", "run_script"]
@@ -43,7 +48,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its exit status, the record (None where nothing was trained), and what to tell the user."""
+    """How a run ended: its exit status, the record (None where nothing was trained), and what to tell the user.
+
+    A negative exit status is the signal that ended the script, as in `subprocess`.
+    """
 
     exit_status: int
     run: Run | None
@@ -61,10 +69,12 @@ def run_script(target: Target, settings: Settings) -> Outcome:
         The outcome. The script's own errors are printed as Python prints them, and become exit status 1.
 
     Raises:
-        ValueError: there is no such script, or the budget cannot be read.
+        ValueError: there is no such script, or the budget cannot be read or is larger than the device.
     """
     if not target.as_module and not Path(target.script).is_file():
         raise ValueError(f"there is no script {target.script!r}; wanted the path of a Python file, or -m MODULE")
+    if settings.budget is not None and settings.plan is None:
+        Budget.of(settings.budget, total_bytes=_largest_device_bytes())
     session = Session(settings)
     with session:
         exit_status, message = _run(target)
@@ -78,6 +88,12 @@ def run_script(target: Target, settings: Settings) -> Outcome:
     return Outcome(exit_status, record, message)
 
 
+def _largest_device_bytes() -> int:
+    """Return the size of the largest device that the script may choose."""
+    types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return max(device_bytes(torch.device(each)) for each in types)
+
+
 def _run(target: Target) -> tuple[int, str]:
     """Run the target; return its exit status, and why packlight stopped it, if it did."""
     try:
@@ -85,44 +101,67 @@ def _run(target: Target) -> tuple[int, str]:
             if target.as_module:
                 runpy.run_module(target.script, run_name="__main__", alter_sys=True)
             else:
-                runpy.run_path(target.script, run_name="__main__")
+                _run_file(target.script)
     except SessionStop as stop:
         return stop.exit_status, str(stop)
     except SystemExit as stop:
         return _exit_status(stop.code), ""
-    except Exception as error:
+    except BaseException as error:
         sys.stdout.flush()
-        traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
-        return 1, ""
+        error.__traceback__ = _own_frames(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1, ""
     return 0, ""
+
+
+def _run_file(script: str) -> None:
+    """Run a file as `__main__`; unlike `runpy.run_path`, with the names and paths that `python FILE` gives it."""
+    path = os.path.join(os.getcwd(), script)
+    module = ModuleType("__main__")
+    loader = SourceFileLoader("__main__", path)
+    vars(module).update(__file__=path, __cached__=None, __loader__=loader, __builtins__=builtins)
+    sys.modules["__main__"] = module
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    exec(code, vars(module))
 
 
 def _exit_status(code: object) -> int:
     """Do what Python does with the argument of `sys.exit`."""
     if code is None or isinstance(code, int):
-        return int(code or 0)
+        return int(code or 0) & 0xFF
     print(code, file=sys.stderr)
     return 1
 
 
 def _own_frames(frames: TracebackType | None) -> TracebackType | None:
-    """Leave out the frames between the interpreter and the script."""
-    own = ("<frozen runpy>", runpy.__file__, __file__)
-    while frames is not None and frames.tb_frame.f_code.co_filename in own:
+    """Leave out the frames of packlight between the interpreter and the script, and inside torch's calls."""
+    between = ("<frozen runpy>", runpy.__file__, __file__, session_module.__file__)
+    chain: list[TracebackType] = []
+    while frames is not None:
+        chain.append(frames)
         frames = frames.tb_next
-    return frames
+    if chain and chain[-1].tb_frame.f_code.co_filename == session_module.__file__:
+        return chain[0]  # packlight's own error is not hidden
+    own: TracebackType | None = None
+    for each in reversed(chain):
+        if each.tb_frame.f_code.co_filename not in between:
+            own = TracebackType(own, each.tb_frame, each.tb_lasti, each.tb_lineno)
+    return own
 
 
 @contextmanager
 def _command_line(target: Target) -> Iterator[None]:
-    argv, path = sys.argv, list(sys.path)
+    """Put the target's command line, import path and `__main__` in the place of packlight's, for as long as it runs."""
+    argv, path, main = sys.argv, list(sys.path), sys.modules["__main__"]
     sys.argv = [target.script, *target.arguments]
     folder = os.getcwd() if target.as_module else str(Path(target.script).resolve().parent)
-    sys.path.insert(0, folder)
+    if not sys.flags.safe_path:
+        sys.path[:1] = [folder]
     try:
         yield
     finally:
-        sys.argv, sys.path[:] = argv, path
+        sys.argv, sys.path[:], sys.modules["__main__"] = argv, path, main
 
 
 def _record(target: Target, session: Session) -> Run | None:

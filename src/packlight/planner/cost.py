@@ -45,10 +45,6 @@ class _Replay:
     peak_bytes: int
     saved: dict[int, int]
 
-    @property
-    def last_release(self) -> int:
-        return max(self.saved.values())
-
 
 class StepCost:
     """Prices plans for one profile; built once, asked often."""
@@ -116,7 +112,7 @@ class StepCost:
         saved: dict[int, int] = {}
         for save in saves:
             if region.start <= storages[save.storage].born:
-                saved[save.storage] = max(save.released, saved.get(save.storage, 0))
+                saved[save.storage] = max(save.used, saved.get(save.storage, 0))
         events = [(storages[at].born, storages[at].num_bytes) for at in inside]
         events += [(storages[at].died, -storages[at].num_bytes) for at in inside if at not in saved]
         live = peak = 0
@@ -124,7 +120,7 @@ class StepCost:
             if when < region.last_packed:
                 live += num_bytes
                 peak = max(peak, live)
-        return _Replay(region, peak, saved)
+        return _Replay(region, peak + region.copied_bytes, saved)
 
     def _ends(self, chosen: frozenset[str]) -> torch.Tensor:
         """Return the event at which each storage of the first run ends, int64 of shape (num_storages,)."""
@@ -144,7 +140,7 @@ class StepCost:
         for replay in self._replays:
             if replay.region.block in chosen:
                 inputs = torch.tensor(replay.region.inputs, dtype=torch.int64)
-                ends[inputs] = ends[inputs].clamp(min=replay.last_release)
+                ends[inputs] = ends[inputs].clamp(min=replay.region.released)
         return ends
 
     def _without_side_outputs(self, ends: torch.Tensor, region: Region) -> torch.Tensor:
@@ -163,9 +159,11 @@ class StepCost:
         change[0] += carried
         change[min(self.profile.forward_end, num_events)] -= carried
         for replay in replays:
-            for index, released in replay.saved.items():
+            change[replay.region.start] += replay.region.copied_bytes
+            change[replay.region.released] -= replay.region.copied_bytes
+            for index, used in replay.saved.items():
                 change[replay.region.unpacked] += self._sizes[index]
-                change[released] -= self._sizes[index]
+                change[used] -= self._sizes[index]
         return change.cumsum(0)[:-1] if num_events else change.cumsum(0)
 
     def _carried(self, ends: torch.Tensor) -> int:
@@ -194,8 +192,10 @@ class StepCost:
                 name = "gradients" if storage.is_gradient else "activations" if crosses else "temporaries"
                 divided[name] += storage.num_bytes
         for replay in replays:
+            if replay.region.start <= at < replay.region.released:
+                divided["activations"] += replay.region.copied_bytes
             if replay.region.unpacked <= at:
-                held = (index for index, released in replay.saved.items() if released > at)
+                held = (index for index, used in replay.saved.items() if used > at)
                 divided["activations"] += sum(self.profile.storages[index].num_bytes for index in held)
         divided["activations"] += replayed.peak_bytes if replayed else 0
         divided["other"] += self._carried(ends) if at < self.profile.forward_end else 0

@@ -43,11 +43,25 @@ class FakeCopy(TorchFunctionMode):
 
 
 class FakeLine(Timeline):
-    """A timeline of fake storages that also adds up the operators' seconds."""
+    """A timeline of fake storages that also adds up the operators' seconds.
+
+    What autograd does on it (a release, the first wish for a block's saves) is an event of its own, so that of two
+    that fall between the same birth and death it stays known which came first.
+    """
 
     def __init__(self, device_type: str, rates: Rates) -> None:
         super().__init__(device_type)
         self.rates, self.seconds = rates, 0.0
+        self._num_ticks = 0
+
+    def now(self) -> int:
+        """Return the present position on the line, ticks counted."""
+        return len(self.events) + self._num_ticks
+
+    def tick(self) -> int:
+        """Put an event onto the line at which no storage is born or dies, and return its position."""
+        self._num_ticks += 1
+        return self.now() - 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and self.explicit_phase == "optimizer":

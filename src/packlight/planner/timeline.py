@@ -96,7 +96,7 @@ class Timeline(TorchDispatchMode):
             return known[0] if known[0] != _LEFT_OUT else None
         index = len(self.entries)
         self._live[key] = (index, weakref.ref(storage, lambda _: self._end(key)))
-        self._begin(index, Entry(self._round(storage.nbytes()), len(self.events), self.phase(), category))
+        self._begin(index, Entry(self.round(storage.nbytes()), self.now(), self.phase(), category))
         return index
 
     def index(self, tensor: torch.Tensor) -> int | None:
@@ -171,7 +171,8 @@ class Timeline(TorchDispatchMode):
         following = bisect.bisect_right(self._phases, (at, "\uffff"))
         return self._phases[following - 1][1] if following else "forward"
 
-    def _round(self, num_bytes: int) -> int:
+    def round(self, num_bytes: int) -> int:
+        """Return what the device's allocator takes for a number of bytes."""
         return -(-num_bytes // self._granularity) * self._granularity
 
     def _begin(self, index: int, entry: Entry) -> None:
@@ -187,7 +188,7 @@ class Timeline(TorchDispatchMode):
         if known is None or known[0] == _LEFT_OUT:
             return
         entry = self.entries[known[0]]
-        entry.died = len(self.events)
+        entry.died = self.now()
         self.events.append(~known[0])
         self.live_bytes -= entry.num_bytes
 

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from packlight.activations.blocks import Block, find_blocks
-from packlight.activations.recompute import follows_protocol, recomputes_itself
+from packlight.activations.recompute import copied_sizes, follows_protocol, recomputes_itself
 from packlight.numerics.formats import moment_formats
 from packlight.optim.adopt import can_adopt
 from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes, update
@@ -57,18 +57,32 @@ class _Region:
     end: int = 0
     last_packed: int = 0
     unpacked: int | None = None
+    released: int | None = None
     outputs: tuple[int, ...] = ()
     seconds: float = 0.0
+    copied_bytes: int = 0
+
+
+@dataclass
+class _Save:
+    """A save while it is traced; see `packlight.step.Save`."""
+
+    storage: int
+    region: int
+    packed: int
+    released: int | None = None
+    used: int | None = None
 
 
 class _Held:
-    """What autograd holds instead of a saved tensor: enough to make another of its kind."""
+    """What autograd holds instead of a saved tensor: enough to make another of its kind, or one that stays anyway."""
 
-    __slots__ = ("__weakref__", "device", "dtype", "region", "shape", "stride")
+    __slots__ = ("__weakref__", "device", "dtype", "save", "shape", "stays", "stride")
 
-    def __init__(self, tensor: torch.Tensor, region: int) -> None:
+    def __init__(self, tensor: torch.Tensor, save: _Save, *, stays: bool) -> None:
         self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
-        self.device, self.region = tensor.device, region
+        self.device, self.save = tensor.device, save
+        self.stays = tensor if stays else None
 
 
 class Trace:
@@ -85,7 +99,7 @@ class Trace:
         self.device_type = "cpu" if first == "meta" else first
         self.line = FakeLine(self.device_type, measure(self.device_type if first != "meta" else "cpu"))
         self.regions: list[_Region] = []
-        self.saves: list[list[int]] = []
+        self.saves: list[_Save] = []
         self._inside: list[int] = []
         self._hooks: list[RemovableHandle] = []
         self.resident: dict[str, int] = {}
@@ -147,15 +161,15 @@ class Trace:
         module = self.model.get_submodule(block.module_path)
         if recomputes_itself(module):
             return
-        first = module if block.start is None else module[block.start]  # type: ignore[index]
-        last = module if block.stop is None else module[block.stop - 1]  # type: ignore[index]
+        layers = [module] if block.start is None else list(module)[block.start : block.stop]  # type: ignore[call-overload]
+        copied_bytes = sum(map(self.line.round, copied_sizes(*layers)))
         protocol = follows_protocol(module)
 
         def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
             if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
                 self._inside.append(len(self.regions))
                 region = _Region(block.path, self.line.now(), self._indices((args, kwargs)), protocol)
-                region.seconds = -self.line.seconds
+                region.seconds, region.copied_bytes = -self.line.seconds, copied_bytes
                 self.regions.append(region)
 
         def end(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -164,37 +178,44 @@ class Trace:
                 region.end, region.outputs = self.line.now(), self._indices(output)
                 region.seconds += self.line.seconds
 
-        self._hooks.append(first.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
-        self._hooks.append(last.register_forward_hook(end, with_kwargs=True))
+        self._hooks.append(layers[0].register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+        self._hooks.append(layers[-1].register_forward_hook(end, with_kwargs=True))
 
     def _indices(self, value: object) -> tuple[int, ...]:
         indices = (self.line.index(tensor) for tensor in flat_tensors(value))
         return tuple(sorted({index for index in indices if index is not None and index >= self.num_resident}))
 
-    def _pack(self, tensor: torch.Tensor) -> Any:
+    def _pack(self, tensor: torch.Tensor) -> _Held:
         index = self.line.index(tensor)
         region = self._inside[-1] if self._inside else -1
         if region >= 0:
             self.regions[region].last_packed = self.line.now()
-        if index is None or index < self.num_resident:
-            return tensor
-        save = [index, region, self.line.now(), -1]
-        self.saves.append(save)
-        held = _Held(tensor, region)
+        stays = index is None or index < self.num_resident
+        save = _Save(-1 if index is None else index, region, self.line.now())
+        if not stays:
+            self.saves.append(save)
+        held = _Held(tensor, save, stays=stays)
         weakref.finalize(held, self._release, save)
         return held
 
-    def _release(self, save: list[int]) -> None:
-        save[3] = self.line.now()
+    def _release(self, save: _Save) -> None:
+        save.released = self.line.tick()
+        if save.region >= 0:
+            self.regions[save.region].released = save.released
 
-    def _unpack(self, held: Any) -> torch.Tensor:
-        if isinstance(held, torch.Tensor):
-            return held
-        if held.region >= 0 and self.regions[held.region].unpacked is None:
-            self.regions[held.region].unpacked = self.line.now()
+    def _use_ends(self, save: _Save) -> None:
+        save.used = self.line.tick()
+
+    def _unpack(self, held: _Held) -> torch.Tensor:
+        region = held.save.region
+        if region >= 0 and self.regions[region].unpacked is None:
+            self.regions[region].unpacked = self.line.tick()
+        if held.stays is not None:
+            return held.stays
         with self.line.paused():
             made = torch.empty_strided(held.shape, held.stride, dtype=held.dtype, device=held.device)
         self.line.leave_out(made)
+        weakref.finalize(made.untyped_storage(), self._use_ends, held.save)
         return made
 
     def backward(self, scalar: torch.Tensor) -> None:
@@ -293,10 +314,7 @@ class Trace:
             forward_end=self.forward_end,
             backward_start=self.backward_start,
             storages=self._storages(),
-            saves=tuple(
-                Save(index - self.num_resident, region, packed, released if released >= 0 else self.num_events)
-                for index, region, packed, released in self.saves
-            ),
+            saves=tuple(map(self._save, self.saves)),
             regions=tuple(self._region(region) for region in self.regions),
             optimizers=optimizers,
             num_microbatches=self.seen.num_microbatches,
@@ -312,12 +330,21 @@ class Trace:
             Storage(
                 num_bytes=entry.num_bytes,
                 born=entry.born,
-                died=min(self.num_events, self.num_events if entry.died is None else entry.died),
+                died=self._before_end(entry.died),
                 phase=entry.phase,
                 is_gradient=entry.category == "gradients",
             )
             for entry in made
         )
+
+    def _save(self, save: _Save) -> Save:
+        released = self._before_end(save.released)
+        used = released if save.used is None else self._before_end(save.used)
+        return Save(save.storage - self.num_resident, save.region, save.packed, released, used)
+
+    def _before_end(self, event: int | None) -> int:
+        """Return an event of the step, its end for what comes later or never."""
+        return self.num_events if event is None else min(event, self.num_events)
 
     def _region(self, region: _Region) -> Region:
         shift = self.num_resident
@@ -326,10 +353,12 @@ class Trace:
             start=region.start,
             end=region.end,
             last_packed=region.last_packed,
-            unpacked=self.num_events if region.unpacked is None else region.unpacked,
+            unpacked=self._before_end(region.unpacked),
+            released=self._before_end(region.released),
             inputs=tuple(index - shift for index in region.inputs),
             outputs=tuple(index - shift for index in region.outputs),
             forward_seconds=region.seconds,
+            copied_bytes=region.copied_bytes,
             drops_side_outputs=region.protocol,
         )
 

@@ -5,6 +5,7 @@ stands beside the measurement, category by category, so that a reader sees at on
 """
 
 import os
+import shlex
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -22,10 +23,7 @@ def read_record(path: str | os.PathLike[str]) -> Plan | Run:
     Raises:
         ValueError: the file is neither.
     """
-    data = read_json(path)
-    if data.get("kind") == "plan":
-        return Plan.from_dict(data)
-    return Run.from_dict(data)
+    return Plan.load(path) if read_json(path).get("kind") == "plan" else Run.load(path)
 
 
 def show(record: Plan | Run, *, console: Console | None = None) -> None:
@@ -35,17 +33,22 @@ def show(record: Plan | Run, *, console: Console | None = None) -> None:
         record: what `read_record` returned.
         console: where to print; None: standard output.
     """
-    out = console or Console()
+    out = console or Console(emoji=False)
     run = record if isinstance(record, Run) else None
     plan = record if isinstance(record, Plan) else record.plan
     if run is not None:
-        out.print(f"[bold]run[/bold] of {' '.join(run.script)}")
+        _print_plain(out, f"run of {shlex.join(run.script)}")
     if plan is not None:
-        out.print(str(plan), highlight=False, markup=False, soft_wrap=True)
-        out.print(_choices(plan))
-    out.print(_peaks(plan.estimate if plan else None, run.measurement if run else None))
+        _print_plain(out, str(plan))
+        out.print(_choices(plan), markup=False)
+    out.print(_peaks(plan.estimate if plan else None, run.measurement if run else None), markup=False)
     if run is not None:
-        out.print(_run_facts(run))
+        out.print(_run_facts(run), markup=False)
+
+
+def _print_plain(out: Console, line: str) -> None:
+    """Print what a script's author wrote: brackets and colons are not rich's markup there."""
+    out.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def summary(run: Run) -> str:
@@ -137,6 +140,8 @@ def _peaks(estimate: Estimate | None, measured: Measurement | None) -> Renderabl
 def _run_facts(run: Run) -> RenderableType:
     measured, estimate = run.measurement, run.estimate
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     predicted = f" (predicted {_seconds(estimate.step_seconds)})" if estimate else ""
     table.add_row("step time", f"{_seconds(measured.step_seconds)}{predicted}")
     table.add_row("steps", f"{measured.num_steps}, of which {measured.num_measured_steps} were measured for the peak")

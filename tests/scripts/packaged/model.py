@@ -24,13 +24,9 @@ class UNet(nn.Module):
     def __init__(self, channels=24, depth=2, per_level=2):
         super().__init__()
         self.enter = nn.Conv2d(1, channels, 3, padding=1)
-        self.down = nn.ModuleList(
-            nn.ModuleList(ConvBlock(channels) for _ in range(per_level)) for _ in range(depth)
-        )
+        self.down = nn.ModuleList(nn.ModuleList(ConvBlock(channels) for _ in range(per_level)) for _ in range(depth))
         self.middle = ConvBlock(channels)
-        self.up = nn.ModuleList(
-            nn.ModuleList(ConvBlock(channels) for _ in range(per_level)) for _ in range(depth)
-        )
+        self.up = nn.ModuleList(nn.ModuleList(ConvBlock(channels) for _ in range(per_level)) for _ in range(depth))
         self.merge = nn.ModuleList(nn.Conv2d(2 * channels, channels, 1) for _ in range(depth))
         self.leave = nn.Conv2d(channels, 1, 3, padding=1)
 

@@ -1,0 +1,127 @@
+"""Unmodified training scripts under `packlight run`, each in a process of its own, as users start them."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from packlight.records import Run
+
+PORTABLE = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.float32)
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+CASES = {
+    "plain_gpt": ("plain_gpt.py", "--steps", "4"),
+    "llama_transformers": ("llama_transformers.py", "--steps", "4"),
+    "bert_accumulate": ("bert_accumulate.py", "--steps", "4"),
+    "digits_convnet": ("digits_convnet.py", "--steps", "5"),
+    "run_by_module_name": ("-m", "packaged.train", "--steps", "4"),
+    "evaluate_and_save": ("evaluate_and_save.py", "--steps", "6"),
+    "flat_sequential": ("flat_sequential.py", "--steps", "4"),
+}
+
+
+def packlight_run(options: list[str], name: str, folder: Path) -> tuple[Run, str, str]:
+    """Run a case under packlight; return its record, its output and what packlight said."""
+    record = folder / f"{name}.json"
+    script = (*CASES[name], "--out", str(folder / "checkpoint.pt")) if name == "evaluate_and_save" else CASES[name]
+    done = subprocess.run(
+        [sys.executable, "-m", "packlight", "run", *options, "--record", str(record), *script],
+        cwd=SCRIPTS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return Run.load(record), done.stdout, done.stderr
+
+
+@cache
+def _plain(name: str, folder: Path) -> tuple[int, str]:
+    run, output, _ = packlight_run(["--measure-only"], name, folder)
+    return run.measurement.device_peak_bytes, output
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plain")
+
+
+def held_out_loss(output: str) -> float:
+    return float(re.findall(r"held-out loss (\S+)", output)[-1])
+
+
+def assert_fits_as_predicted(run: Run) -> None:
+    assert run.plan is not None and run.estimate is not None
+    measured = run.measurement.device_peak_bytes
+    assert measured <= run.plan.budget_bytes
+    assert abs(run.estimate.device_peak_bytes - measured) <= 0.02 * measured
+    assert run.measurement.num_measured_steps == 3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_at_three_quarters_of_its_peak_a_script_fits_and_prints_the_same_bits(
+    name: str, plain_folder: Path, tmp_path: Path
+) -> None:
+    peak_bytes, plain_output = _plain(name, plain_folder)
+    run, output, _ = packlight_run(["--budget", str(peak_bytes * 3 // 4), "--exact"], name, tmp_path)
+    assert_fits_as_predicted(run)
+    assert run.plan is not None and run.plan.recomputed()
+    assert output == plain_output
+
+
+def test_at_half_of_its_peak_the_gpt_fits_and_prints_the_same_bits(plain_folder: Path, tmp_path: Path) -> None:
+    peak_bytes, plain_output = _plain("plain_gpt", plain_folder)
+    run, output, _ = packlight_run(["--budget", str(peak_bytes // 2), "--exact"], "plain_gpt", tmp_path)
+    assert_fits_as_predicted(run)
+    assert output == plain_output
+
+
+def test_below_what_recomputation_reaches_states_take_four_bits(plain_folder: Path, tmp_path: Path) -> None:
+    peak_bytes, plain_output = _plain("plain_gpt", plain_folder)
+    run, output, _ = packlight_run(["--budget", str(peak_bytes * 34 // 100)], "plain_gpt", tmp_path)
+    assert_fits_as_predicted(run)
+    assert run.plan is not None and "paper4bit" in run.plan.state_formats.values()
+    assert output != plain_output
+    assert abs(held_out_loss(output) / held_out_loss(plain_output) - 1) < 0.03  # 4 steps: far from convergence
+
+
+def test_a_budget_that_is_large_enough_changes_nothing(plain_folder: Path, tmp_path: Path) -> None:
+    peak_bytes, plain_output = _plain("plain_gpt", plain_folder)
+    run, output, _ = packlight_run(["--budget", str(2 * peak_bytes)], "plain_gpt", tmp_path)
+    assert run.plan is not None and run.estimate is not None
+    assert not run.plan.recomputed()
+    assert run.estimate.slowdown == 1.0
+    assert output == plain_output
+    assert_fits_as_predicted(run)
+
+
+def test_a_checkpoint_saved_under_four_bit_states_resumes_in_plain_torch(plain_folder: Path, tmp_path: Path) -> None:
+    peak_bytes, plain_output = _plain("evaluate_and_save", plain_folder)
+    run, _, _ = packlight_run(["--budget", str(peak_bytes * 3 // 4)], "evaluate_and_save", tmp_path)
+    assert run.plan is not None
+    edited = dataclasses.replace(run.plan, state_formats=dict.fromkeys(run.plan.state_formats, "paper4bit"))
+    edited.save(tmp_path / "plan.json")
+    run, output, told = packlight_run(["--plan", str(tmp_path / "plan.json")], "evaluate_and_save", tmp_path)
+    assert output != plain_output
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    states = saved["optimizer"]["state"].values()
+    assert all({name: state[name].dtype for name in state} == PORTABLE for state in states)
+    assert run.measurement.state_bytes < sum(state["exp_avg"].nbytes for state in states)
+    resume = ["evaluate_and_save.py", "--steps", "8", "--resume", str(tmp_path / "checkpoint.pt"), "--out"]
+    done = subprocess.run([sys.executable, *resume, str(tmp_path / "end.pt")], cwd=SCRIPTS, check=False)
+    assert done.returncode == 0, told
+
+
+def test_gradients_and_losses_of_a_run_are_in_its_record(plain_folder: Path, tmp_path: Path) -> None:
+    _, plain_output = _plain("plain_gpt", plain_folder)
+    run, _, _ = packlight_run(["--measure-only"], "plain_gpt", tmp_path)
+    printed = [float(value) for value in re.findall(r"step \d+ loss (\S+)", plain_output)]
+    assert list(run.measurement.losses["first"]) == printed
+    assert list(run.measurement.losses["last"]) == printed
