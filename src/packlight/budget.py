@@ -10,6 +10,7 @@ from fractions import Fraction
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_MOST_BYTES = 2**63  # what 64-bit sizes cannot count
 
 
 class BudgetError(ValueError):
@@ -61,6 +62,8 @@ def parse_bytes(text: object, *, total_bytes: int | None = None) -> int:
     num_bytes = int(Fraction(match.group(1)) * size)  # a float would lose bytes above 2**53
     if num_bytes <= 0:
         raise ValueError(f"budget {text!r} is {num_bytes} bytes; wanted more than 0")
+    if num_bytes >= _MOST_BYTES:
+        raise ValueError(f"budget {text!r} is more than any device has; {wanted}")
     return num_bytes
 
 
@@ -78,9 +81,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Refuse a size that only `Budget.of` reads, or that allows nothing."""
-        sizes: tuple[object, ...] = (self.device_bytes, self.host_bytes)
+        sizes: list[object] = [self.device_bytes, *([] if self.host_bytes is None else [self.host_bytes])]
         for size in sizes:
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size <= 0):
+            if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
                 raise ValueError(f"Budget takes bytes as an int above 0 and got {size!r}; Budget.of reads strings")
 
     @classmethod

@@ -64,6 +64,8 @@ class Region:
         inputs, outputs: the storages of its tensor arguments and of its results.
         forward_seconds: predicted time of its forward.
         copied_bytes: what a recomputed call copies of its buffers.
+        saved_copies: for each buffer that it saves its bytes and the event at which backward lets go of it; where the
+        region is recomputed these are copies.
         drops_side_outputs: while it is recomputed it does not fill caches that outlive it (key-value caches).
     """
 
@@ -77,6 +79,7 @@ class Region:
     outputs: tuple[int, ...]
     forward_seconds: float
     copied_bytes: int = 0
+    saved_copies: tuple[tuple[int, int], ...] = ()
     drops_side_outputs: bool = False
 
 
@@ -92,6 +95,7 @@ class Tail:
         saved_bytes: when backward begins.
         backward_peak_bytes: most until the gradient reaches the model's outputs.
         after_backward_bytes: most between backward and the optimiser's step, above the end of backward.
+        carried_bytes: what the loop still holds of the loss when the optimiser steps, and in the next forward.
     """
 
     outputs: tuple[int, ...]
@@ -99,6 +103,7 @@ class Tail:
     saved_bytes: int
     backward_peak_bytes: int
     after_backward_bytes: int = 0
+    carried_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ class Profile(JsonRecord):
         num_microbatches: forward and backward passes in a step.
         seconds: predicted time of one forward, loss and backward without recomputation.
         after_backward_bytes: most bytes between backward and the optimiser's step, above the end of backward.
+        carried_bytes: what the loop still holds of the loss of the step before, until backward begins.
+        batch_bytes: the model's arguments.
         carries_outputs: whether the loop still holds the model's outputs when the next step begins.
         notes: what a reader should know, in sentences.
     """
@@ -156,5 +163,7 @@ class Profile(JsonRecord):
     num_microbatches: int
     seconds: float
     after_backward_bytes: int = 0
+    carried_bytes: int = 0
+    batch_bytes: int = 0
     carries_outputs: bool = True
     notes: tuple[str, ...] = ()

@@ -13,7 +13,6 @@ key-value cache from being filled twice; there the switch is used. Technique: Ch
 
 import functools
 import threading
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
@@ -104,10 +103,9 @@ def recomputes_itself(module: nn.Module) -> bool:
     return follows_protocol(module) and bool(getattr(module, "gradient_checkpointing", False))
 
 
-def copied_sizes(*modules: nn.Module) -> list[int]:
-    """Return the bytes of each buffer that a recomputed call of these modules copies, and its second run again."""
-    sizes = (buffer.nbytes for _, _, buffer in _Buffers(*modules).slots() if buffer.numel() <= MAX_COPIED_ELEMENTS)
-    return [num_bytes for num_bytes in sizes if num_bytes]
+def copied_buffers(*modules: nn.Module) -> list[torch.Tensor]:
+    """Return the buffers that a recomputed call of these modules copies, and its second run once more."""
+    return [buffer for _, _, buffer in _Buffers(*modules).slots() if buffer.numel() <= MAX_COPIED_ELEMENTS]
 
 
 def _recompute_module(module: nn.Module) -> Callable[[], None]:
@@ -147,7 +145,7 @@ class _Recomputed:
         return _run(functools.partial(self._forward, **kwargs), self._buffers, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return types.MethodType, (type(self._module).forward, self._module)
+        return getattr, (self._module, "forward")
 
 
 class _ProtocolFunction:
@@ -182,7 +180,7 @@ class _RecomputedRuns:
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return types.MethodType, (type(self._module).forward, self._module)
+        return getattr, (self._module, "forward")
 
 
 def _chain(layers: Sequence[nn.Module], value: Any) -> Any:

@@ -18,7 +18,7 @@ from packlight.planner.loop import Loss
 from packlight.planner.measure import StepWatch
 from packlight.planner.solve import EXACT_FORMATS
 from packlight.planner.solve import plan as make_plan
-from packlight.planner.trace import parameter_names
+from packlight.planner.updates import parameter_names
 from packlight.records import Measurement, Plan
 
 

@@ -158,13 +158,20 @@ class StepCost:
         carried = self._carried(ends)
         change[0] += carried
         change[min(self.profile.forward_end, num_events)] -= carried
+        change[0] += self.profile.carried_bytes
+        change[min(self.profile.backward_start, num_events)] -= self.profile.carried_bytes
         for replay in replays:
             change[replay.region.start] += replay.region.copied_bytes
             change[replay.region.released] -= replay.region.copied_bytes
-            for index, used in replay.saved.items():
-                change[replay.region.unpacked] += self._sizes[index]
-                change[used] -= self._sizes[index]
+            for num_bytes, used in self._saved_again(replay):
+                change[replay.region.unpacked] += num_bytes
+                change[used] -= num_bytes
         return change.cumsum(0)[:-1] if num_events else change.cumsum(0)
+
+    def _saved_again(self, replay: _Replay) -> list[tuple[int, int]]:
+        """Return the bytes of what a second run saves, each with the event at which backward lets go of it."""
+        made = [(self.profile.storages[index].num_bytes, used) for index, used in replay.saved.items()]
+        return [*made, *replay.region.saved_copies]
 
     def _carried(self, ends: torch.Tensor) -> int:
         """Return the bytes of outputs that the loop still holds when the next step begins, until it makes new ones."""
@@ -195,10 +202,10 @@ class StepCost:
             if replay.region.start <= at < replay.region.released:
                 divided["activations"] += replay.region.copied_bytes
             if replay.region.unpacked <= at:
-                held = (index for index, used in replay.saved.items() if used > at)
-                divided["activations"] += sum(self.profile.storages[index].num_bytes for index in held)
+                divided["activations"] += sum(num_bytes for num_bytes, used in self._saved_again(replay) if used > at)
         divided["activations"] += replayed.peak_bytes if replayed else 0
         divided["other"] += self._carried(ends) if at < self.profile.forward_end else 0
+        divided["other"] += self.profile.carried_bytes if at < self.profile.backward_start else 0
         return divided
 
     def _with_optimizer(self, cost: Cost, ends: torch.Tensor, optimizer: OptimizerCost) -> Cost:
@@ -211,7 +218,7 @@ class StepCost:
         temporaries = max(optimizer.temporary_bytes, self.profile.after_backward_bytes)
         in_step = dict.fromkeys(CATEGORIES, 0) | dict(self.profile.resident_bytes) | states
         in_step["gradients"] += gradients
-        in_step["activations"] += held
+        in_step["activations"] += held + self.profile.carried_bytes
         in_step["temporaries"] += temporaries
         step_bytes = sum(in_step.values())
         if step_bytes > cost.peak_bytes + optimizer.state_bytes:

@@ -5,6 +5,7 @@ device, and its copy should behave as on the CPU: the same operators, the same k
 tied parameters tied and an optimiser's parameters those of the model when the two are copied together.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,65 @@ class FakeCopy(TorchFunctionMode):
         return made.requires_grad_(tensor.requires_grad)
 
 
+def _loss_in_large_storage(func: Any, value: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run a loss whose kernel reduces in place: the scalar keeps the storage of all its elements' losses."""
+    out = func(value, target, *args, **kwargs)
+    if out.dim():
+        return out
+    num_elements = torch.broadcast_shapes(value.shape, target.shape).numel()
+    return torch.empty(num_elements, dtype=out.dtype, device=out.device).as_strided((), ())
+
+
+def _lstm_with_workspace(func: Any, value: torch.Tensor, *args: Any) -> Any:
+    """Run one layer of an LSTM on the CPU; the kernel for fake tensors leaves its workspace empty."""
+    out = func(value, *args)
+    hidden_size, is_training = args[9], args[-1]
+    if not is_training:
+        return out
+    num_steps, batch_size, input_size = value.shape
+    num_bytes = lstm_workspace_bytes(num_steps, batch_size, input_size, hidden_size, dtype=value.dtype)
+    return (*out[:3], torch.empty(num_bytes, dtype=torch.uint8, device=value.device))
+
+
+def _lstm_backward(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the backward of such a layer; the kernel for fake tensors returns one gradient for both biases."""
+    out = func(*args, **kwargs)
+    return (*out[:4], torch.empty_like(out[4]), *out[5:])
+
+
+def lstm_workspace_bytes(
+    num_steps: int, batch_size: int, input_size: int, hidden_size: int, *, dtype: torch.dtype = torch.float32
+) -> int:
+    """Return what oneDNN keeps of one LSTM layer in one direction for backward.
+
+    Gates, states and their gradients, each of them on pages of its own; gradients and the cell's state are fp32, and
+    rows are padded but for the cell's.
+    Source: oneDNN 3.12, src/cpu/rnn/rnn_utils.hpp (`set_offsets`, `get_good_ld`).
+    """
+    size, num_rows = dtype.itemsize, 2 * (num_steps + 1) * batch_size
+    parts = [num_steps * batch_size * _padded_bytes(width, size) for width in (4 * hidden_size, hidden_size)]
+    parts += [num_rows * _padded_bytes(max(input_size, hidden_size), each) for each in (size, 4, 4)]
+    parts += [num_rows * hidden_size * each for each in (size, 4)]
+    return sum(-(-num_bytes // 4096) * 4096 for num_bytes in parts)
+
+
+def _padded_bytes(width: int, size: int) -> int:
+    """Round a row up to cache lines, and add one where rows would fall into the same cache sets."""
+    in_line = 64 // size
+    rounded = -(-width // in_line) * in_line
+    return (rounded + in_line if rounded % 256 == 0 else rounded) * size
+
+
+_aten = torch.ops.aten
+_LOSSES = (_aten.mse_loss, _aten.smooth_l1_loss, _aten.binary_cross_entropy, _aten.soft_margin_loss)
+_AS_ALLOCATED: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((loss.default for loss in _LOSSES), _loss_in_large_storage),
+    _aten.mkldnn_rnn_layer.default: _lstm_with_workspace,
+    _aten.mkldnn_rnn_layer_backward.default: _lstm_backward,
+}
+"""Operators of which the kernel allocates more than its version for fake tensors says (torch 2.13)."""
+
+
 class FakeLine(Timeline):
     """A timeline of fake storages that also adds up the operators' seconds.
 
@@ -66,7 +126,12 @@ class FakeLine(Timeline):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and self.explicit_phase == "optimizer":
             return 1.0 if args[0].dtype.is_floating_point else 1  # an optimiser reads its own step count
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        run = _AS_ALLOCATED.get(func)
+        if run is None:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        out = run(func, *args, **(kwargs or {}))
+        self.observe(func, args, kwargs or {}, out)
+        return out
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note what an operator made, and add its seconds."""

@@ -63,16 +63,19 @@ class Seen:
 
     Attributes:
         tail: what the loss outside the model allocates; None: trace `loss`, the model's own, or a guess.
+        state_bytes: what the optimiser's states were seen to take; used where its step cannot be traced.
         num_microbatches: forward and backward passes for one optimiser step.
         gradients: how long gradients of the step before (or of earlier microbatches) live on: "none" where they are
             gone before forward, "forward" where they go between forward and backward, "step" where backward adds to
             them.
         other_bytes: bytes of tensors that are not of the model and the optimiser; None: buffers and the batch.
-        keeps_outputs: whether the loop still holds the model's output when the next step begins.
+        outputs: how long the loop holds the model's output: "loss" until the loss is computed, "step" until the
+            optimiser steps, "next step" until it makes the next one.
     """
 
     tail: Tail | None = None
+    state_bytes: int | None = None
     num_microbatches: int = 1
     gradients: Literal["none", "forward", "step"] = "none"
     other_bytes: int | None = None
-    keeps_outputs: bool = True
+    outputs: Literal["loss", "step", "next step"] = "next step"

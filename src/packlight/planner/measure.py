@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -45,6 +45,8 @@ class _Marks:
     backward_peak_bytes: int = 0
     backward_end_bytes: int = 0
     after_backward_bytes: int = 0
+    carried_bytes: int = 0
+    outputs_alive: bool = False
     outputs: tuple[int, ...] = ()
 
 
@@ -70,8 +72,8 @@ class StepWatch:
         self._resident_start_bytes = 0
         self._output_storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._hooks = [
-            model.register_forward_pre_hook(_ModuleHook(model, lambda _args: self.forward_begins())),
-            model.register_forward_hook(_ModuleHook(model, lambda _args, output: self.forward_ends(output))),
+            model.register_forward_pre_hook(ModuleHook(model, lambda _args: self.forward_begins())),
+            model.register_forward_hook(ModuleHook(model, lambda _args, output: self.forward_ends(output))),
         ]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -109,6 +111,7 @@ class StepWatch:
         if self._measuring:
             marks, start = self.marks, self.marks.forward_end_bytes
             marks.forward_peak_bytes = max(marks.forward_peak_bytes, self.line.highest_bytes() - start)
+            marks.outputs_alive = self._outputs_alive()
             marks.saved_bytes = max(marks.saved_bytes, self.line.live_bytes - start)
 
     def backward_ends(self) -> None:
@@ -126,6 +129,7 @@ class StepWatch:
             above_bytes = self.line.highest_bytes() - marks.backward_end_bytes
             marks.after_backward_bytes = max(marks.after_backward_bytes, above_bytes)
             self._name_gradients()
+            marks.carried_bytes = self.line.unfinished_bytes("loss")
             self.line.explicit_phase = "optimizer"
 
     def update_ends(self) -> None:
@@ -145,10 +149,16 @@ class StepWatch:
             saved_bytes=max(0, marks.saved_bytes),
             backward_peak_bytes=max(0, marks.backward_peak_bytes),
             after_backward_bytes=max(0, marks.after_backward_bytes),
+            carried_bytes=marks.carried_bytes,
         )
 
-    def outputs_alive(self) -> bool:
-        """Tell whether the loop still holds what the model returned last."""
+    def outputs_held(self) -> Literal["loss", "step", "next step"]:
+        """Tell how long the loop holds what the model returned, judged when the optimiser steps."""
+        if self._outputs_alive():
+            return "next step"
+        return "step" if self.marks.outputs_alive else "loss"
+
+    def _outputs_alive(self) -> bool:
         return any(storage() is not None for storage in self._output_storages)
 
     def step_seconds_so_far(self) -> float:
@@ -173,7 +183,7 @@ class StepWatch:
             losses=losses or {"first": (), "last": ()},
             peak_by_category={} if cuda else by_category,
             peak_moment="" if cuda else moment,
-            state_bytes=self._state_bytes(),
+            state_bytes=self.state_bytes(),
         )
 
     def pause(self) -> bool:
@@ -259,7 +269,8 @@ class StepWatch:
             for tensor in flat_tensors(list(optimizer.state.values())):
                 self.line.add(tensor, category="optimizer_states")
 
-    def _state_bytes(self) -> int:
+    def state_bytes(self) -> int:
+        """Return the bytes of the optimisers' states, each storage once."""
         states = [tensor for each in self.optimizers for tensor in flat_tensors(list(each.state.values()))]
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in states}
         return sum(storages.values())
@@ -270,17 +281,20 @@ class StepWatch:
         return time.perf_counter()
 
 
-class _ModuleHook:
+class ModuleHook:
     """A hook of one module only; in a copy or a pickle of the module it does nothing, and needs no packlight."""
 
     def __init__(self, module: nn.Module, function: Callable[..., None]) -> None:
+        """Call `function` with what the hook is given after the module."""
         self._module, self._function = module, function
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Call the function, unless the module is a copy."""
         if module is self._module:
             self._function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as a function of the standard library that takes anything and returns None."""
         return getattr, (nullcontext(), "__exit__")
 
 

@@ -63,6 +63,8 @@ def profile(
             with call.autocasting():
                 output = trace.forward(call)
                 scalar = _loss(output, batch=call, loss=loss, seen=seen, notes=notes)
+            if seen.outputs == "loss":
+                del output
             trace.backward(scalar)
             optimizers = trace.optimizers()
         except Exception as error:

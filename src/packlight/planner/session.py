@@ -15,31 +15,25 @@ states' format is decided only when the optimiser steps for the first time, beca
 """
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer
 
 from packlight.activations.recompute import Recomputation, recompute
 from packlight.budget import Budget, BudgetError
 from packlight.planner.apply import adopt_formats
+from packlight.planner.listen import Ears, Listener, LossLog
 from packlight.planner.loop import Call, Seen
-from packlight.planner.measure import StepWatch
+from packlight.planner.measure import ModuleHook, StepWatch
 from packlight.planner.profile import ProfileError, profile
 from packlight.planner.solve import device_bytes, most_saving, predicted_step_seconds, rescale, solve
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
-
-NUM_KEPT_LOSSES = 10
 
 
 class SessionStop(BaseException):
@@ -71,7 +65,7 @@ class Settings:
     tell: Callable[[Plan, str], None] = lambda plan, title: print(f"{title}{plan}")
 
 
-class Session:
+class Session(Listener):
     """One run of a script: finds the model, plans, measures. Use it as a context manager around the script."""
 
     def __init__(self, settings: Settings) -> None:
@@ -79,7 +73,6 @@ class Session:
         self.settings = settings
         self.plan: Plan | None = settings.plan
         self.first_estimate: Estimate | None = None
-        self.notes: list[str] = []
         self._made: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._optimizers: list[Optimizer] = []
         self._watch: StepWatch | None = None
@@ -89,28 +82,17 @@ class Session:
         self._recomputation: Recomputation | None = None
         self._undo: list[Callable[[], None]] = []
         self._stop: SessionStop | None = None
-        self._num_updates = self._depth = 0
+        self._num_updates = 0
         self._between = self._planning = False
         self._gradients: Literal["none", "forward", "step"] = "none"
-        self._loss: torch.Tensor | None = None
-        self._first_losses: list[torch.Tensor] = []
-        self._last_losses: deque[torch.Tensor] = deque(maxlen=NUM_KEPT_LOSSES)
+        self._losses = LossLog()
         self._stack = ExitStack()
 
     def __enter__(self) -> "Session":
         """Begin to listen: calls of modules, new optimisers, backward and optimiser steps."""
-        listen = self._stack.enter_context
-        listen(_replaced(Optimizer, "__init__", self._listen_for_optimizers))
-        listen(_replaced(Optimizer, "zero_grad", self._listen_for_zero_grad))
-        listen(_replaced(nn.Module, "zero_grad", self._listen_for_zero_grad))
-        listen(_replaced(torch.autograd, "backward", self._listen_for_backward))
-        self._calls = ExitStack()
-        self._calls.enter_context(_replaced(nn.Module, "__call__", self._listen_for_calls))
-        listen(self._calls)
-        before = register_optimizer_step_pre_hook(lambda optimizer, *_: self._update_begins(optimizer))
-        after = register_optimizer_step_post_hook(lambda optimizer, *_: self._update_ends(optimizer))
-        self._stack.callback(before.remove)
-        self._stack.callback(after.remove)
+        ears = Ears(self)
+        self._ignore_calls = ears.ignore_calls
+        self._stack.callback(ears.close)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -129,70 +111,55 @@ class Session:
         """Return what was measured, None where nothing was trained."""
         if self._watch is None or not self.trained:
             return None
-        losses = {"first": self._first_losses, "last": list(self._last_losses)}
-        return self._watch.measurement({key: tuple(map(float, values)) for key, values in losses.items()})
+        return self._watch.measurement(self._losses.values())
 
-    def _listen_for_optimizers(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def init(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-            original(optimizer, *args, **kwargs)
-            self._made.add(optimizer)
+    def optimizer_made(self, optimizer: Optimizer) -> None:
+        """Remember an optimiser: its parameters will tell the model."""
+        self._made.add(optimizer)
 
-        return init
+    def gradients_cleared(self, *, set_to_none: bool) -> None:
+        """Learn how long gradients live on into the next step."""
+        if self._planning or self._watch is None:
+            return
+        if not set_to_none:
+            self._gradients = "step"
+        elif self._between:
+            self._gradients = "forward"
 
-    def _listen_for_zero_grad(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def zero_grad(owner: Any, set_to_none: bool = True) -> None:
-            if self._planning:
-                pass
-            elif self._watch is not None and not set_to_none:
-                self._gradients = "step"
-            elif self._between:
-                self._gradients = "forward"
-            original(owner, set_to_none)
+    def backward_begins(self, tensors: Any) -> None:
+        """Note the loss."""
+        if self._watch is not None and not self._planning:
+            self._between = False
+            self._losses.note(tensors)
+            self._watch.backward_begins()
 
-        return zero_grad
+    def backward_ends(self) -> None:
+        """Note the end of backward."""
+        if self._watch is not None and not self._planning:
+            self._watch.backward_ends()
 
-    def _listen_for_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-            watch = None if self._planning else self._watch
-            if watch is not None:
-                self._between = False
-                self._note_loss(tensors)
-                watch.backward_begins()
-            original(tensors, *args, **kwargs)
-            if watch is not None:
-                watch.backward_ends()
-
-        return backward
-
-    def _listen_for_calls(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._depth == 0 and torch.is_grad_enabled() and self._watch is None:
-                self._consider(module, Call(args, kwargs))
-            self._depth += 1
-            try:
-                return original(module, *args, **kwargs)
-            finally:
-                self._depth -= 1
-
-        return call
+    def called(self, module: nn.Module, call: Call) -> None:
+        """Take a module as the model if an optimiser holds parameters of it (step 1)."""
+        if self._watch is None and not self._planning:
+            self._consider(module, call)
 
     def _consider(self, module: nn.Module, call: Call) -> None:
-        """Take a module as the model if an optimiser holds parameters of it (step 1)."""
         own: set[torch.Tensor] = set(module.parameters())
         trained = [optimizer for optimizer in self._made if own.intersection(_parameters(optimizer))]
         if not trained:
             return
         self._refuse_other_models(module, own)
-        self._calls.close()
+        self._ignore_calls()
         self._model, self._call, self._optimizers = _unwrapped(module), call, trained
         try:
             self._plan_before_first_step()
         except SessionStop as stop:
             self._stop = stop
-            module.register_forward_pre_hook(lambda *_: self._stop_again())
+            module.register_forward_pre_hook(ModuleHook(module, lambda *_: self._stop_again()))
             raise
         self._watch = StepWatch(module, trained)
-        module.register_forward_hook(lambda *_: self._forward_ended())
+        hook = module.register_forward_hook(ModuleHook(module, lambda *_: self._forward_ended()))
+        self._stack.callback(hook.remove)
 
     def _stop_again(self) -> None:
         if self._stop is not None:
@@ -239,14 +206,20 @@ class Session:
         finally:
             self._planning = False
 
-    def _update_begins(self, optimizer: Optimizer) -> None:
+    def update_begins(self, optimizer: Optimizer) -> None:
+        """Follow a step's end; in the first, decide (step 3)."""
         if self._watch is None or self._planning:
             return
         if optimizer not in self._optimizers:
             self._meet(optimizer)
         self._watch.update_begins()
-        if self._num_updates == 0 and self._recomputation is not None and optimizer is self._optimizers[0]:
+        if optimizer is self._optimizers[0] and self._ready_to_plan_again():
             self._plan_again()
+
+    def _ready_to_plan_again(self) -> bool:
+        """Tell whether a step has been seen; states of an optimiser that cannot be traced take one step more."""
+        seen = self._recomputation is not None and self._watch is not None and self._watch.num_microbatches > 0
+        return seen and self._step is not None and (bool(self._step.optimizers) or self._num_updates > 0)
 
     def _meet(self, optimizer: Optimizer) -> None:
         """Take in an optimiser that was made after the first forward."""
@@ -265,10 +238,11 @@ class Session:
         self._recomputation = None
         seen = Seen(
             tail=watch.tail(),
+            state_bytes=watch.state_bytes(),
             num_microbatches=watch.num_microbatches,
             gradients="step" if watch.num_microbatches > 1 else self._gradients,
             other_bytes=watch.other_bytes,
-            keeps_outputs=watch.outputs_alive(),
+            outputs=watch.outputs_held(),
         )
         step, plan = self._make_plan(seen)
         plan = rescale(plan, seconds, predicted_step_seconds(step, most_saving(step)))
@@ -291,25 +265,14 @@ class Session:
         while self._undo:
             self._undo.pop()()
 
-    def _update_ends(self, optimizer: Optimizer) -> None:
+    def update_ends(self, optimizer: Optimizer) -> None:
+        """Count a step."""
         if self._watch is None or self._planning or optimizer not in self._optimizers:
             return
         self._watch.update_ends()
         if optimizer is self._optimizers[0]:
             self._num_updates += 1
-            if self._loss is not None:
-                kept = self._first_losses
-                if len(kept) < NUM_KEPT_LOSSES:
-                    kept.append(self._loss)
-                self._last_losses.append(self._loss)
-                self._loss = None
-
-    def _note_loss(self, tensors: Any) -> None:
-        """Keep the value that backward starts from; a step's microbatches are summed."""
-        loss = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)
-        if loss is not None and loss.numel() == 1:
-            value = loss.detach().reshape(())
-            self._loss = value if self._loss is None else self._loss + value
+            self._losses.end_step()
 
 
 def _decisions(plan: Plan) -> tuple[frozenset[str], Mapping[str, str]]:
@@ -331,14 +294,3 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         inner: nn.Module = module.module
         return inner
     return module
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace an attribute by what `make` builds around it, until the end of the context."""
-    original = getattr(owner, name)
-    setattr(owner, name, make(original))
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

@@ -7,6 +7,7 @@ choice that turns out not to be needed. This is done for each state format, and 
 is judged by the whole line of events (`cost.py`), never by the sum of what was spared.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,9 @@ from packlight.step import OptimizerCost, Profile
 
 HEADROOM = 0.01
 """Share of the budget that a plan leaves free, for scalars and lists that a script makes beside the step."""
+
+LOADED_BATCHES = 2
+"""On the CPU a data loader's next batches share the device with the step; so many are left room for."""
 
 EXACT_FORMATS = ("fp32", "as is")
 
@@ -91,11 +95,12 @@ def solve(step: Profile, budget: Budget, *, exact: bool = False) -> Plan:
         BudgetError: nothing fits; it names the smallest budget that would.
     """
     costs = StepCost(step)
-    allowed_bytes = int(budget.device_bytes * (1 - HEADROOM))
+    spare_bytes = LOADED_BATCHES * step.batch_bytes if step.device == "cpu" else 0
+    allowed_bytes = int(budget.device_bytes * (1 - HEADROOM)) - spare_bytes
     allowed = [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS]
     formats: list[OptimizerCost | None] = [*allowed] or [None]
     smallest = min(_least(costs, optimizer).peak_bytes for optimizer in formats)
-    smallest_budget_bytes = int(smallest / (1 - HEADROOM)) + 1
+    smallest_budget_bytes = math.ceil((smallest + spare_bytes) / (1 - HEADROOM))
     found = [result for optimizer in formats if (result := _fit(costs, optimizer, allowed_bytes)) is not None]
     if not found:
         raise BudgetError(_refusal(budget, smallest_budget_bytes, exact=exact), smallest_bytes=smallest_budget_bytes)

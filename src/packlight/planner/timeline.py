@@ -125,6 +125,11 @@ class Timeline(TorchDispatchMode):
         highest, self._highest_bytes = self._highest_bytes, self.live_bytes
         return highest
 
+    def unfinished_bytes(self, phase: str) -> int:
+        """Return the bytes of storages of no category that were born in a phase and live still."""
+        entries = (self.entries[index] for index, _ in self._live.values() if index != _LEFT_OUT)
+        return sum(entry.num_bytes for entry in entries if entry.phase == phase and entry.category is None)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out what is made inside."""

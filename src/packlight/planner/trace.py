@@ -17,12 +17,11 @@ peak of every plan can be computed (`cost.py`). Backward gets new fake tensors o
 import copy
 import io
 import logging
-import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,18 +31,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from packlight.activations.blocks import Block, find_blocks
-from packlight.activations.recompute import copied_sizes, follows_protocol, recomputes_itself
-from packlight.numerics.formats import moment_formats
-from packlight.optim.adopt import can_adopt
-from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes, update
+from packlight.activations.recompute import copied_buffers, follows_protocol, recomputes_itself
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
 from packlight.planner.loop import Call, Optimizers, Seen, listed
 from packlight.planner.timeline import flat_tensors
+from packlight.planner.updates import optimizer_costs
 from packlight.step import OptimizerCost, Profile, Region, Save, Storage
-
-MAX_TRACED_ELEMENTS = 2**22
-"""A low-bit update is traced on a parameter of about this size at most."""
 
 
 @dataclass
@@ -61,6 +55,8 @@ class _Region:
     outputs: tuple[int, ...] = ()
     seconds: float = 0.0
     copied_bytes: int = 0
+    copied: dict[int | None, int] = field(default_factory=dict)
+    copy_saves: list["_Save"] = field(default_factory=list)
 
 
 @dataclass
@@ -101,10 +97,12 @@ class Trace:
         self.regions: list[_Region] = []
         self.saves: list[_Save] = []
         self._inside: list[int] = []
+        self.notes: list[str] = []
         self._hooks: list[RemovableHandle] = []
         self.resident: dict[str, int] = {}
         self.num_resident = self.num_events = self.forward_end = self.backward_start = 0
         self.seconds = 0.0
+        self.batch_bytes = 0
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -137,6 +135,7 @@ class Trace:
             if self.line.index(tensor) is None:
                 self.line.add(tensor, category="other")
         self.num_resident = len(self.line.entries)
+        self.batch_bytes = sum(tensor.nbytes for tensor in flat_tensors((call.args, dict(call.kwargs))))
         self.resident = dict.fromkeys(("parameters", "gradients", "other"), 0)
         for entry in self.line.entries:
             self.resident[entry.category or "other"] += entry.num_bytes
@@ -162,14 +161,16 @@ class Trace:
         if recomputes_itself(module):
             return
         layers = [module] if block.start is None else list(module)[block.start : block.stop]  # type: ignore[call-overload]
-        copied_bytes = sum(map(self.line.round, copied_sizes(*layers)))
+        buffers = copied_buffers(*layers)
         protocol = follows_protocol(module)
 
         def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
             if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
                 self._inside.append(len(self.regions))
                 region = _Region(block.path, self.line.now(), self._indices((args, kwargs)), protocol)
-                region.seconds, region.copied_bytes = -self.line.seconds, copied_bytes
+                region.seconds = -self.line.seconds
+                region.copied = {self.line.index(buffer): self.line.round(buffer.nbytes) for buffer in buffers}
+                region.copied_bytes = sum(self.line.round(buffer.nbytes) for buffer in buffers)
                 self.regions.append(region)
 
         def end(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -190,10 +191,11 @@ class Trace:
         region = self._inside[-1] if self._inside else -1
         if region >= 0:
             self.regions[region].last_packed = self.line.now()
-        stays = index is None or index < self.num_resident
+        copied = region >= 0 and index in self.regions[region].copied
+        stays = (index is None or index < self.num_resident) and not copied
         save = _Save(-1 if index is None else index, region, self.line.now())
         if not stays:
-            self.saves.append(save)
+            (self.regions[region].copy_saves if copied else self.saves).append(save)
         held = _Held(tensor, save, stays=stays)
         weakref.finalize(held, self._release, save)
         return held
@@ -223,6 +225,7 @@ class Trace:
         if self.seen.gradients == "forward":
             self._name_gradients()
             self.model.zero_grad()
+        self._grow_outer_gradients()
         self.backward_start = self.line.now()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             scalar.backward()
@@ -230,80 +233,34 @@ class Trace:
         self.seconds = self.line.seconds
         self._name_gradients()
 
+    def _grow_outer_gradients(self) -> None:
+        """Give a gradient to parameters that are stepped but stand outside the model (a head called by the loop)."""
+        own = set(self.model.parameters())
+        for group in (group for optimizer in self.fake_optimizers for group in optimizer.param_groups):
+            for parameter in group["params"]:
+                if parameter not in own and parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
+                    self.line.add(parameter.grad, category="gradients")
+
     def _name_gradients(self) -> None:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 self.line.add(parameter.grad, category="gradients")
 
     def optimizers(self) -> tuple[OptimizerCost, ...]:
-        """Trace the optimiser as it is, and ask for the cost of the formats it could have (step 5)."""
+        """Ask what the optimisers cost as they are, and in the formats that they could have (step 5)."""
         if not self.real_optimizers:
             return ()
         self.line.explicit_phase = "optimizer"
-        with torch.no_grad():
-            self._step()
-            before_bytes, before_seconds = self.line.live_bytes, self.line.seconds
-            self.line.highest_bytes()
-            self._step()
-        names = {
-            at: name for each in self.real_optimizers for at, name in parameter_names(self.real_model, each).items()
-        }
-        known = all(can_adopt(optimizer) is None for optimizer in self.real_optimizers)
-        present_format = "fp32" if known else "as is"
-        present = OptimizerCost(
-            state_format=present_format,
-            state_bytes=self._state_bytes(),
-            temporary_bytes=self.line.highest_bytes() - before_bytes,
-            seconds=self.line.seconds - before_seconds,
-            formats=dict.fromkeys(names.values(), present_format),
-        )
-        return (present, self._low_bit("paper4bit", names)) if known else (present,)
-
-    def _step(self) -> None:
-        for optimizer in self.fake_optimizers:
-            optimizer.step()
-
-    def _low_bit(self, state_format: str, names: Mapping[torch.Tensor, str]) -> OptimizerCost:
-        """Cost the optimiser with states in a low-bit format, without making them all."""
-        shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}
-        step_bytes = 0 if self.device_type == "cpu" else STEP_BYTES  # the step counter stays on the CPU
-        num_bytes = sum(state_bytes(at.shape, at.dtype, state_format) - step_bytes for at in names)
-        return OptimizerCost(
-            state_format=state_format,
-            state_bytes=num_bytes,
-            temporary_bytes=self._update_bytes(state_format, max(names, key=torch.Tensor.numel)),
-            seconds=sum(map(math.prod, shapes.values())) * self.line.rates.update_seconds_per_element,
-            formats={
-                name: "fp32" if moment_formats(state_format, shape)[0].book is None else state_format
-                for name, shape in shapes.items()
-            },
-        )
-
-    def _update_bytes(self, state_format: str, parameter: torch.Tensor) -> int:
-        """Return the most that the update of one parameter allocates beside its state.
-
-        It works in chunks, so a parameter of fewer rows that still takes several shows as much.
-        """
-        inner = math.prod(parameter.shape[1:])
-        num_rows = min(parameter.shape[0], max(1, MAX_TRACED_ELEMENTS // max(1, inner))) if parameter.dim() else 0
-        shape = (num_rows, *parameter.shape[1:]) if parameter.dim() else ()
-        with torch.no_grad():
-            fake = torch.empty(shape, dtype=parameter.dtype, device=self.device_type)
-            state, settings = init_state(fake, state_format), group_settings(self.real_optimizers[0].param_groups[0])
-            before_bytes = self.line.live_bytes
-            self.line.highest_bytes()
-            update(fake, fake, state, state_format=state_format, settings=settings)
-        return self.line.highest_bytes() - before_bytes
-
-    def _state_bytes(self) -> int:
-        """Add up the states' storages on the device, each once."""
-        storages = {
-            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-            for optimizer in self.fake_optimizers
-            for tensor in flat_tensors(list(optimizer.state.values()))
-            if tensor.device.type == self.device_type
-        }
-        return sum(storages.values())
+        try:
+            return optimizer_costs(self.real_model, self.real_optimizers, self.fake_optimizers, self.line)
+        except Exception as error:
+            kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self.real_optimizers}))
+            self.notes.append(
+                f"the step of {kinds} cannot be traced; its states are counted when they are seen: {error}"
+            )
+            seen_bytes = self.seen.state_bytes
+            return () if seen_bytes is None else (OptimizerCost("as is", seen_bytes, 0, 0.0, {}),)
 
     def record(self, optimizers: tuple[OptimizerCost, ...], notes: tuple[str, ...]) -> Profile:
         """Return the trace as a record."""
@@ -320,8 +277,10 @@ class Trace:
             num_microbatches=self.seen.num_microbatches,
             seconds=self.seconds,
             after_backward_bytes=self.seen.tail.after_backward_bytes if self.seen.tail else 0,
-            carries_outputs=self.seen.keeps_outputs,
-            notes=notes,
+            carried_bytes=self.seen.tail.carried_bytes if self.seen.tail else 0,
+            batch_bytes=self.batch_bytes,
+            carries_outputs=self.seen.outputs == "next step",
+            notes=(*notes, *self.notes),
         )
 
     def _storages(self) -> tuple[Storage, ...]:
@@ -342,6 +301,13 @@ class Trace:
         used = released if save.used is None else self._before_end(save.used)
         return Save(save.storage - self.num_resident, save.region, save.packed, released, used)
 
+    def _saved_copies(self, region: _Region) -> tuple[tuple[int, int], ...]:
+        """Say for each buffer that the region saves how long backward uses the second run's copy of it."""
+        used: dict[int, int] = {}
+        for save in map(self._save, region.copy_saves):
+            used[save.storage] = max(save.used, used.get(save.storage, 0))
+        return tuple((region.copied[storage + self.num_resident], event) for storage, event in used.items())
+
     def _before_end(self, event: int | None) -> int:
         """Return an event of the step, its end for what comes later or never."""
         return self.num_events if event is None else min(event, self.num_events)
@@ -359,12 +325,6 @@ class Trace:
             outputs=tuple(index - shift for index in region.outputs),
             forward_seconds=region.seconds,
             copied_bytes=region.copied_bytes,
+            saved_copies=self._saved_copies(region),
             drops_side_outputs=region.protocol,
         )
-
-
-def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, str]:
-    """Name an optimiser's parameters as the model names them; "parameter N" for those outside the model."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {parameter: names.get(parameter, f"parameter {at}") for at, parameter in enumerate(stepped)}

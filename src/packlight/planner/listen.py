@@ -1,0 +1,150 @@
+"""Hears what a script does with torch, without the script knowing: calls, optimisers, backward, steps.
+
+torch has global hooks for forward (without keyword arguments) and for optimiser steps, and none for a new optimiser,
+for
+`backward` or for `zero_grad`. For these a method is replaced while the script runs and put back at its end. Nothing is
+decided here: a `Listener` is told.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from packlight.planner.loop import Call
+
+NUM_KEPT_LOSSES = 10
+
+
+class Listener:
+    """What can be heard; a subclass overrides what it wants to know."""
+
+    def optimizer_made(self, optimizer: Optimizer) -> None:
+        """Hear of an optimiser that has just been made."""
+
+    def called(self, module: nn.Module, call: Call) -> None:
+        """Hear of the outermost module that is about to be called with gradients enabled."""
+
+    def gradients_cleared(self, *, set_to_none: bool) -> None:
+        """Hear of `zero_grad` of an optimiser or a module."""
+
+    def backward_begins(self, tensors: Any) -> None:
+        """Hear of a backward pass, with the tensors that it starts from."""
+
+    def backward_ends(self) -> None:
+        """Hear of the end of a backward pass."""
+
+    def update_begins(self, optimizer: Optimizer) -> None:
+        """Hear of an optimiser that is about to step, before its own hooks run."""
+
+    def update_ends(self, optimizer: Optimizer) -> None:
+        """Hear of an optimiser that has stepped."""
+
+
+class Ears:
+    """The replaced methods and hooks that tell one listener; `close` puts everything back."""
+
+    def __init__(self, listener: Listener) -> None:
+        """Begin to listen."""
+        self._listener = listener
+        self._depth = 0
+        self._stack, self._calls = ExitStack(), ExitStack()
+        self._calls.enter_context(_replaced(nn.Module, "__call__", self._call))
+        self._stack.enter_context(self._calls)
+        for owner, name, make in (
+            (Optimizer, "__init__", self._init),
+            (Optimizer, "zero_grad", self._zero_grad),
+            (nn.Module, "zero_grad", self._zero_grad),
+            (torch.autograd, "backward", self._backward),
+        ):
+            self._stack.enter_context(_replaced(owner, name, make))
+        begins = register_optimizer_step_pre_hook(lambda optimizer, *_: listener.update_begins(optimizer))
+        ends = register_optimizer_step_post_hook(lambda optimizer, *_: listener.update_ends(optimizer))
+        self._stack.callback(begins.remove)
+        self._stack.callback(ends.remove)
+
+    def ignore_calls(self) -> None:
+        """Stop listening to calls of modules; the rest goes on."""
+        self._calls.close()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._stack.close()
+
+    def _init(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            original(optimizer, *args, **kwargs)
+            self._listener.optimizer_made(optimizer)
+
+        return init
+
+    def _zero_grad(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def zero_grad(owner: Any, set_to_none: bool = True) -> None:
+            self._listener.gradients_cleared(set_to_none=set_to_none)
+            original(owner, set_to_none)
+
+        return zero_grad
+
+    def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+            self._listener.backward_begins(tensors)
+            original(tensors, *args, **kwargs)
+            self._listener.backward_ends()
+
+        return backward
+
+    def _call(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._depth == 0 and torch.is_grad_enabled():
+                self._listener.called(module, Call(args, kwargs))
+            self._depth += 1
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        return call
+
+
+class LossLog:
+    """The values that backward started from, summed over a step's microbatches: the first and the last ten steps."""
+
+    def __init__(self) -> None:
+        """Begin without a step."""
+        self._now: torch.Tensor | None = None
+        self._first: list[torch.Tensor] = []
+        self._last: deque[torch.Tensor] = deque(maxlen=NUM_KEPT_LOSSES)
+
+    def note(self, tensors: Any) -> None:
+        """Add what a backward pass starts from, if it is one scalar."""
+        loss = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)
+        if loss is not None and loss.numel() == 1:
+            value = loss.detach().reshape(())
+            self._now = value if self._now is None else self._now + value
+
+    def end_step(self) -> None:
+        """Close a step."""
+        if self._now is not None:
+            if len(self._first) < NUM_KEPT_LOSSES:
+                self._first.append(self._now)
+            self._last.append(self._now)
+            self._now = None
+
+    def values(self) -> dict[str, tuple[float, ...]]:
+        """Return the losses of the first and of the last steps."""
+        return {"first": tuple(map(float, self._first)), "last": tuple(map(float, self._last))}
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace an attribute by what `make` builds around it, until the end of the context."""
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

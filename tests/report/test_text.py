@@ -1,0 +1,200 @@
+"""A saved record is shown as tables that say what was expected beside what happened, also where torch is missing."""
+
+import dataclasses
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from packlight.records import CATEGORIES, Choice, Estimate, JsonRecord, Measurement, Plan, Run
+from packlight.report.text import comparison, read_record, show, summary
+
+MIB = 2**20
+PREDICTED = dict(zip(CATEGORIES, (4 * MIB, 3 * MIB, 2 * MIB, MIB, MIB // 2, 0), strict=True))
+MEASURED = dict(zip(CATEGORIES, (4 * MIB, 3 * MIB, 2 * MIB, MIB, MIB // 2, MIB // 4), strict=True))
+ESTIMATE = Estimate(
+    device_peak_bytes=sum(PREDICTED.values()),
+    host_peak_bytes=0,
+    step_seconds=0.321,
+    slowdown=1.25,
+    plain_peak_bytes=20 * MIB,
+    peak_by_category=PREDICTED,
+    peak_moment="backward",
+)
+PLAN = Plan(
+    device="cpu",
+    budget_bytes=11 * MIB,
+    exact=False,
+    choices=(
+        Choice("blocks.0", "recompute", 3 * MIB, 0.125),
+        Choice("blocks.1", "recompute", 3 * MIB, 0.125),
+        Choice("blocks.2", "keep", 3 * MIB, 0.0),
+    ),
+    state_formats={"weight": "paper4bit", "other.weight": "paper4bit", "bias": "fp32"},
+    estimate=ESTIMATE,
+    smallest_budget_bytes=9 * MIB,
+    notes=("the loss was guessed",),
+)
+MEASUREMENT = Measurement(
+    device_peak_bytes=sum(MEASURED.values()),
+    host_peak_bytes=0,
+    reserved_peak_bytes=16 * MIB,
+    resident_peak_bytes=30 * MIB,
+    step_seconds=0.456,
+    num_steps=25,
+    num_measured_steps=3,
+    losses={"first": (2.5, 2.25), "last": (1.5, 1.125)},
+    peak_by_category=MEASURED,
+    peak_moment="forward",
+    state_bytes=2 * MIB,
+)
+RUN = Run(("train.py", "--steps", "25"), PLAN, ESTIMATE, ESTIMATE, MEASUREMENT, {"torch": "2.13.0", "num_cpus": 2})
+BARE_MEASUREMENT = dataclasses.replace(
+    MEASUREMENT,
+    reserved_peak_bytes=None,
+    step_seconds=None,
+    peak_by_category={},
+    losses={"first": (), "last": ()},
+)
+BARE_RUN = Run(("train.py",), None, None, None, BARE_MEASUREMENT, {})
+
+
+def shown(record: Plan | Run, *, width: int = 100) -> str:
+    file = io.StringIO()
+    show(record, console=Console(file=file, width=width))
+    return file.getvalue()
+
+
+def cells(printed: str, title: str) -> list[str]:
+    """The cells of the table row with this title, the title left out."""
+    rows = [re.split("[│┃]", line)[1:-1] for line in printed.splitlines()]
+    found = [[cell.strip() for cell in row[1:]] for row in rows if row and row[0].strip() == title]
+    assert len(found) == 1, f"{len(found)} rows {title!r} in\n{printed}"
+    return found[0]
+
+
+@pytest.mark.parametrize("record", [PLAN, RUN, BARE_RUN], ids=["plan", "run", "bare run"])
+def test_a_saved_record_is_read_as_what_it_is(record: JsonRecord, tmp_path: Path) -> None:
+    record.save(tmp_path / "record.json")
+    assert read_record(tmp_path / "record.json") == record
+
+
+def test_each_category_s_prediction_stands_beside_its_measurement() -> None:
+    printed = shown(RUN)
+    assert cells(printed, "category") == ["predicted", "measured"]
+    assert cells(printed, "parameters") == ["4.00 MiB", "4.00 MiB"]
+    assert cells(printed, "gradients") == ["3.00 MiB", "3.00 MiB"]
+    assert cells(printed, "optimizer states") == ["2.00 MiB", "2.00 MiB"]
+    assert cells(printed, "activations") == ["1.00 MiB", "1.00 MiB"]
+    assert cells(printed, "temporaries") == ["512.00 KiB", "512.00 KiB"]
+    assert cells(printed, "other") == ["0 B", "256.00 KiB"]
+    assert cells(printed, "all") == ["10.50 MiB", "10.75 MiB"]
+    assert cells(printed, "where") == ["backward", "forward"]
+
+
+def test_a_run_s_facts_are_shown() -> None:
+    printed = shown(RUN)
+    assert printed.startswith("run of train.py --steps 25\n")
+    assert cells(printed, "step time") == ["0.456 s (predicted 0.321 s)"]
+    assert cells(printed, "steps") == ["25, of which 3 were measured for the peak"]
+    assert cells(printed, "resident peak") == ["30.00 MiB"]
+    assert cells(printed, "reserved peak") == ["16.00 MiB"]
+    assert cells(printed, "loss") == ["2.5 at first, 1.125 at last"]
+    assert cells(printed, "environment") == ["torch 2.13.0, num_cpus 2"]
+
+
+@pytest.mark.parametrize("record", [PLAN, RUN], ids=["plan", "run"])
+def test_the_choices_are_shown_and_neighbours_gathered(record: Plan | Run) -> None:
+    printed = shown(record)
+    assert str(PLAN) in printed
+    assert cells(printed, "blocks.0 ... blocks.1 (2)") == ["recompute", "3.00 MiB", "0.125 s"]
+    assert cells(printed, "blocks.2") == ["keep", "3.00 MiB", "0 s"]
+    assert cells(printed, "optimiser states of 2 parameters")[0] == "paper4bit"
+    assert cells(printed, "optimiser states of 1 parameters")[0] == "fp32"
+
+
+def test_neighbours_with_other_bytes_stand_alone() -> None:
+    choices = (Choice("a", "keep", 1, 0.0), Choice("b", "keep", 2, 0.0), Choice("c", "keep", 2, 0.0))
+    printed = shown(dataclasses.replace(PLAN, choices=choices))
+    assert cells(printed, "a")[1] == "1 B" and cells(printed, "b ... c (2)")[1] == "2 B"
+
+
+def test_a_plan_has_nothing_measured() -> None:
+    printed = shown(PLAN)
+    assert cells(printed, "all") == ["10.50 MiB", "-"]
+    assert cells(printed, "where") == ["backward", "-"]
+    assert "run of" not in printed and "step time" not in printed
+
+
+def test_what_is_not_known_is_a_dash_or_left_out() -> None:
+    printed = shown(BARE_RUN)
+    assert cells(printed, "step time") == ["-"]
+    assert cells(printed, "parameters") == ["-", "-"]
+    assert cells(printed, "all") == ["-", "10.75 MiB"]
+    assert "reserved peak" not in printed and "loss" not in printed and "None" not in printed
+
+
+def test_at_60_columns_no_table_is_wider_and_no_figure_is_cut() -> None:
+    path = "a-very-long-folder-name/" * 4
+    printed = shown(dataclasses.replace(RUN, environment={"platform": path}), width=60)
+    assert all(len(line) <= 60 for line in printed.splitlines() if line[:1] in "│┃┏┌├└┡")
+    assert "…" not in printed
+    assert cells(printed, "optimizer states") == ["2.00 MiB", "2.00 MiB"]
+    assert cells(printed, "step time") == ["0.456 s (predicted 0.321 s)"]
+
+
+def test_what_a_script_s_author_wrote_is_printed_as_it_is() -> None:
+    odd = "[/bold] [red]x :smile: [0:9]"
+    choices = (Choice("[red]block[/red]", "keep", 1, 0.0),)
+    plan = dataclasses.replace(PLAN, choices=choices, notes=(odd,))
+    run = Run((odd, "a b"), plan, ESTIMATE, None, MEASUREMENT, {"hardware": "[bold]chip[/bold]"})
+    printed = shown(run)
+    assert printed.startswith(f"run of '{odd}' 'a b'\n")
+    assert f"note: {odd}\n" in printed
+    assert cells(printed, "[red]block[/red]")[0] == "keep"
+    assert cells(printed, "environment") == ["hardware [bold]chip[/bold]"]
+
+
+def test_a_summary_is_one_line_with_both_peaks_and_the_step_time() -> None:
+    assert summary(RUN) == ("packlight: peak 10.75 MiB (predicted 10.50 MiB), resident peak 30.00 MiB, 0.456 s a step")
+    assert summary(BARE_RUN) == "packlight: peak 10.75 MiB, resident peak 30.00 MiB, - a step"
+
+
+def test_runs_are_compared_column_by_column() -> None:
+    file = io.StringIO()
+    Console(file=file, width=80).print(comparison({"plain": BARE_RUN, "planned": RUN}, {"plain": 1.5, "planned": 1.25}))
+    printed = file.getvalue()
+    assert cells(printed, "budget") == ["-", "11.00 MiB"]
+    assert cells(printed, "peak predicted") == ["-", "10.50 MiB"]
+    assert cells(printed, "peak measured") == ["10.75 MiB", "10.75 MiB"]
+    assert cells(printed, "seconds per step") == ["-", "0.456 s"]
+    assert cells(printed, "held-out loss") == ["1.5000", "1.2500"]
+
+
+@pytest.mark.parametrize("kind", ["profile", None, 3])
+def test_another_kind_of_file_is_refused(kind: object, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(
+        f'{{"schema": 1, "kind": {"null" if kind is None else f"{kind!r}"}}}'.replace("'", '"')
+    )
+    with pytest.raises(ValueError, match=r"other\.json: got a record of kind"):
+        read_record(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("record", [PLAN, RUN], ids=["plan", "run"])
+def test_explain_needs_no_torch(record: JsonRecord, tmp_path: Path) -> None:
+    record.save(tmp_path / "record.json")
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "torch.py").write_text("raise ImportError('there is no torch here')")
+    # In front of every other place, and known to work: importing torch fails there.
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "stub"), "COLUMNS": "100"}
+    broken = subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True, check=False)
+    assert broken.returncode == 1 and b"there is no torch here" in broken.stderr
+    command = [sys.executable, "-m", "packlight", "explain", "record.json"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == shown(read_record(tmp_path / "record.json"))
