@@ -1,6 +1,5 @@
 """Records come back from JSON as they were, are written whole or not at all, and are refused in plain words."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -230,7 +229,7 @@ def test_others_can_read_a_saved_file(tmp_path: Path) -> None:
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    data = copy.deepcopy(json.loads(json.dumps(RUN.to_dict())))
+    data: dict[str, Any] = json.loads(json.dumps(RUN.to_dict()))
     change(data)
     return data
 

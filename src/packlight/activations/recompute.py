@@ -3,9 +3,8 @@
 `torch.utils.checkpoint` does this for a function that the user wraps. Two things are missing for a model that nobody
 edits: it must be put around blocks that exist already and come off again without a trace, and a block with side
 effects must have them once. The idea: the block's `forward` is replaced on the instance (its hooks stay outside, as
-they
-would around the block), and buffers that the forward changes (running statistics of batch norm) are put back to their
-earlier values for the second run and to their present ones after it.
+they would around the block), and buffers that the forward changes (running statistics of batch norm) are put back to
+their earlier values for the second run and to their present ones after it.
 
 Layers that follow transformers' `GradientCheckpointingLayer` protocol bring their own switch, which also keeps the
 key-value cache from being filled twice; there the switch is used. Technique: Chen et al. 2016, arXiv 1604.06174.
@@ -19,6 +18,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from packlight.activations.blocks import Block, find_blocks
@@ -69,7 +69,7 @@ def recompute(model: nn.Module, blocks: Iterable[str] | None = None) -> Recomput
         A handle whose `remove()` undoes it; it works as a context manager too.
 
     Raises:
-        ValueError: a path that the model has no block for.
+        ValueError: a path that the model has no block for, or a block that is recomputed already.
 
     Source: Chen et al. 2016, arXiv 1604.06174; torch.utils.checkpoint (non-reentrant).
 
@@ -82,6 +82,9 @@ def recompute(model: nn.Module, blocks: Iterable[str] | None = None) -> Recomput
     missing = [path for path in wanted if path not in known]
     if missing:
         raise ValueError(f"the model has no block {missing[0]!r}; its blocks are {', '.join(known) or 'none'}")
+    twice = [path for path in wanted if _is_recomputed(model.get_submodule(known[path].module_path))]
+    if twice:
+        raise ValueError(f"block {twice[0]!r} is recomputed already; remove() that handle first")
     undo = []
     runs: dict[str, list[Block]] = {}
     for block in (known[path] for path in wanted):
@@ -106,6 +109,11 @@ def recomputes_itself(module: nn.Module) -> bool:
 def copied_buffers(*modules: nn.Module) -> list[torch.Tensor]:
     """Return the buffers that a recomputed call of these modules copies, and its second run once more."""
     return [buffer for _, _, buffer in _Buffers(*modules).slots() if buffer.numel() <= MAX_COPIED_ELEMENTS]
+
+
+def _is_recomputed(module: nn.Module) -> bool:
+    ours = (_Recomputed, _RecomputedRuns, _ProtocolFunction)
+    return any(isinstance(value, ours) for value in module.__dict__.values())
 
 
 def _recompute_module(module: nn.Module) -> Callable[[], None]:
@@ -137,15 +145,16 @@ class _Recomputed:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._own = "forward" in module.__dict__  # not the class's
         self._forward = module.forward
         self._buffers = _Buffers(module)
         functools.update_wrapper(self, self._forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _run(functools.partial(self._forward, **kwargs), self._buffers, *args)
+        return _run(self._forward, self._buffers, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._module, "forward")
+        return (functools.partial, (self._forward,)) if self._own else (getattr, (self._module, "forward"))
 
 
 class _ProtocolFunction:
@@ -155,6 +164,8 @@ class _ProtocolFunction:
         self._buffers = _Buffers(module)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        if isinstance(function, functools.partial):  # the layer's keyword arguments are hidden in it
+            return _run(function.func, self._buffers, *function.args, *args, **function.keywords)
         return _run(function, self._buffers, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -189,10 +200,17 @@ def _chain(layers: Sequence[nn.Module], value: Any) -> Any:
     return value
 
 
-def _run(function: Callable[..., Any], buffers: "_Buffers", *args: Any) -> Any:
+def _run(function: Callable[..., Any], buffers: "_Buffers", *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, context_fn=buffers.contexts)
+        return function(*args, **kwargs)
+    # Tensors in keywords and tuples go in one by one: only so does autograd notice if one is overwritten later.
+    leaves, structure = tree_flatten((args, kwargs))
+
+    def call(*flat: Any) -> Any:
+        nested_args, nested_kwargs = tree_unflatten(flat, structure)
+        return function(*nested_args, **nested_kwargs)
+
+    return checkpoint(call, *leaves, use_reentrant=False, context_fn=buffers.contexts)
 
 
 class _Buffers:

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 
 from packlight.budget import Budget
-from packlight.planner import session as session_module
 from packlight.planner.session import Session, SessionStop, Settings
 from packlight.planner.solve import device_bytes
 from packlight.records import Run
 
 __all__ = ["Outcome", "SessionStop", "Settings", "Target", "run_script"]
+
+_SESSION_FOLDER = Path(__file__).parents[1] / "planner"
 
 
 @dataclass(frozen=True)
@@ -135,17 +136,17 @@ def _exit_status(code: object) -> int:
 
 
 def _own_frames(frames: TracebackType | None) -> TracebackType | None:
-    """Leave out the frames of packlight between the interpreter and the script, and inside torch's calls."""
-    between = ("<frozen runpy>", runpy.__file__, __file__, session_module.__file__)
+    """Leave out the frames before the script's, and the session's in torch's calls, unless the session has failed."""
+    before = ("<frozen runpy>", runpy.__file__, __file__)
     chain: list[TracebackType] = []
     while frames is not None:
         chain.append(frames)
         frames = frames.tb_next
-    if chain and chain[-1].tb_frame.f_code.co_filename == session_module.__file__:
-        return chain[0]  # packlight's own error is not hidden
+    files = [each.tb_frame.f_code.co_filename for each in chain]
+    session_failed = bool(files) and Path(files[-1]).parent == _SESSION_FOLDER
     own: TracebackType | None = None
-    for each in reversed(chain):
-        if each.tb_frame.f_code.co_filename not in between:
+    for each, file in zip(reversed(chain), reversed(files), strict=True):
+        if file not in before and (session_failed or Path(file).parent != _SESSION_FOLDER):
             own = TracebackType(own, each.tb_frame, each.tb_lasti, each.tb_lineno)
     return own
 

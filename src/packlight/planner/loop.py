@@ -4,14 +4,18 @@ A model's forward is half of a step; the other half is the user's own code. Thes
 know of it, whether the user told it or a real first step showed it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
+from packlight.planner.timeline import flat_tensors
 from packlight.step import Tail
+
+TAIL_BYTES = ("forward_peak_bytes", "saved_bytes", "backward_peak_bytes", "carried_bytes")
 
 Loss = Callable[[Any, Any], torch.Tensor]
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -47,6 +51,10 @@ class Call:
             return cls(kwargs=dict(batch))
         return cls(tuple(batch)) if isinstance(batch, tuple) else cls((batch,))
 
+    def num_elements(self) -> int:
+        """Return the elements of all tensors in the arguments."""
+        return sum(tensor.numel() for tensor in flat_tensors((self.args, dict(self.kwargs))))
+
     @contextmanager
     def autocasting(self) -> Iterator[None]:
         """Run under the call's autocast; casts that it cached for tensors of the trace are dropped at the end."""
@@ -79,3 +87,10 @@ class Seen:
     gradients: Literal["none", "forward", "step"] = "none"
     other_bytes: int | None = None
     outputs: Literal["loss", "step", "next step"] = "next step"
+
+    def for_batches(self, ratio: float) -> "Seen":
+        """Return what is to be expected when batches are larger by a ratio: the loss grows with them."""
+        if self.tail is None:
+            return self
+        sizes = {name: math.ceil(getattr(self.tail, name) * ratio) for name in TAIL_BYTES}
+        return replace(self, tail=replace(self.tail, **sizes))

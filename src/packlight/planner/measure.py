@@ -64,7 +64,8 @@ class StepWatch:
         self.num_steps = self.num_microbatches = 0
         self.other_bytes = 0
         self._num_measured = num_measured
-        self._seconds: list[float] = []
+        self._seconds: list[tuple[float, bool]] = []
+        self._num_followed = 0
         self._started: float | None = None
         self._stepped_at: float | None = None
         self._measuring = self._began = False
@@ -171,7 +172,7 @@ class StepWatch:
             self._end_step()
         peak_bytes, moment, by_category = self._peak_now()
         cuda = self.line.device_type == "cuda" and self._began
-        timed = self._seconds[self._num_measured :] or self._seconds
+        timed = [seconds for seconds, followed in self._seconds if not followed] or [at for at, _ in self._seconds]
         return Measurement(
             device_peak_bytes=torch.cuda.max_memory_allocated() if cuda else peak_bytes,
             host_peak_bytes=0,
@@ -179,7 +180,7 @@ class StepWatch:
             resident_peak_bytes=max(0, _resident_bytes("VmHWM") - self._resident_start_bytes),
             step_seconds=statistics.median(timed) if timed else None,
             num_steps=self.num_steps,
-            num_measured_steps=self.num_steps if cuda else min(self.num_steps, self._num_measured),
+            num_measured_steps=self.num_steps if cuda else self._num_followed,
             losses=losses or {"first": (), "last": ()},
             peak_by_category={} if cuda else by_category,
             peak_moment="" if cuda else moment,
@@ -206,6 +207,7 @@ class StepWatch:
         if not self._began:
             self._began = True
             self._begin()
+            self._follow()
         if self._measuring:
             self._meet_others()
             self.resume()
@@ -217,11 +219,21 @@ class StepWatch:
         _reset_resident_peak()
         if self.line.device_type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+
+    def _follow(self) -> None:
+        """Begin a line with what is known of what lives."""
         for parameter in self.model.parameters():
             self.line.add(parameter, category="parameters")
         self._name_gradients()
         self._name_states()
         self._measuring = True
+
+    def measure_again(self) -> None:
+        """Follow the next step too, storage by storage."""
+        if not self._measuring and self._began:
+            self.line = Timeline(self.line.device_type)
+            self._num_measured = self.num_steps + 1
+            self._follow()
 
     def _meet_others(self) -> None:
         """Add what was made between steps (a batch, a data set), while nothing was followed."""
@@ -233,9 +245,10 @@ class StepWatch:
 
     def _end_step(self) -> None:
         if self._started is not None and self._stepped_at is not None:
-            self._seconds.append(self._stepped_at - self._started)
+            self._seconds.append((self._stepped_at - self._started, self._measuring))
         self._started = self._stepped_at = None
         self.num_steps += 1
+        self._num_followed += self._measuring
         self.num_microbatches = 0
         if self.num_steps >= (1 if self.line.device_type == "cuda" else self._num_measured):
             self._stop_measuring()
@@ -244,11 +257,11 @@ class StepWatch:
         if self._measuring:
             self._measuring = False
             self.pause()
-            self._peak = self.line.peak()
+            self._peak = max(self._peak, self.line.peak(), key=lambda peak: peak[0])
             self.line.close()
 
     def _peak_now(self) -> tuple[int, str, dict[str, int]]:
-        return self.line.peak() if self._measuring else self._peak
+        return max(self._peak, self.line.peak(), key=lambda peak: peak[0]) if self._measuring else self._peak
 
     def _gradient_arrives(self, position: int) -> None:
         """Note the highest point of the loss's backward (mark 4)."""

@@ -17,7 +17,7 @@ states' format is decided only when the optimiser steps for the first time, beca
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -79,8 +79,10 @@ class Session(Listener):
         self._call: Call | None = None
         self._step: Profile | None = None
         self._model: nn.Module | None = None
-        self._recomputation: Recomputation | None = None
+        self._seen: Seen | None = None
+        self._blocks: Recomputation | None = None
         self._undo: list[Callable[[], None]] = []
+        self._num_elements = 0
         self._stop: SessionStop | None = None
         self._num_updates = 0
         self._between = self._planning = False
@@ -151,19 +153,34 @@ class Session(Listener):
         self._refuse_other_models(module, own)
         self._ignore_calls()
         self._model, self._call, self._optimizers = _unwrapped(module), call, trained
+        self._num_elements = call.num_elements()
         try:
             self._plan_before_first_step()
         except SessionStop as stop:
             self._stop = stop
             module.register_forward_pre_hook(ModuleHook(module, lambda *_: self._stop_again()))
             raise
+        hook = ModuleHook(module, lambda args, kwargs: self._forward_begins(Call(args, kwargs)))
+        before = module.register_forward_pre_hook(hook, with_kwargs=True)
+        self._stack.callback(before.remove)
         self._watch = StepWatch(module, trained)
-        hook = module.register_forward_hook(ModuleHook(module, lambda *_: self._forward_ended()))
-        self._stack.callback(hook.remove)
+        after = module.register_forward_hook(ModuleHook(module, lambda *_: self._forward_ended()))
+        self._stack.callback(after.remove)
 
     def _stop_again(self) -> None:
         if self._stop is not None:
             raise self._stop
+
+    def _forward_begins(self, call: Call) -> None:
+        """Plan anew when a batch is larger than any before; a smaller one fits where a larger did."""
+        training = torch.is_grad_enabled() and not self._planning and self.settings.plan is None
+        if not training or self.plan is None or call.num_elements() <= self._num_elements:
+            return
+        ratio = call.num_elements() / self._num_elements if self._num_elements else 1.0
+        self._num_elements, self._call = call.num_elements(), call
+        if self._seen is not None:
+            self._seen = self._seen.for_batches(ratio)
+            self._plan_for_larger_batches()
 
     def _forward_ended(self) -> None:
         self._between = torch.is_grad_enabled() and self._num_updates == 0
@@ -189,16 +206,21 @@ class Session(Listener):
         if self.settings.stop_before_step:
             raise SessionStop("planned", exit_status=0)
         assert self._model is not None
-        self._recomputation = recompute(self._model, sorted(most_saving(step)))  # step 2
+        self._blocks = recompute(self._model, sorted(most_saving(step)))  # step 2
         self._step = step
 
-    def _make_plan(self, seen: Seen) -> tuple[Profile, Plan]:
+    def _make_plan(self, seen: Seen, *, budget: int | None = None) -> tuple[Profile, Plan]:
+        """Profile and solve; once states exist, in the format that they have."""
         assert self._model is not None and self._call is not None
-        budget = Budget.of(self.settings.budget or 0, total_bytes=device_bytes(_device(self._model)))
+        wanted = budget or self.settings.budget or 0
+        allowed = Budget.of(wanted, total_bytes=device_bytes(_device(self._model)))
         self._planning = True
         try:
             step = profile(self._model, self._call, self._optimizers, seen=seen)
-            return step, solve(step, budget, exact=self.settings.exact)
+            held = [cost for cost in step.optimizers if self.plan and cost.formats == self.plan.state_formats]
+            if self._num_updates > 0 and held:
+                step = replace(step, optimizers=tuple(held))
+            return step, solve(step, allowed, exact=self.settings.exact)
         except BudgetError as error:
             raise SessionStop(str(error), exit_status=3, smallest_bytes=error.smallest_bytes) from None
         except ProfileError as error:
@@ -218,8 +240,9 @@ class Session(Listener):
 
     def _ready_to_plan_again(self) -> bool:
         """Tell whether a step has been seen; states of an optimiser that cannot be traced take one step more."""
-        seen = self._recomputation is not None and self._watch is not None and self._watch.num_microbatches > 0
-        return seen and self._step is not None and (bool(self._step.optimizers) or self._num_updates > 0)
+        if self._step is None or self._seen is not None or self._watch is None or not self._watch.num_microbatches:
+            return False
+        return bool(self._step.optimizers) or self._num_updates > 0
 
     def _meet(self, optimizer: Optimizer) -> None:
         """Take in an optimiser that was made after the first forward."""
@@ -231,12 +254,10 @@ class Session(Listener):
 
     def _plan_again(self) -> None:
         """Plan with what step 1 has shown, and carry that out (step 3)."""
-        assert self._watch is not None and self._recomputation is not None and self._step is not None
+        assert self._watch is not None
         watch, seconds = self._watch, self._watch.step_seconds_so_far()
         was_on = watch.pause()
-        self._recomputation.remove()
-        self._recomputation = None
-        seen = Seen(
+        self._seen = Seen(
             tail=watch.tail(),
             state_bytes=watch.state_bytes(),
             num_microbatches=watch.num_microbatches,
@@ -244,7 +265,8 @@ class Session(Listener):
             other_bytes=watch.other_bytes,
             outputs=watch.outputs_held(),
         )
-        step, plan = self._make_plan(seen)
+        self._put_blocks_back()
+        step, plan = self._make_plan(self._seen)
         plan = rescale(plan, seconds, predicted_step_seconds(step, most_saving(step)))
         if self.plan is not None and _decisions(plan) != _decisions(self.plan):
             self.settings.tell(plan, "after step 1, ")
@@ -253,15 +275,39 @@ class Session(Listener):
         if was_on:
             watch.resume()
 
+    def _plan_for_larger_batches(self) -> None:
+        """Choose blocks anew, with the states' format as it is; where nothing fits, say so and spare what can be."""
+        assert self._watch is not None and self._seen is not None and self._model is not None
+        was_on = self._watch.pause()
+        self._put_blocks_back()
+        title = "for a larger batch, "
+        try:
+            _, plan = self._make_plan(self._seen)
+        except SessionStop as stop:
+            if stop.smallest_bytes is None:
+                raise
+            title = f"for a larger batch, which does not fit {self.settings.budget}, the smallest "
+            _, plan = self._make_plan(self._seen, budget=stop.smallest_bytes)
+        self.plan = plan
+        self.settings.tell(plan, title)
+        self._blocks = recompute(self._model, sorted(plan.recomputed()))
+        self._watch.measure_again()
+        if was_on:
+            self._watch.resume()
+
+    def _put_blocks_back(self) -> None:
+        if self._blocks is not None:
+            self._blocks.remove()
+            self._blocks = None
+
     def _carry_out(self, plan: Plan) -> None:
         assert self._model is not None
-        self._undo.append(recompute(self._model, sorted(plan.recomputed())).remove)
+        self._blocks = recompute(self._model, sorted(plan.recomputed()))
         for optimizer in self._optimizers:
             self._undo.append(adopt_formats(plan, self._model, optimizer))
 
     def _undo_plan(self) -> None:
-        if self._recomputation is not None:
-            self._recomputation.remove()
+        self._put_blocks_back()
         while self._undo:
             self._undo.pop()()
 

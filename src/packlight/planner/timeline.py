@@ -88,15 +88,21 @@ class Timeline(TorchDispatchMode):
         if tensor.device.type != self.device_type:
             return None
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key, num_bytes = storage._cdata, self.round(storage.nbytes())
         known = self._live.get(key)
         if known is not None:
-            if category is not None and known[0] != _LEFT_OUT:
-                self.entries[known[0]].category = category
-            return known[0] if known[0] != _LEFT_OUT else None
+            index = known[0]
+            if index == _LEFT_OUT:
+                return None
+            entry = self.entries[index]
+            entry.category = category or entry.category
+            if entry.num_bytes == num_bytes:
+                return index
+            category = entry.category
+            self._end(key)  # it was resized
         index = len(self.entries)
         self._live[key] = (index, weakref.ref(storage, lambda _: self._end(key)))
-        self._begin(index, Entry(self.round(storage.nbytes()), self.now(), self.phase(), category))
+        self._begin(index, Entry(num_bytes, self.now(), self.phase(), category))
         return index
 
     def index(self, tensor: torch.Tensor) -> int | None:

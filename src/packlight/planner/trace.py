@@ -158,11 +158,11 @@ class Trace:
 
     def _hook(self, block: Block) -> None:
         module = self.model.get_submodule(block.module_path)
-        if recomputes_itself(module):
+        protocol = follows_protocol(module)
+        if recomputes_itself(module) or (protocol and not module.training):  # the switch works in training only
             return
         layers = [module] if block.start is None else list(module)[block.start : block.stop]  # type: ignore[call-overload]
         buffers = copied_buffers(*layers)
-        protocol = follows_protocol(module)
 
         def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
             if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
