@@ -4,6 +4,7 @@ What packlight must not disturb is compared with plain python in a process of it
 not show any better runs in this one.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -301,6 +302,15 @@ def test_an_unknown_optimiser_is_counted_and_stays_as_it_is(tmp_path: Path, one_
 def test_an_unknown_optimiser_is_named() -> None:
     result = invoke("plan", "--budget", AMPLE, str(BAD / "unknown_optimizer.py"))
     assert "Lion" in result.stdout + result.stderr
+
+
+@pytest.mark.xfail(strict=True, reason="planner: Session lets the error of a plan for another model into the script")
+def test_a_plan_for_another_model_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    choices = (Choice("no.such.block", "recompute", 1, 0.0),)
+    dataclasses.replace(PLAN, choices=choices).save(tmp_path / "plan.json")
+    result = invoke("run", "--plan", str(tmp_path / "plan.json"), str(BAD / "exits_with_7.py"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no.such.block" in result.stderr and "Traceback" not in result.stderr
 
 
 # Wrong usage runs nothing

@@ -24,6 +24,8 @@ CASES = {
     "evaluate_and_save": ("evaluate_and_save.py", "--steps", "6"),
     "flat_sequential": ("flat_sequential.py", "--steps", "4"),
 }
+LOOPS = ("variable_length", "closure", "parts", "scaled_and_pickled")
+CASES |= {name: (f"loops/{name}.py",) for name in LOOPS}
 
 
 def packlight_run(options: list[str], name: str, folder: Path) -> tuple[Run, str, str]:
@@ -62,7 +64,7 @@ def assert_fits_as_predicted(run: Run) -> None:
     measured = run.measurement.device_peak_bytes
     assert measured <= run.plan.budget_bytes
     assert abs(run.estimate.device_peak_bytes - measured) <= 0.02 * measured
-    assert run.measurement.num_measured_steps == 3
+    assert run.measurement.num_measured_steps >= 3
 
 
 @pytest.mark.parametrize("name", CASES)

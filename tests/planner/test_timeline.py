@@ -173,7 +173,7 @@ def test_storages_made_inside_backward_count(line: Timeline) -> None:
     grown = [entry for entry in line.entries if entry.phase == "backward"]
     # mul of exp's gradient, then a gradient for each factor; the expanded gradient of sum takes nothing
     assert [entry.num_bytes for entry in grown if entry.num_bytes > 4] == [BYTES] * 3
-    assert line.peak()[:2] == (BYTES + 4 + 4 + 3 * BYTES, "backward")
+    assert line.peak()[:2] == (4 + 4 + 3 * BYTES, "backward"), "exp's result goes before the last two are made"
 
 
 @pytest.mark.parametrize("foreach", [False, True])
@@ -181,6 +181,8 @@ def test_storages_made_inside_an_optimiser_s_step_count(line: Timeline, foreach:
     weights = [nn.Parameter(torch.ones(N)) for _ in range(3)]
     for weight in weights:
         weight.grad = torch.ones(N)
+        line.leave_out(weight)
+        line.leave_out(weight.grad)
     optimizer = torch.optim.AdamW(weights, foreach=foreach)
     with line:
         line.explicit_phase = "optimizer"
@@ -190,7 +192,7 @@ def test_storages_made_inside_an_optimiser_s_step_count(line: Timeline, foreach:
     peak_bytes, phase, _ = line.peak()
     assert phase == "optimizer"
     num_temporaries = (peak_bytes - line.live_bytes) / BYTES
-    assert (num_temporaries >= 3) if foreach else (0 < num_temporaries < 3)
+    assert num_temporaries >= 3 if foreach else 0 < num_temporaries < 3
 
 
 def test_phases_are_told_apart(line: Timeline) -> None:
@@ -203,8 +205,8 @@ def test_phases_are_told_apart(line: Timeline) -> None:
         loss.backward()
         line.explicit_phase = "optimizer"
         left = weight.grad * 2 if weight.grad is not None else None
-    assert [entry.phase for entry in line.entries][:2] == ["forward", "loss"]
-    assert {entry.phase for entry in line.entries[-3:]} == {"backward", "optimizer"}
+    # weight * 2; out + 1, its sum and the gradient of that; the weight's gradient; twice that
+    assert [entry.phase for entry in line.entries] == ["forward", "loss", "loss", "loss", "backward", "optimizer"]
     del left
 
 
@@ -226,7 +228,7 @@ def test_the_peak_is_divided_into_categories_that_add_up(line: Timeline) -> None
             line.add(parameter.grad, category="gradients")  # type: ignore[arg-type]
     peak_bytes, phase, by_category = line.peak()
     assert sum(by_category.values()) == peak_bytes and set(by_category) == set(CATEGORIES)
-    assert phase == "backward"
+    assert phase in ("loss", "backward")
     assert by_category["parameters"] == by_category["optimizer_states"] == parameter_bytes
     assert 0 < by_category["activations"] <= held_bytes
 
@@ -293,6 +295,6 @@ def test_flat_tensors_looks_into_outputs_of_every_kind() -> None:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     a, b, c = (torch.ones(at) for at in (1, 2, 3))
-    nested = ({"x": a, "y": [b, "text", 3]}, CausalLMOutputWithPast(logits=c), None)  # type: ignore[arg-type]
+    nested = ({"x": a, "y": [b, "text", 3]}, CausalLMOutputWithPast(logits=c), None)
     found: list[Tensor] = list(flat_tensors(nested))
     assert [tensor.numel() for tensor in found] == [1, 2, 3]

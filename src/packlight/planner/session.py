@@ -83,6 +83,7 @@ class Session(Listener):
         self._blocks: Recomputation | None = None
         self._undo: list[Callable[[], None]] = []
         self._num_elements = 0
+        self._pace = 1.0, 1.0
         self._stop: SessionStop | None = None
         self._num_updates = 0
         self._between = self._planning = False
@@ -267,7 +268,8 @@ class Session(Listener):
         )
         self._put_blocks_back()
         step, plan = self._make_plan(self._seen)
-        plan = rescale(plan, seconds, predicted_step_seconds(step, most_saving(step)))
+        self._pace = seconds, predicted_step_seconds(step, most_saving(step))
+        plan = rescale(plan, *self._pace)
         if self.plan is not None and _decisions(plan) != _decisions(self.plan):
             self.settings.tell(plan, "after step 1, ")
         self.plan = plan
@@ -288,7 +290,7 @@ class Session(Listener):
                 raise
             title = f"for a larger batch, which does not fit {self.settings.budget}, the smallest "
             _, plan = self._make_plan(self._seen, budget=stop.smallest_bytes)
-        self.plan = plan
+        self.plan = plan = rescale(plan, *self._pace)
         self.settings.tell(plan, title)
         self._blocks = recompute(self._model, sorted(plan.recomputed()))
         self._watch.measure_again()
