@@ -195,6 +195,15 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["run.json"]
 
 
+def test_a_reader_of_the_old_file_is_not_disturbed(tmp_path: Path) -> None:
+    RUN.save(tmp_path / "run.json")
+    before = (tmp_path / "run.json").read_text("utf-8")
+    with open(tmp_path / "run.json", encoding="utf-8") as reader:
+        dataclasses.replace(RUN, script=("other.py",)).save(tmp_path / "run.json")
+        assert reader.read() == before
+    assert Run.load(tmp_path / "run.json").script == ("other.py",)
+
+
 @pytest.mark.parametrize("earlier", [True, False])
 def test_what_json_cannot_hold_leaves_the_folder_as_it_was(earlier: bool, tmp_path: Path) -> None:
     path = tmp_path / "run.json"

@@ -77,8 +77,8 @@ class Seen:
             gone before forward, "forward" where they go between forward and backward, "step" where backward adds to
             them.
         other_bytes: bytes of tensors that are not of the model and the optimiser; None: buffers and the batch.
-        outputs: how long the loop holds the model's output: "loss" until the loss is computed, "step" until the
-            optimiser steps, "next step" until it makes the next one.
+        held_outputs: which of the model's output tensors the loop holds while backward runs, by position; None: all.
+        carries_outputs: whether it still holds them when the next step begins.
     """
 
     tail: Tail | None = None
@@ -86,7 +86,8 @@ class Seen:
     num_microbatches: int = 1
     gradients: Literal["none", "forward", "step"] = "none"
     other_bytes: int | None = None
-    outputs: Literal["loss", "step", "next step"] = "next step"
+    held_outputs: tuple[int, ...] | None = None
+    carries_outputs: bool = True
 
     def for_batches(self, ratio: float) -> "Seen":
         """Return what is to be expected when batches are larger by a ratio: the loss grows with them."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ class _Marks:
     backward_end_bytes: int = 0
     after_backward_bytes: int = 0
     carried_bytes: int = 0
-    outputs_alive: bool = False
+    held_outputs: tuple[int, ...] | None = None
     outputs: tuple[int, ...] = ()
 
 
@@ -112,7 +112,8 @@ class StepWatch:
         if self._measuring:
             marks, start = self.marks, self.marks.forward_end_bytes
             marks.forward_peak_bytes = max(marks.forward_peak_bytes, self.line.highest_bytes() - start)
-            marks.outputs_alive = self._outputs_alive()
+            living = self.living_outputs()
+            marks.held_outputs = None if len(living) == len(self._output_storages) else living
             marks.saved_bytes = max(marks.saved_bytes, self.line.live_bytes - start)
 
     def backward_ends(self) -> None:
@@ -153,14 +154,9 @@ class StepWatch:
             carried_bytes=marks.carried_bytes,
         )
 
-    def outputs_held(self) -> Literal["loss", "step", "next step"]:
-        """Tell how long the loop holds what the model returned, judged when the optimiser steps."""
-        if self._outputs_alive():
-            return "next step"
-        return "step" if self.marks.outputs_alive else "loss"
-
-    def _outputs_alive(self) -> bool:
-        return any(storage() is not None for storage in self._output_storages)
+    def living_outputs(self) -> tuple[int, ...]:
+        """Return which of the tensors that the model returned last somebody still holds, by position."""
+        return tuple(at for at, storage in enumerate(self._output_storages) if storage() is not None)
 
     def step_seconds_so_far(self) -> float:
         """Return how long the open step has taken."""

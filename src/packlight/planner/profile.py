@@ -63,8 +63,8 @@ def profile(
             with call.autocasting():
                 output = trace.forward(call)
                 scalar = _loss(output, batch=call, loss=loss, seen=seen, notes=notes)
-            if seen.outputs == "loss":
-                del output
+            held = _held(output, seen)
+            del output
             trace.backward(scalar)
             optimizers = trace.optimizers()
         except Exception as error:
@@ -120,6 +120,13 @@ def _without(step: Profile, reasons: Mapping[str, str]) -> Profile:
         saves=tuple(replace(save, region=places.get(save.region, -1)) for save in step.saves),
         notes=(*step.notes, f"{len(reasons)} blocks ({path}, ...) cannot be recomputed: {reason}"),
     )
+
+
+def _held(output: Any, seen: Seen) -> Any:
+    """Return what of the model's output the loop holds while backward runs; caches in it go with the rest."""
+    if seen.held_outputs is None:
+        return output
+    return [tensor for at, tensor in enumerate(flat_tensors(output)) if at in seen.held_outputs]
 
 
 def _loss(output: Any, *, batch: Call, loss: Loss | None, seen: Seen, notes: list[str]) -> torch.Tensor:

@@ -264,7 +264,8 @@ class Session(Listener):
             num_microbatches=watch.num_microbatches,
             gradients="step" if watch.num_microbatches > 1 else self._gradients,
             other_bytes=watch.other_bytes,
-            outputs=watch.outputs_held(),
+            held_outputs=watch.marks.held_outputs,
+            carries_outputs=bool(watch.living_outputs()),
         )
         self._put_blocks_back()
         step, plan = self._make_plan(self._seen)

@@ -279,7 +279,7 @@ class Trace:
             after_backward_bytes=self.seen.tail.after_backward_bytes if self.seen.tail else 0,
             carried_bytes=self.seen.tail.carried_bytes if self.seen.tail else 0,
             batch_bytes=self.batch_bytes,
-            carries_outputs=self.seen.outputs == "next step",
+            carries_outputs=self.seen.carries_outputs,
             notes=(*notes, *self.notes),
         )
 
