@@ -298,13 +298,11 @@ def test_an_unknown_optimiser_is_counted_and_stays_as_it_is(tmp_path: Path, one_
     assert "optimiser states: as is" in ours.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="planner: no note of the profile names an optimiser that it does not know")
 def test_an_unknown_optimiser_is_named() -> None:
     result = invoke("plan", "--budget", AMPLE, str(BAD / "unknown_optimizer.py"))
     assert "Lion" in result.stdout + result.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="planner: Session lets the error of a plan for another model into the script")
 def test_a_plan_for_another_model_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     choices = (Choice("no.such.block", "recompute", 1, 0.0),)
     dataclasses.replace(PLAN, choices=choices).save(tmp_path / "plan.json")
@@ -470,7 +468,6 @@ def test_where_nothing_fits_nothing_is_trained_and_nothing_written(
     assert os.listdir(folder) == []
 
 
-@pytest.mark.xfail(strict=True, reason="planner: the first plan does not count what step 1 then shows")
 def test_the_smallest_budget_that_was_named_works(refused: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     found = re.search(r"fits is (\d+) bytes", refused[0].stderr)
     assert found is not None

@@ -144,12 +144,6 @@ class Profile(JsonRecord):
     """
 
     kind: ClassVar[str] = "profile"
-    nested: ClassVar[Mapping[str, type]] = {
-        "storages": Storage,
-        "saves": Save,
-        "regions": Region,
-        "optimizers": OptimizerCost,
-    }
 
     device: str
     resident_bytes: Mapping[str, int]

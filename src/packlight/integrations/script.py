@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from packlight.budget import Budget
-from packlight.planner.session import Session, SessionStop, Settings
+from packlight.planner.request import SessionStop, Settings
+from packlight.planner.session import Session
 from packlight.planner.solve import device_bytes
 from packlight.records import Run
 

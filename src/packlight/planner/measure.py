@@ -290,6 +290,16 @@ class StepWatch:
         return time.perf_counter()
 
 
+def other_bytes(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Return the bytes of all tensors on the model's device that are not parameters, gradients or states."""
+    device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    own = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad) if tensor is not None]
+    own += [tensor for each in optimizers for tensor in flat_tensors(list(each.state.values()))]
+    known = {tensor.untyped_storage()._cdata for tensor in own}
+    storages = {tensor.untyped_storage()._cdata: tensor for tensor in existing_tensors(device_type)}
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in known)
+
+
 class ModuleHook:
     """A hook of one module only; in a copy or a pickle of the module it does nothing, and needs no packlight."""
 

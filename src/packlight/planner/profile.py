@@ -66,6 +66,7 @@ def profile(
             held = _held(output, seen)
             del output
             trace.backward(scalar)
+            del held
             optimizers = trace.optimizers()
         except Exception as error:
             raise ProfileError(

@@ -17,7 +17,7 @@ states' format is decided only when the optimiser steps for the first time, beca
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -27,42 +27,15 @@ from torch.optim.optimizer import Optimizer
 from packlight.activations.recompute import Recomputation, recompute
 from packlight.budget import Budget, BudgetError
 from packlight.planner.apply import adopt_formats
+from packlight.planner.hardware import measure
 from packlight.planner.listen import Ears, Listener, LossLog
 from packlight.planner.loop import Call, Seen
-from packlight.planner.measure import ModuleHook, StepWatch
+from packlight.planner.measure import ModuleHook, StepWatch, other_bytes
 from packlight.planner.profile import ProfileError, profile
+from packlight.planner.request import SessionStop, Settings
 from packlight.planner.solve import device_bytes, most_saving, predicted_step_seconds, rescale, solve
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
-
-
-class SessionStop(BaseException):
-    """Ends a script from inside; not an `Exception`, so that the script's own handlers let it through."""
-
-    def __init__(self, message: str, *, exit_status: int, smallest_bytes: int | None = None) -> None:
-        """Keep the exit status, and the smallest budget that fits where that is the reason."""
-        super().__init__(message)
-        self.exit_status = exit_status
-        self.smallest_bytes = smallest_bytes
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for.
-
-    Attributes:
-        budget: bytes allowed on the device; None: measure the script as it is and change nothing.
-        exact: only choices that leave every loss and gradient bit-equal.
-        plan: a plan to carry out as it is, instead of making one.
-        stop_before_step: stop when the first plan is made.
-        tell: called with each plan that is made, and a title for it.
-    """
-
-    budget: int | str | None
-    exact: bool = False
-    plan: Plan | None = None
-    stop_before_step: bool = False
-    tell: Callable[[Plan, str], None] = lambda plan, title: print(f"{title}{plan}")
 
 
 class Session(Listener):
@@ -159,6 +132,9 @@ class Session(Listener):
             self._plan_before_first_step()
         except SessionStop as stop:
             self._stop = stop
+            if isinstance(stop.__cause__, ProfileError):  # the real forward first: the error may be the script's own
+                module.register_forward_hook(ModuleHook(module, lambda *_: self._stop_again()))
+                return
             module.register_forward_pre_hook(ModuleHook(module, lambda *_: self._stop_again()))
             raise
         hook = ModuleHook(module, lambda args, kwargs: self._forward_begins(Call(args, kwargs)))
@@ -196,12 +172,12 @@ class Session(Listener):
             )
 
     def _plan_before_first_step(self) -> None:
+        if self.settings.plan is not None:
+            self._carry_out_given(self.settings.plan)
+            return
         if self.settings.budget is None:
             return
-        if self.settings.plan is not None:
-            self._carry_out(self.settings.plan)
-            return
-        step, plan = self._make_plan(Seen())
+        step, plan = self._make_plan(Seen(other_bytes=self._other_bytes()))
         self.first_estimate, self.plan = plan.estimate, plan
         self.settings.tell(plan, "")
         if self.settings.stop_before_step:
@@ -210,13 +186,25 @@ class Session(Listener):
         self._blocks = recompute(self._model, sorted(most_saving(step)))  # step 2
         self._step = step
 
+    def _carry_out_given(self, plan: Plan) -> None:
+        try:
+            self._carry_out(plan)
+        except ValueError as error:
+            raise SessionStop(f"the plan does not suit this script: {error}", exit_status=2) from error
+
+    def _other_bytes(self) -> int:
+        """Return the bytes that live beside the model and its optimisers before the first step."""
+        assert self._model is not None
+        measure(_device(self._model).type)  # what measuring leaves behind is counted too
+        return other_bytes(self._model, self._optimizers)
+
     def _make_plan(self, seen: Seen, *, budget: int | None = None) -> tuple[Profile, Plan]:
         """Profile and solve; once states exist, in the format that they have."""
         assert self._model is not None and self._call is not None
         wanted = budget or self.settings.budget or 0
-        allowed = Budget.of(wanted, total_bytes=device_bytes(_device(self._model)))
         self._planning = True
         try:
+            allowed = Budget.of(wanted, total_bytes=device_bytes(_device(self._model)))
             step = profile(self._model, self._call, self._optimizers, seen=seen)
             held = [cost for cost in step.optimizers if self.plan and cost.formats == self.plan.state_formats]
             if self._num_updates > 0 and held:
@@ -224,7 +212,7 @@ class Session(Listener):
             return step, solve(step, allowed, exact=self.settings.exact)
         except BudgetError as error:
             raise SessionStop(str(error), exit_status=3, smallest_bytes=error.smallest_bytes) from None
-        except ProfileError as error:
+        except (ProfileError, ValueError) as error:
             raise SessionStop(str(error), exit_status=2) from error
         finally:
             self._planning = False

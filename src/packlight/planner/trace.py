@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from packlight.activations.blocks import Block, find_blocks
 from packlight.activations.recompute import copied_buffers, follows_protocol, recomputes_itself
+from packlight.optim.adopt import can_adopt
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
 from packlight.planner.loop import Call, Optimizers, Seen, listed
@@ -253,7 +254,7 @@ class Trace:
             return ()
         self.line.explicit_phase = "optimizer"
         try:
-            return optimizer_costs(self.real_model, self.real_optimizers, self.fake_optimizers, self.line)
+            costs = optimizer_costs(self.real_model, self.real_optimizers, self.fake_optimizers, self.line)
         except Exception as error:
             kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self.real_optimizers}))
             self.notes.append(
@@ -261,6 +262,9 @@ class Trace:
             )
             seen_bytes = self.seen.state_bytes
             return () if seen_bytes is None else (OptimizerCost("as is", seen_bytes, 0, 0.0, {}),)
+        reasons = ((type(each).__name__, can_adopt(each)) for each in self.real_optimizers)
+        self.notes += [f"the states of {kind} stay as they are: {reason}" for kind, reason in reasons if reason]
+        return costs
 
     def record(self, optimizers: tuple[OptimizerCost, ...], notes: tuple[str, ...]) -> Profile:
         """Return the trace as a record."""
