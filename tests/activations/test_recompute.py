@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 import subprocess
 import sys
 import types
@@ -556,6 +557,31 @@ def test_layers_that_already_checkpoint_themselves_are_bit_equal_too() -> None:
     with recompute(again.model):
         for mine, theirs in zip(train(again), plain, strict=True):
             assert_equal(mine, theirs)
+
+
+class Skipped(nn.Module):
+    """A layer that Python's generator scales (stochastic depth, as some models draw it)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.out(self.linear(x).relu()) * random.random()
+        return out
+
+
+def test_layers_that_draw_from_python_s_generator_are_bit_equal() -> None:
+    kept = nn.Sequential(Skipped(), Skipped(), Skipped())
+    again = copy.deepcopy(kept)
+    x = torch.randn(4, 8)
+    left = []
+    for model in (kept, again):
+        with recompute(model) if model is again else nullcontext():
+            random.seed(5)
+            model(x).square().sum().backward()
+            left.append([*numbers(model), torch.tensor(random.random(), dtype=torch.float64)])
+    assert_equal(*left)
 
 
 def test_under_the_user_s_own_saved_tensor_hooks_gradients_are_bit_equal() -> None:

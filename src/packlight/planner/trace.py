@@ -17,10 +17,11 @@ peak of every plan can be computed (`cost.py`). Backward gets new fake tensors o
 import copy
 import io
 import logging
+import random
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,20 +109,30 @@ class Trace:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Push the fake mode and the line of events; what the model prints or logs meanwhile is left out."""
-        logged = logging.root.manager.disable
+        logged, drawn = logging.root.manager.disable, random.getstate()
         logging.disable(logging.WARNING)
         try:
-            with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()), self.mode, self.line:
+            with ExitStack() as stack:
+                quiet = (warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()))
+                for context in (*quiet, self.line.known.told(), self.mode, self.line):
+                    stack.enter_context(context)
                 yield
         finally:
             logging.disable(logged)
+            random.setstate(drawn)
             self.line.close()
             while self._hooks:  # they hold the trace, and with it every fake tensor
                 self._hooks.pop().remove()
 
     def fake_call(self, call: Call) -> Call:
         """Return the call with fake tensors in place of real ones."""
-        fake = tree_map_only(torch.Tensor, self._copy.fake, (call.args, dict(call.kwargs)))
+
+        def take(tensor: torch.Tensor) -> torch.Tensor:
+            made = self._copy.fake(tensor)
+            self.line.known.learn(made, tensor)
+            return made
+
+        fake = tree_map_only(torch.Tensor, take, (call.args, dict(call.kwargs)))
         return replace(call, args=fake[0], kwargs=fake[1])
 
     def mark_resident(self, call: Call, seen: Seen) -> None:

@@ -42,19 +42,24 @@ def optimizer_costs(
     """
     names = {at: name for each in optimizers for at, name in parameter_names(model, each).items()}
     known = all(can_adopt(optimizer) is None for optimizer in optimizers)
-    present = _traced(fake_optimizers, names, line, state_format="fp32" if known else "as is")
-    settings_of = optimizers[0].param_groups[0]
-    return (present, _low_bit("paper4bit", names, settings_of, line)) if known else (present,)
+    state_format = "fp32" if known else "as is"
+    temporary_bytes, seconds = _step_twice(fake_optimizers, line)
+    present = OptimizerCost(
+        state_format=state_format,
+        state_bytes=_held_bytes(fake_optimizers, line.device_type),
+        temporary_bytes=temporary_bytes,
+        seconds=seconds,
+        formats=dict.fromkeys(names.values(), state_format),
+    )
+    if not known:
+        return (present,)
+    fakes = (fake for each in fake_optimizers for group in each.param_groups for fake in group["params"])
+    stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
+    return (present, _low_bit("paper4bit", stepped, fake_optimizers, line)) if stepped else (present,)
 
 
-def _traced(
-    fake_optimizers: Sequence[torch.optim.Optimizer],
-    names: Mapping[torch.Tensor, str],
-    line: FakeLine,
-    *,
-    state_format: str,
-) -> OptimizerCost:
-    """Let the optimisers step twice."""
+def _step_twice(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> tuple[int, float]:
+    """Let the optimisers step; return the second step's temporary bytes and its seconds."""
     with torch.no_grad():
         for optimizer in fake_optimizers:
             optimizer.step()
@@ -62,13 +67,7 @@ def _traced(
         line.highest_bytes()
         for optimizer in fake_optimizers:
             optimizer.step()
-    return OptimizerCost(
-        state_format=state_format,
-        state_bytes=_held_bytes(fake_optimizers, line.device_type),
-        temporary_bytes=line.highest_bytes() - before_bytes,
-        seconds=line.seconds - before_seconds,
-        formats=dict.fromkeys(names.values(), state_format),
-    )
+    return line.highest_bytes() - before_bytes, line.seconds - before_seconds
 
 
 def _held_bytes(optimizers: Sequence[torch.optim.Optimizer], device_type: str) -> int:
@@ -83,22 +82,38 @@ def _held_bytes(optimizers: Sequence[torch.optim.Optimizer], device_type: str) -
 
 
 def _low_bit(
-    state_format: str, names: Mapping[torch.Tensor, str], settings_of: Mapping[str, object], line: FakeLine
+    state_format: str,
+    stepped: Mapping[str, torch.Tensor],
+    fake_optimizers: Sequence[torch.optim.Optimizer],
+    line: FakeLine,
 ) -> OptimizerCost:
-    """Cost the optimiser with states in a low-bit format, without making them all."""
-    shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}
+    """Cost the optimisers with states in a low-bit format, without making these; small parameters stay as they are."""
+    large = {name: at for name, at in stepped.items() if _takes(state_format, at)}
     step_bytes = 0 if line.device_type == "cpu" else STEP_BYTES  # the step counter stays on the CPU
-    num_bytes = sum(state_bytes(at.shape, at.dtype, state_format) - step_bytes for at in names)
+    num_bytes = sum(state_bytes(at.shape, at.dtype, state_format) - step_bytes for at in large.values())
+    settings_of = fake_optimizers[0].param_groups[0]
+    update_bytes = max((_update_bytes(state_format, at, settings_of, line) for at in _largest(large)), default=0)
+    for fake in large.values():
+        fake.grad = None
+    for optimizer in fake_optimizers:
+        for fake in large.values():
+            optimizer.state.pop(fake, None)
+    rest_bytes, seconds = _step_twice(fake_optimizers, line)
     return OptimizerCost(
         state_format=state_format,
-        state_bytes=num_bytes,
-        temporary_bytes=_update_bytes(state_format, max(names, key=torch.Tensor.numel), settings_of, line),
-        seconds=sum(map(math.prod, shapes.values())) * line.rates.update_seconds_per_element,
-        formats={
-            name: "fp32" if moment_formats(state_format, shape)[0].book is None else state_format
-            for name, shape in shapes.items()
-        },
+        state_bytes=num_bytes + _held_bytes(fake_optimizers, line.device_type),
+        temporary_bytes=max(update_bytes, rest_bytes),
+        seconds=seconds + sum(at.numel() for at in large.values()) * line.rates.update_seconds_per_element,
+        formats={name: state_format if name in large else "fp32" for name in stepped},
     )
+
+
+def _takes(state_format: str, parameter: torch.Tensor) -> bool:
+    return moment_formats(state_format, tuple(parameter.shape))[0].book is not None
+
+
+def _largest(parameters: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    return sorted(parameters.values(), key=torch.Tensor.numel)[-1:]
 
 
 def _update_bytes(state_format: str, parameter: torch.Tensor, settings_of: Mapping[str, object], line: FakeLine) -> int:
