@@ -95,7 +95,7 @@ def predicted(step: Profile, recomputed: Collection[str] = ()) -> Cost:
 def block_sets(step: Profile) -> Iterator[list[str]]:
     """Nothing, everything, each third and what is left, and the later half."""
     blocks = StepCost(step).blocks
-    sets = ([], blocks, blocks[::3], blocks[1::3] + blocks[2::3], blocks[len(blocks) // 2 :])
+    sets: tuple[list[str], ...] = ([], blocks, blocks[::3], blocks[1::3] + blocks[2::3], blocks[len(blocks) // 2 :])
     yield from [list(each) for each in dict.fromkeys(map(tuple, sets))]
 
 
@@ -544,6 +544,28 @@ def test_layers_that_checkpoint_themselves_already_are_predicted_and_no_choice()
     step = profile(case.model, case.batch, None, seen=DROPPED)
     assert not any(region.block.startswith("model.layers") for region in step.regions)
     assert predicted(step).peak_bytes == real_peak(case, None)[0]
+
+
+@pytest.mark.parametrize("mask", ["none", "ones", "padded right", "padded left"])
+@pytest.mark.parametrize("kind", ["llama", "llama without cache", "bert"])
+def test_what_transformers_makes_of_a_mask_s_values_is_predicted_to_the_byte(kind: str, mask: str) -> None:
+    case = CASES["llama"]()
+    tokens = case.batch["input_ids"]
+    batch = {**case.batch, "use_cache": False} if kind == "llama without cache" else dict(case.batch)
+    if kind == "bert":
+        from transformers import BertConfig, BertForMaskedLM
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        case = Case(BertForMaskedLM(BertConfig(vocab_size=256, **sizes)), batch, case.loss)
+    if mask != "none":
+        batch["attention_mask"] = torch.ones_like(tokens)
+        if "padded" in mask:
+            batch["attention_mask"][0, slice(-5, None) if mask == "padded right" else slice(5)] = 0
+    case = Case(case.model, batch, case.loss)
+    step = profile(case.model, batch, None, seen=DROPPED)
+    for recomputed in itertools.islice(block_sets(step), 2):
+        cost, measured = predicted(step, recomputed), real_peak(case, None, recomputed)
+        assert cost.peak_bytes == measured[0], f"{recomputed}: {cost}, measured {measured}"
 
 
 def test_without_a_loss_a_scalar_output_or_the_model_s_own_loss_is_taken() -> None:

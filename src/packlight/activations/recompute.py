@@ -256,7 +256,8 @@ class _Buffers:
         yield
         if self._changing is None:  # step 2
             self._changing = {key for _, key, buffer in self.slots() if key in noted and _differs(buffer, noted[key])}
-            self._changing |= {key for _, key, buffer in self.slots() if buffer._version != before[key][1]}
+            versions = {key: version for key, (_, version) in before.items()}
+            self._changing |= {key for _, key, buffer in self.slots() if buffer._version > versions.get(key, 0)}
         for _, key, buffer in self.slots():
             tensor, version = before.get(key, (buffer, buffer._version))
             if key not in noted and (buffer is not tensor or buffer._version != version):

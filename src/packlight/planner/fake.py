@@ -5,6 +5,7 @@ device, and its copy should behave as on the CPU: the same operators, the same k
 tied parameters tied and an optimiser's parameters those of the model when the two are copied together.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -154,9 +155,10 @@ class FakeLine(Timeline):
         if known is not None and not isinstance(known, torch.Tensor | tuple | list):
             return known
         if known is not None:
-            out = tree_map_only(torch.Tensor, lambda at: torch.empty_like(at, device=self.device_type), known)
+            out = tree_map_only(torch.Tensor, functools.partial(torch.empty_like, device=self.device_type), known)
         else:
-            out = _AS_ALLOCATED.get(func, _plainly)(func, *args, **(kwargs or {}))
+            run: Callable[..., Any] = _AS_ALLOCATED.get(func, _plainly)
+            out = run(func, *args, **(kwargs or {}))
         self.known.follow(func, args, kwargs or {}, out)
         if not self._paused:
             self.observe(func, args, kwargs or {}, out)

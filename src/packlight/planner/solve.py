@@ -2,9 +2,9 @@
 
 torch's own choices are all or nothing, or a fraction that nobody can relate to bytes. The idea, for blocks that are
 kept or recomputed: look at where the peak stands, and recompute the block that spares the most bytes there for each
-second it costs; among equals the earliest, whose bytes live longest. Repeat until the peak fits, then take back every
-choice that turns out not to be needed. This is done for each state format, and the fastest result is taken. Every step
-is judged by the whole line of events (`cost.py`), never by the sum of what was spared.
+second it costs; among equals the earliest, whose bytes live longest. Repeat until the peak fits and a little further,
+then take back every choice that turns out not to be needed. This is done for each state format, and the fastest
+result is taken. Every step is judged by the whole line of events (`cost.py`), never by the sum of what was spared.
 """
 
 import math
@@ -27,6 +27,9 @@ HEADROOM = 0.01
 
 LOADED_BATCHES = 2
 """On the CPU a data loader's next batches share the device with the step; so many are left room for."""
+
+NUM_FURTHER = 3
+"""So many blocks more than needed are chosen, to see whether earlier ones can then be taken back for less."""
 
 EXACT_FORMATS = ("fp32", "as is")
 
@@ -137,14 +140,23 @@ _Result = tuple[frozenset[str], OptimizerCost | None, Cost]
 
 def _fit(costs: StepCost, optimizer: OptimizerCost | None, allowed_bytes: int) -> _Result | None:
     """Find the blocks to recompute for one state format, None where even the best choice does not fit."""
+    found: list[_Result] = []
     recomputed: frozenset[str] = frozenset()
     cost = costs.price(recomputed, optimizer)
-    while cost.peak_bytes > allowed_bytes:
+    while len(found) <= NUM_FURTHER:
+        if cost.peak_bytes <= allowed_bytes:
+            found.append(_without_needless(costs, (recomputed, optimizer, cost), allowed_bytes))
         block = _best_block(costs, recomputed, cost)
-        if block is None:
-            return None
+        if block is None or (found and not found[0][0]):
+            break
         recomputed |= {block}
         cost = costs.price(recomputed, optimizer)
+    return min(found, key=lambda result: result[2].seconds, default=None)
+
+
+def _without_needless(costs: StepCost, result: _Result, allowed_bytes: int) -> _Result:
+    """Take back every block that need not be recomputed, the slowest first."""
+    recomputed, optimizer, cost = result
     for block in sorted(recomputed, key=costs.recompute_seconds, reverse=True):
         without = costs.price(recomputed - {block}, optimizer)
         if without.peak_bytes <= allowed_bytes:
