@@ -47,31 +47,31 @@ class Case:
 
 
 @functools.cache
-def text() -> Tensor:
-    """Real text: the standard library's sources as bytes."""
+def text() -> bytes:
+    """Real text: the standard library's sources. No tensor: what a test keeps alive would count as used memory."""
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:10]
-    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in sources)), dtype=torch.uint8).long()
+    return b"".join(path.read_bytes() for path in sources)
 
 
 def windows(num: int, length: int) -> Tensor:
     """Draw windows of the text, int64 of shape (num, length)."""
     starts = torch.randint(len(text()) - length, (num,)).tolist()
-    return torch.stack([text()[start : start + length] for start in starts])
+    return torch.tensor([list(text()[start : start + length]) for start in starts])
 
 
 @functools.cache
-def _digits() -> tuple[Tensor, Tensor]:
+def _digits() -> Any:
     from sklearn.datasets import load_digits  # here: it takes a second that most tests need not wait
 
-    data = load_digits()
-    return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(data.target)
+    return load_digits()
 
 
 def digits(num: int) -> tuple[Tensor, Tensor]:
     """Draw images of handwritten digits (num, 1, 8, 8) and which digit each one is."""
-    images, targets = _digits()
-    chosen = torch.randperm(len(images))[:num]
-    return images[chosen], targets[chosen]
+    data = _digits()
+    chosen = torch.randperm(len(data.images))[:num].numpy()
+    images = torch.tensor(data.images[chosen], dtype=torch.float32)
+    return images.unsqueeze(1) / 16, torch.tensor(data.target[chosen])
 
 
 class GPTBlock(nn.Module):

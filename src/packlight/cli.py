@@ -161,8 +161,8 @@ def _run(
     from packlight.integrations.script import Settings, Target, run_script
 
     plan_file, measure_only = options.get("plan_file"), options.get("measure_only", False)
-    if (budget is not None) + (plan_file is not None) + measure_only != 1:
-        raise click.UsageError("wanted one of --budget BYTES, --plan FILE or --measure-only")
+    if measure_only == (budget is not None or plan_file is not None):
+        raise click.UsageError("wanted --budget BYTES, --plan FILE (or both), or --measure-only alone")
     plans: list[Plan] = options.get("plans", [])
 
     def tell(made: Plan, title: str) -> None:
@@ -173,7 +173,7 @@ def _run(
     try:
         _note_unused_tiers(host_budget, disk)
         given = Plan.load(plan_file) if plan_file is not None else None
-        allowed = budget if given is None else given.budget_bytes
+        allowed = budget if budget is not None or given is None else given.budget_bytes
         settings = Settings(allowed, exact, given, bool(options.get("stop_before_step")), tell)
         return run_script(Target(script, arguments, module), settings)
     except (ValueError, OSError) as error:

@@ -210,7 +210,8 @@ def test_any_optimiser_s_states_and_temporaries_are_predicted_to_the_byte(kind: 
     if wide and kind == "Adam":
         assert cost.moment == "optimizer"
     known = kind in ("Adam", "AdamW of single tensors", "AdamW fused")
-    assert [at.state_format for at in step.optimizers] == (["fp32", "paper4bit"] if known else ["as is"])
+    formats = ["fp32", "paper4bit"] if wide else ["fp32"]  # no parameter of the small one has more than 4096 elements
+    assert [at.state_format for at in step.optimizers] == (formats if known else ["as is"])
 
 
 def test_several_optimisers_of_one_model_are_added_up() -> None:
@@ -225,6 +226,8 @@ def test_several_optimisers_of_one_model_are_added_up() -> None:
 
 def test_parameters_that_get_no_gradient_have_no_state_in_any_format() -> None:
     case = CASES["lora"]()
+    for name, parameter in case.model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name == "head.weight")
     everything, only_trained = torch.optim.AdamW(case.model.parameters()), adamw(case.model)
     steps = [profile(case.model, case.batch, each, loss=case.loss) for each in (everything, only_trained)]
     assert steps[0].optimizers[0].state_bytes == steps[1].optimizers[0].state_bytes

@@ -12,6 +12,7 @@ key-value cache from being filled twice; there the switch is used. Technique: Ch
 
 import functools
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -35,6 +36,19 @@ _Slot = tuple[dict[str, torch.Tensor | None], tuple[int, str], torch.Tensor]
 def is_recomputing() -> bool:
     """Tell whether this thread is running a block's forward for the second time."""
     return getattr(_state, "depth", 0) > 0
+
+
+def drawn_state() -> tuple[Any, ...]:
+    """Return the state of the random generators that are not torch's: Python's own, and numpy's where it is loaded."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy.random.get_state() if numpy else None
+
+
+def set_drawn_state(state: tuple[Any, ...]) -> None:
+    """Put those generators into a state that `drawn_state` returned."""
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
 
 
 class Recomputation:
@@ -207,8 +221,12 @@ def _run(function: Callable[..., Any], buffers: "_Buffers", *args: Any, **kwargs
         return function(*args, **kwargs)
     # Tensors in keywords and tuples go in one by one: only so does autograd notice if one is overwritten later.
     leaves, structure = tree_flatten((args, kwargs))
+    first = [(args, kwargs)]
 
     def call(*flat: Any) -> Any:
+        if first:  # with the caller's own lists and dicts: what the block writes into them must arrive
+            own_args, own_kwargs = first.pop()
+            return function(*own_args, **own_kwargs)
         nested_args, nested_kwargs = tree_unflatten(flat, structure)
         return function(*nested_args, **nested_kwargs)
 
@@ -236,7 +254,7 @@ class _Buffers:
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of the first and of the second run, for `checkpoint`."""
         noted: dict[tuple[int, str], torch.Tensor] = {}
-        return self._first_run(noted), _SecondRun(self, noted, random.getstate())
+        return self._first_run(noted), _SecondRun(self, noted, drawn_state())
 
     def slots(self) -> Iterator[_Slot]:
         """Yield every buffer with the dictionary that it stands in and a key of its own."""
@@ -245,6 +263,16 @@ class _Buffers:
             for name, buffer in owner._buffers.items():
                 if buffer is not None:
                     yield owner._buffers, (position, name), buffer
+
+    def parameters(self) -> list[Any]:
+        """Return every parameter likewise; `torch.func.functional_call` puts others in place for one call."""
+        owners = (owner for module in self._modules for owner in module.modules())
+        return [
+            (owner._parameters, (position, name), parameter)
+            for position, owner in enumerate(owners)
+            for name, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
 
     @contextmanager
     def _first_run(self, noted: dict[tuple[int, str], torch.Tensor]) -> Iterator[None]:
@@ -290,16 +318,20 @@ class _SecondRun:
 
     def __init__(self, buffers: _Buffers, noted: dict[tuple[int, str], torch.Tensor], drawn: tuple[Any, ...]) -> None:
         self._buffers, self._noted, self._drawn = buffers, noted, drawn
+        self._parameters = buffers.parameters()
         self._present: list[tuple[list[_Slot], tuple[Any, ...]]] = []
 
     def __enter__(self) -> None:
-        self._present.append((self._buffers.swap_in(self._noted), random.getstate()))
-        random.setstate(self._drawn)  # torch's own is checkpoint's care
+        present = [(at, key, at[key[1]]) for at, key, noted in self._parameters if at[key[1]] is not noted]
+        for owner, key, parameter in self._parameters:
+            owner[key[1]] = parameter
+        self._present.append(([*self._buffers.swap_in(self._noted), *present], drawn_state()))
+        set_drawn_state(self._drawn)  # torch's own is checkpoint's care
         _state.depth = getattr(_state, "depth", 0) + 1
 
     def __exit__(self, *exc_info: object) -> None:
         _state.depth -= 1
         slots, drawn = self._present.pop()
-        random.setstate(drawn)
+        set_drawn_state(drawn)
         for owner, key, buffer in slots:  # step 4
             owner[key[1]] = buffer

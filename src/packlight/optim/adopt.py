@@ -36,6 +36,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from packlight.numerics.formats import state_format as format_named
 from packlight.optim.state import (
     MOMENTS,
+    PARAMETER_DTYPES,
     State,
     check_dtype,
     from_portable,
@@ -291,6 +292,8 @@ def _group_refusal(group: Mapping[str, Any]) -> str | None:
             return f"a parameter of shape {tuple(param.shape)} is complex"
         if isinstance(param, Tensor) and param.layout != torch.strided:
             return f"a parameter of shape {tuple(param.shape)} is sparse"
+        if isinstance(param, Tensor) and param.dtype not in PARAMETER_DTYPES:
+            return f"a parameter of shape {tuple(param.shape)} is {param.dtype}"
     return None
 
 

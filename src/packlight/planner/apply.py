@@ -123,9 +123,17 @@ def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer
         What undoes it.
 
     Raises:
-        ValueError: the plan wants a format for a state that this optimiser cannot keep in it.
+        ValueError: the plan names a parameter that is not here, or wants a format for a state that this optimiser
+            cannot keep in it.
     """
     names = parameter_names(model, optimizer)
+    here = {*names.values(), *dict(model.named_parameters())}
+    missing = [name for name in plan.state_formats if name not in here and not name.startswith("parameter ")]
+    if missing:
+        raise ValueError(
+            f"the plan has a state for {missing[0]!r}, and the model has no such parameter; "
+            "was it made for another model?"
+        )
     formats = {parameter: plan.state_formats.get(name, "as is") for parameter, name in names.items()}
     changed = {parameter: chosen for parameter, chosen in formats.items() if chosen not in EXACT_FORMATS}
     return adopt(optimizer, changed).remove if changed else lambda: None

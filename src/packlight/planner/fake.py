@@ -149,6 +149,8 @@ class FakeLine(Timeline):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator as it will run on real tensors, and follow its value where that is known."""
+        if func.namespace == "prim":  # a question about a device or a layout
+            return func(*args, **(kwargs or {}))
         if func is _aten._local_scalar_dense.default and self.explicit_phase == "optimizer":
             return 1.0 if args[0].dtype.is_floating_point else 1  # an optimiser reads its own step count
         known = self.known.answer(func, args, kwargs or {})

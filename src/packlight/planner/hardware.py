@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from packlight.optim.state import group_settings, init_state, update
@@ -39,13 +40,13 @@ class Rates:
 def measure(device_type: str) -> Rates:
     """Measure the rates of a device (about half a second, once in a process)."""
     device = torch.device(device_type)
-    with torch.inference_mode(), torch.random.fork_rng():
-        matrix = torch.ones(1024, 1024, device=device)
+    with _disable_current_modes(), torch.inference_mode():
+        matrix = torch.ones(1024, 1024, dtype=torch.float32, device=device)
         flops_seconds = _best_seconds(lambda: matrix @ matrix, device)
-        block = torch.ones(2**24, device=device)
+        block = torch.ones(2**24, dtype=torch.float32, device=device)
         target = torch.empty_like(block)
         copy_seconds = _best_seconds(lambda: target.copy_(block), device)
-        scalar = torch.ones(1, device=device)
+        scalar = torch.ones(1, dtype=torch.float32, device=device)
         launch_seconds = _best_seconds(lambda: scalar + 1, device)
         update_seconds = _update_seconds(device)
     return Rates(2 * 1024**3 / flops_seconds, 2 * block.nbytes / copy_seconds, launch_seconds, update_seconds)
@@ -53,7 +54,7 @@ def measure(device_type: str) -> Rates:
 
 def _update_seconds(device: torch.device) -> float:
     """Measure the low-bit AdamW step, in seconds for one element."""
-    parameter = torch.ones(1024, 1024, device=device)
+    parameter = torch.ones(1024, 1024, dtype=torch.float32, device=device)
     state = init_state(parameter, "paper4bit")
     settings = group_settings({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False})
     run = functools.partial(update, parameter, parameter, state, state_format="paper4bit", settings=settings)

@@ -123,7 +123,7 @@ class LossLog:
         """Add what a backward pass starts from, if it is one scalar."""
         loss = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)
         if loss is not None and loss.numel() == 1:
-            value = loss.detach().reshape(())
+            value = loss.detach().reshape(()).clone()  # a reduced loss may stand in the storage of all its elements
             self._now = value if self._now is None else self._now + value
 
     def end_step(self) -> None:

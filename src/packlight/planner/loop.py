@@ -28,6 +28,22 @@ def listed(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
     return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
 
 
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def covers(known: Shapes, shapes: Shapes) -> bool:
+    """Tell whether arguments are no longer than known ones in any dimension."""
+    if [len(shape) for shape in shapes] != [len(shape) for shape in known]:
+        return False
+    pairs = zip(known, shapes, strict=True)
+    return all(length <= most for most_shape, shape in pairs for most, length in zip(most_shape, shape, strict=True))
+
+
+def num_elements(shapes: Shapes) -> int:
+    """Return the elements of tensors of these shapes together."""
+    return sum(map(math.prod, shapes))
+
+
 def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     """Return the types of device for which autocast is on now, with its dtype."""
     types = ("cpu", "cuda")
@@ -51,9 +67,9 @@ class Call:
             return cls(kwargs=dict(batch))
         return cls(tuple(batch)) if isinstance(batch, tuple) else cls((batch,))
 
-    def num_elements(self) -> int:
-        """Return the elements of all tensors in the arguments."""
-        return sum(tensor.numel() for tensor in flat_tensors((self.args, dict(self.kwargs))))
+    def shapes(self) -> Shapes:
+        """Return the shapes of all tensors in the arguments."""
+        return tuple(tuple(tensor.shape) for tensor in flat_tensors((self.args, dict(self.kwargs))))
 
     @contextmanager
     def autocasting(self) -> Iterator[None]:
@@ -73,6 +89,7 @@ class Seen:
         tail: what the loss outside the model allocates; None: trace `loss`, the model's own, or a guess.
         state_bytes: what the optimiser's states were seen to take; used where its step cannot be traced.
         num_microbatches: forward and backward passes for one optimiser step.
+        num_forwards: forward passes for one backward (two towers of one model, a pair of inputs).
         gradients: how long gradients of the step before (or of earlier microbatches) live on: "none" where they are
             gone before forward, "forward" where they go between forward and backward, "step" where backward adds to
             them.
@@ -84,6 +101,7 @@ class Seen:
     tail: Tail | None = None
     state_bytes: int | None = None
     num_microbatches: int = 1
+    num_forwards: int = 1
     gradients: Literal["none", "forward", "step"] = "none"
     other_bytes: int | None = None
     held_outputs: tuple[int, ...] | None = None

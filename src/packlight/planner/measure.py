@@ -44,7 +44,7 @@ class StepWatch:
         self.model, self.optimizers = model, list(optimizers)
         self.line = Timeline(first)
         self.tail = TailWatch(self.line)
-        self.num_steps = self.num_microbatches = 0
+        self.num_steps = self.num_microbatches = self.num_backwards = 0
         self.other_bytes = 0
         self._num_measured = num_measured
         self._seconds: list[tuple[float, bool]] = []
@@ -68,6 +68,8 @@ class StepWatch:
         """Open a step, unless one is open (mark 1)."""
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
+        if not self.optimizers and self.num_microbatches:
+            self._stepped_at = self._clock()  # without an optimiser a step is a forward and what follows it
         if self._stepped_at is not None:
             self._end_step()
         if self._started is None:
@@ -91,6 +93,7 @@ class StepWatch:
 
     def backward_ends(self) -> None:
         """Note the live bytes (mark 5)."""
+        self.num_backwards += 1
         if self._measuring:
             self.tail.backward_ends()
 
@@ -142,7 +145,7 @@ class StepWatch:
 
     def resume(self) -> None:
         """Put the line back onto the stack."""
-        self.line.__enter__()  # type: ignore[no-untyped-call]
+        _put_under(self.line)
 
     def close(self) -> None:
         """Stop watching and take every hook off."""
@@ -199,7 +202,7 @@ class StepWatch:
         self._started = self._stepped_at = None
         self.num_steps += 1
         self._num_followed += self._measuring
-        self.num_microbatches = 0
+        self.num_microbatches = self.num_backwards = 0
         if self.num_steps >= (1 if self.line.device_type == "cuda" else self._num_measured):
             self._stop_measuring()
 
@@ -267,12 +270,19 @@ def _take_off(mode: Timeline) -> bool:
     stack = _get_current_dispatch_mode_stack()
     if mode not in stack:
         return False
-    above = []
-    while (top := _pop_mode()) is not mode:
-        above.append(top)
+    above = [_pop_mode() for _ in stack[stack.index(mode) + 1 :]]
+    mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
     for other in reversed(above):
         _push_mode(other)
     return True
+
+
+def _put_under(mode: Timeline) -> None:
+    """Put a mode at the bottom of the stack, so that a script's own modes come and go above it."""
+    above = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
+    mode.__enter__()  # type: ignore[no-untyped-call]
+    for other in reversed(above):
+        _push_mode(other)
 
 
 def _resident_bytes(field: str) -> int:

@@ -54,7 +54,7 @@ def profile(
         ProfileError: the step cannot be traced (values decide over shapes or control flow, or it raised).
     """
     seen = seen or Seen()
-    trace = Trace(model, optimizer, seen)
+    trace = _begin(model, optimizer, seen)
     notes: list[str] = []
     with torch.random.fork_rng(devices=[]), trace.active():
         call = trace.fake_call(Call.of(batch))
@@ -71,7 +71,8 @@ def profile(
         except Exception as error:
             raise ProfileError(
                 f"one step of {type(model).__name__} could not be traced on fake tensors "
-                f"({type(error).__name__}: {error}); wanted a step whose shapes do not depend on values"
+                f"({type(error).__name__}: {error}); wanted a step that neither reads values (.item(), an assert on a "
+                "tensor) nor has shapes that depend on them"
             ) from error
     step = trace.record(optimizers, tuple(notes))
     return _without(step, unrepeatable(model, Call.of(batch), list(dict.fromkeys(at.block for at in step.regions))))
@@ -95,17 +96,45 @@ def unrepeatable(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[st
 
 def _repeat_error(model: nn.Module, call: Call, blocks: Sequence[str]) -> str | None:
     """Run forward and backward with some blocks recomputed on fake tensors; return what went wrong."""
-    trace = Trace(model, None, Seen())
+    trace = _begin(model, None, Seen())
     with torch.random.fork_rng(devices=[]), trace.active(), recompute(trace.model, blocks):
         fake = trace.fake_call(call)
         try:
             with torch.enable_grad():
+                before = _attributes(trace.model, blocks)
                 with fake.autocasting():
                     output = trace.model(*fake.args, **fake.kwargs)
+                changed = [key for key, value in _attributes(trace.model, blocks).items() if before.get(key) != value]
+                if changed:
+                    return f"its forward changes the attribute {changed[0][1]!r}"
                 sum(at.sum() for at in flat_tensors(output) if at.requires_grad).backward()  # type: ignore[union-attr]
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return None
+
+
+def _begin(model: nn.Module, optimizer: Optimizers, seen: Seen) -> Trace:
+    try:
+        return Trace(model, optimizer, seen)
+    except Exception as error:
+        raise ProfileError(
+            f"{type(model).__name__} and its optimiser cannot be copied ({type(error).__name__}: {error}); "
+            "wanted modules without locks, generators and the like in their attributes"
+        ) from error
+
+
+def _attributes(model: nn.Module, blocks: Sequence[str]) -> dict[tuple[int, str], Any]:
+    """Return what tells whether plain attributes inside blocks have changed; a second run would change them again."""
+    own = vars(nn.Module())
+    paths = {block.path: block.module_path for block in find_blocks(model)}
+    owners = {id(owner): owner for path in blocks for owner in model.get_submodule(paths[path]).modules()}
+    plain = (int, float, str, type(None))
+    return {
+        (key, name): value if isinstance(value, plain) else (id(value), len(value) if hasattr(value, "__len__") else 0)
+        for key, owner in owners.items()
+        for name, value in vars(owner).items()
+        if name not in own and not isinstance(value, torch.Tensor | nn.Module)
+    }
 
 
 def _without(step: Profile, reasons: Mapping[str, str]) -> Profile:
@@ -134,7 +163,9 @@ def _loss(output: Any, *, batch: Call, loss: Loss | None, seen: Seen, notes: lis
     """Return the scalar that backward starts from (step 3)."""
     tensors = list(flat_tensors(output))
     if seen.tail is not None:
-        chosen = [tensors[position] for position in seen.tail.outputs if position < len(tensors)]
+        num_outputs = len(tensors) // seen.num_forwards
+        passes = range(0, num_outputs * seen.num_forwards, num_outputs) if num_outputs else ()
+        chosen = [tensors[start + at] for start in passes for at in seen.tail.outputs if at < num_outputs]
         return _SeenTail.apply(seen.tail, *chosen)  # type: ignore[no-any-return, no-untyped-call]
     if loss is not None:
         scalar: Any = loss(output, batch.kwargs or (batch.args if len(batch.args) > 1 else batch.args[0]))

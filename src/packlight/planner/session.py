@@ -14,6 +14,7 @@ states' format is decided only when the optimiser steps for the first time, beca
 ```
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -29,11 +30,11 @@ from packlight.budget import Budget, BudgetError
 from packlight.planner.apply import adopt_formats
 from packlight.planner.hardware import measure
 from packlight.planner.listen import Ears, Listener, LossLog
-from packlight.planner.loop import Call, Seen
+from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements
 from packlight.planner.measure import ModuleHook, StepWatch, other_bytes
 from packlight.planner.profile import ProfileError, profile
 from packlight.planner.request import SessionStop, Settings
-from packlight.planner.solve import device_bytes, most_saving, predicted_step_seconds, rescale, solve
+from packlight.planner.solve import device_bytes, joined, most_saving, predicted_step_seconds, rescale, solve
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
 
@@ -46,7 +47,7 @@ class Session(Listener):
         self.settings = settings
         self.plan: Plan | None = settings.plan
         self.first_estimate: Estimate | None = None
-        self._made: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._made: list[weakref.ref[Optimizer]] = []
         self._optimizers: list[Optimizer] = []
         self._watch: StepWatch | None = None
         self._call: Call | None = None
@@ -55,7 +56,7 @@ class Session(Listener):
         self._seen: Seen | None = None
         self._blocks: Recomputation | None = None
         self._undo: list[Callable[[], None]] = []
-        self._num_elements = 0
+        self._shapes: list[Shapes] = []
         self._pace = 1.0, 1.0
         self._stop: SessionStop | None = None
         self._num_updates = 0
@@ -91,7 +92,7 @@ class Session(Listener):
 
     def optimizer_made(self, optimizer: Optimizer) -> None:
         """Remember an optimiser: its parameters will tell the model."""
-        self._made.add(optimizer)
+        self._made.append(weakref.ref(optimizer))
 
     def gradients_cleared(self, *, set_to_none: bool) -> None:
         """Learn how long gradients live on into the next step."""
@@ -121,13 +122,14 @@ class Session(Listener):
 
     def _consider(self, module: nn.Module, call: Call) -> None:
         own: set[torch.Tensor] = set(module.parameters())
-        trained = [optimizer for optimizer in self._made if own.intersection(_parameters(optimizer))]
+        living = [optimizer for made in self._made if (optimizer := made()) is not None]
+        trained = [optimizer for optimizer in living if own.intersection(_parameters(optimizer))]
         if not trained:
             return
         self._refuse_other_models(module, own)
         self._ignore_calls()
         self._model, self._call, self._optimizers = _unwrapped(module), call, trained
-        self._num_elements = call.num_elements()
+        self._shapes = [call.shapes()]
         try:
             self._plan_before_first_step()
         except SessionStop as stop:
@@ -149,21 +151,25 @@ class Session(Listener):
             raise self._stop
 
     def _forward_begins(self, call: Call) -> None:
-        """Plan anew when a batch is larger than any before; a smaller one fits where a larger did."""
+        """Plan anew for a batch that is longer in some dimension than every batch before."""
+        shapes = call.shapes()
         training = torch.is_grad_enabled() and not self._planning and self.settings.plan is None
-        if not training or self.plan is None or call.num_elements() <= self._num_elements:
+        if not training or self.plan is None or any(covers(known, shapes) for known in self._shapes):
             return
-        ratio = call.num_elements() / self._num_elements if self._num_elements else 1.0
-        self._num_elements, self._call = call.num_elements(), call
-        if self._seen is not None:
-            self._seen = self._seen.for_batches(ratio)
-            self._plan_for_larger_batches()
+        largest = max(map(num_elements, self._shapes), default=0)
+        self._shapes.append(shapes)
+        if self._seen is None:
+            self._call = call
+        else:
+            self._seen = self._seen.for_batches(max(1.0, num_elements(shapes) / largest) if largest else 1.0)
+            self._plan_for_larger_batches(call)
 
     def _forward_ended(self) -> None:
         self._between = torch.is_grad_enabled() and self._num_updates == 0
 
     def _refuse_other_models(self, module: nn.Module, own: set[torch.Tensor]) -> None:
-        others = [optimizer for optimizer in self._made if not own.intersection(_parameters(optimizer))]
+        living = [optimizer for made in self._made if (optimizer := made()) is not None]
+        others = [optimizer for optimizer in living if not own.intersection(_parameters(optimizer))]
         if others and self.settings.budget is not None:
             raise SessionStop(
                 f"the script trains two models: {type(module).__name__}, and what {type(others[0]).__name__} steps. "
@@ -224,12 +230,14 @@ class Session(Listener):
         if optimizer not in self._optimizers:
             self._meet(optimizer)
         self._watch.update_begins()
-        if optimizer is self._optimizers[0] and self._ready_to_plan_again():
+        if self._ready_to_plan_again():
             self._plan_again()
 
     def _ready_to_plan_again(self) -> bool:
         """Tell whether a step has been seen; states of an optimiser that cannot be traced take one step more."""
         if self._step is None or self._seen is not None or self._watch is None or not self._watch.num_microbatches:
+            return False
+        if torch._C._current_graph_task_id() != -1:  # an optimiser that steps inside backward
             return False
         return bool(self._step.optimizers) or self._num_updates > 0
 
@@ -240,6 +248,8 @@ class Session(Listener):
             self._refuse_other_models(self._model, set[torch.Tensor](self._model.parameters()))
         self._optimizers.append(optimizer)
         self._watch.optimizers.append(optimizer)
+        self._watch.measure_again()
+        self._shapes.clear()  # other parameters may get gradients now: the next forward plans anew
 
     def _plan_again(self) -> None:
         """Plan with what step 1 has shown, and carry that out (step 3)."""
@@ -249,8 +259,9 @@ class Session(Listener):
         self._seen = Seen(
             tail=watch.tail.tail(),
             state_bytes=watch.state_bytes(),
-            num_microbatches=watch.num_microbatches,
-            gradients="step" if watch.num_microbatches > 1 else self._gradients,
+            num_microbatches=max(1, watch.num_backwards),
+            num_forwards=math.ceil(watch.num_microbatches / max(1, watch.num_backwards)),
+            gradients="step" if watch.num_backwards > 1 else self._gradients,
             other_bytes=watch.other_bytes,
             held_outputs=watch.tail.held_outputs,
             carries_outputs=bool(watch.tail.living_outputs()),
@@ -261,25 +272,27 @@ class Session(Listener):
         plan = rescale(plan, *self._pace)
         if self.plan is not None and _decisions(plan) != _decisions(self.plan):
             self.settings.tell(plan, "after step 1, ")
-        self.plan = plan
+        self.plan, self._call = plan, None  # a batch is not held longer than it is needed
         self._carry_out(plan)
         if was_on:
             watch.resume()
 
-    def _plan_for_larger_batches(self) -> None:
+    def _plan_for_larger_batches(self, call: Call) -> None:
         """Choose blocks anew, with the states' format as it is; where nothing fits, say so and spare what can be."""
-        assert self._watch is not None and self._seen is not None and self._model is not None
+        assert self._watch is not None and self._seen is not None and self._model is not None and self.plan is not None
+        before, self._call = self.plan, call
         was_on = self._watch.pause()
         self._put_blocks_back()
         title = "for a larger batch, "
         try:
-            _, plan = self._make_plan(self._seen)
+            step, plan = self._make_plan(self._seen)
         except SessionStop as stop:
             if stop.smallest_bytes is None:
                 raise
             title = f"for a larger batch, which does not fit {self.settings.budget}, the smallest "
-            _, plan = self._make_plan(self._seen, budget=stop.smallest_bytes)
-        self.plan = plan = rescale(plan, *self._pace)
+            step, plan = self._make_plan(self._seen, budget=stop.smallest_bytes)
+        self._call = None
+        self.plan = plan = joined(step, rescale(plan, *self._pace), before)
         self.settings.tell(plan, title)
         self._blocks = recompute(self._model, sorted(plan.recomputed()))
         self._watch.measure_again()
@@ -307,9 +320,8 @@ class Session(Listener):
         if self._watch is None or self._planning or optimizer not in self._optimizers:
             return
         self._watch.update_ends()
-        if optimizer is self._optimizers[0]:
-            self._num_updates += 1
-            self._losses.end_step()
+        self._num_updates += 1
+        self._losses.end_step()
 
 
 def _decisions(plan: Plan) -> tuple[frozenset[str], Mapping[str, str]]:

@@ -17,7 +17,8 @@ from torch import nn
 
 from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.cost import Cost, StepCost
-from packlight.planner.loop import Loss
+from packlight.planner.loop import Loss, Seen, listed
+from packlight.planner.measure import other_bytes
 from packlight.planner.profile import profile
 from packlight.records import Choice, Estimate, Plan
 from packlight.step import OptimizerCost, Profile
@@ -47,6 +48,8 @@ def plan(
 ) -> Plan:
     """Decide how a training step fits a byte budget; runs nothing on the device and changes nothing.
 
+    Tensors of the script that live on the model's device now (a data set) count as used throughout the step.
+
     Args:
         model: the module that is trained, on any device (also meta).
         batch: what the model takes: a mapping is `model(**batch)`, a tuple `model(*batch)`, a tensor `model(batch)`.
@@ -72,7 +75,9 @@ def plan(
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     allowed = Budget.of(budget, total_bytes=device_bytes(device) if device.type != "meta" else None)
-    return solve(profile(model, batch, optimizer, loss=loss), allowed, exact=exact)
+    beside_bytes = None if device.type == "meta" else other_bytes(model, listed(optimizer))
+    step = profile(model, batch, optimizer, loss=loss, seen=Seen(other_bytes=beside_bytes))
+    return solve(step, allowed, exact=exact)
 
 
 def device_bytes(device: torch.device) -> int:
@@ -97,6 +102,14 @@ def solve(step: Profile, budget: Budget, *, exact: bool = False) -> Plan:
     Raises:
         BudgetError: nothing fits; it names the smallest budget that would.
     """
+    made = _decide(step, budget, exact=exact)
+    if isinstance(made, int):  # raised here, where no frame of the traceback keeps the tensors of `StepCost` alive
+        raise BudgetError(_refusal(budget, made, exact=exact), smallest_bytes=made)
+    return made
+
+
+def _decide(step: Profile, budget: Budget, *, exact: bool) -> Plan | int:
+    """Return the fastest plan that fits, or the smallest budget that one would."""
     costs = StepCost(step)
     spare_bytes = LOADED_BATCHES * step.batch_bytes if step.device == "cpu" else 0
     allowed_bytes = int(budget.device_bytes * (1 - HEADROOM)) - spare_bytes
@@ -106,16 +119,15 @@ def solve(step: Profile, budget: Budget, *, exact: bool = False) -> Plan:
     smallest_budget_bytes = math.ceil((smallest + spare_bytes) / (1 - HEADROOM))
     found = [result for optimizer in formats if (result := _fit(costs, optimizer, allowed_bytes)) is not None]
     if not found:
-        raise BudgetError(_refusal(budget, smallest_budget_bytes, exact=exact), smallest_bytes=smallest_budget_bytes)
+        return smallest_budget_bytes
     recomputed, optimizer, cost = min(found, key=lambda result: result[2].seconds)
-    plain = costs.price((), formats[0])
     return Plan(
         device=step.device,
         budget_bytes=budget.device_bytes,
         exact=exact,
         choices=_choices(costs, recomputed),
         state_formats=dict(optimizer.formats) if optimizer else {},
-        estimate=_estimate(cost, plain),
+        estimate=_estimate(cost, costs.price((), formats[0])),
         smallest_budget_bytes=smallest_budget_bytes,
         notes=step.notes,
     )
@@ -215,6 +227,34 @@ def _estimate(cost: Cost, plain: Cost) -> Estimate:
 def predicted_step_seconds(step: Profile, recomputed: Collection[str]) -> float:
     """Return the predicted time of forward, loss and backward with some blocks recomputed, without the optimiser."""
     return StepCost(step).price(recomputed, None).seconds
+
+
+def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
+    """Recompute what either of two plans recomputes, for batches of both kinds.
+
+    Args:
+        step: the profile that `plan` was made for.
+        plan: a plan for the present batch.
+        before: a plan for earlier batches.
+
+    Returns:
+        The joint plan; it expects the larger of the two peaks.
+    """
+    recomputed = plan.recomputed() | (before.recomputed() & {choice.group for choice in plan.choices})
+    optimizer = next((cost for cost in step.optimizers if cost.formats == plan.state_formats), None)
+    cost = StepCost(step).price(recomputed, optimizer)
+    estimate = before.estimate
+    if cost.peak_bytes >= estimate.device_peak_bytes:
+        estimate = replace(
+            plan.estimate,
+            device_peak_bytes=cost.peak_bytes,
+            peak_by_category=cost.by_category,
+            peak_moment=cost.moment,
+        )
+    choices = tuple(
+        replace(choice, choice="recompute" if choice.group in recomputed else "keep") for choice in plan.choices
+    )
+    return replace(plan, choices=choices, estimate=estimate)
 
 
 def rescale(made: Plan, measured_seconds: float, predicted_seconds: float) -> Plan:

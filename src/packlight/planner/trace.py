@@ -17,7 +17,6 @@ peak of every plan can be computed (`cost.py`). Backward gets new fake tensors o
 import copy
 import io
 import logging
-import random
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -28,11 +27,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from packlight.activations.blocks import Block, find_blocks
-from packlight.activations.recompute import copied_buffers, follows_protocol, recomputes_itself
+from packlight.activations.recompute import (
+    copied_buffers,
+    drawn_state,
+    follows_protocol,
+    recomputes_itself,
+    set_drawn_state,
+)
 from packlight.optim.adopt import can_adopt
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
@@ -91,7 +97,7 @@ class Trace:
         self.real_optimizers = listed(optimizer)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._copy = FakeCopy(self.mode)
-        with self._copy:
+        with _disable_current_modes(), self._copy:
             self.model, self.fake_optimizers = copy.deepcopy((model, self.real_optimizers))
         first = next((tensor.device.type for tensor in model.parameters()), "cpu")
         self.device_type = "cpu" if first == "meta" else first
@@ -104,22 +110,22 @@ class Trace:
         self.resident: dict[str, int] = {}
         self.num_resident = self.num_events = self.forward_end = self.backward_start = 0
         self.seconds = 0.0
-        self.batch_bytes = 0
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Push the fake mode and the line of events; what the model prints or logs meanwhile is left out."""
-        logged, drawn = logging.root.manager.disable, random.getstate()
+        logged, drawn = logging.root.manager.disable, drawn_state()
         logging.disable(logging.WARNING)
         try:
             with ExitStack() as stack:
+                stack.enter_context(_disable_current_modes())  # the script's own modes shall not see the trace
                 quiet = (warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()))
                 for context in (*quiet, self.line.known.told(), self.mode, self.line):
                     stack.enter_context(context)
                 yield
         finally:
             logging.disable(logged)
-            random.setstate(drawn)
+            set_drawn_state(drawn)
             self.line.close()
             while self._hooks:  # they hold the trace, and with it every fake tensor
                 self._hooks.pop().remove()
@@ -143,11 +149,12 @@ class Trace:
             if seen.gradients == "step" and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
                 self.line.add(parameter.grad, category="gradients")
-        for tensor in (*self.model.buffers(), *flat_tensors((call.args, dict(call.kwargs)))):
+        batch = list(flat_tensors((call.args, dict(call.kwargs))))
+        self.batch_bytes = sum(tensor.nbytes for tensor in batch)
+        for tensor in (*self.model.buffers(), *batch):
             if self.line.index(tensor) is None:
                 self.line.add(tensor, category="other")
         self.num_resident = len(self.line.entries)
-        self.batch_bytes = sum(tensor.nbytes for tensor in flat_tensors((call.args, dict(call.kwargs))))
         self.resident = dict.fromkeys(("parameters", "gradients", "other"), 0)
         for entry in self.line.entries:
             self.resident[entry.category or "other"] += entry.num_bytes
@@ -163,10 +170,10 @@ class Trace:
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.line.explicit_phase = "forward"
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            output = self.model(*call.args, **call.kwargs)
+            outputs = [self.model(*call.args, **call.kwargs) for _ in range(self.seen.num_forwards)]
         self.line.explicit_phase = None
         self.forward_end = self.line.now()
-        return output
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def _hook(self, block: Block) -> None:
         module = self.model.get_submodule(block.module_path)
@@ -268,9 +275,7 @@ class Trace:
             costs = optimizer_costs(self.real_model, self.real_optimizers, self.fake_optimizers, self.line)
         except Exception as error:
             kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self.real_optimizers}))
-            self.notes.append(
-                f"the step of {kinds} cannot be traced; its states are counted when they are seen: {error}"
-            )
+            self.notes.append(f"the step of {kinds} cannot be traced; its states count once seen: {error}")
             seen_bytes = self.seen.state_bytes
             return () if seen_bytes is None else (OptimizerCost("as is", seen_bytes, 0, 0.0, {}),)
         reasons = ((type(each).__name__, can_adopt(each)) for each in self.real_optimizers)

@@ -43,7 +43,8 @@ def optimizer_costs(
     names = {at: name for each in optimizers for at, name in parameter_names(model, each).items()}
     known = all(can_adopt(optimizer) is None for optimizer in optimizers)
     state_format = "fp32" if known else "as is"
-    temporary_bytes, seconds = _step_twice(fake_optimizers, line)
+    _step(fake_optimizers, line)  # it makes the states
+    temporary_bytes, seconds = _step(fake_optimizers, line)
     present = OptimizerCost(
         state_format=state_format,
         state_bytes=_held_bytes(fake_optimizers, line.device_type),
@@ -55,16 +56,15 @@ def optimizer_costs(
         return (present,)
     fakes = (fake for each in fake_optimizers for group in each.param_groups for fake in group["params"])
     stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
-    return (present, _low_bit("paper4bit", stepped, fake_optimizers, line)) if stepped else (present,)
+    large = [name for name, fake in stepped.items() if _takes("paper4bit", fake)]
+    return (present, _low_bit("paper4bit", stepped, fake_optimizers, line)) if large else (present,)
 
 
-def _step_twice(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> tuple[int, float]:
-    """Let the optimisers step; return the second step's temporary bytes and its seconds."""
+def _step(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> tuple[int, float]:
+    """Let the optimisers step; return the step's bytes above what lived before it, and its seconds."""
+    before_bytes, before_seconds = line.live_bytes, line.seconds
+    line.highest_bytes()
     with torch.no_grad():
-        for optimizer in fake_optimizers:
-            optimizer.step()
-        before_bytes, before_seconds = line.live_bytes, line.seconds
-        line.highest_bytes()
         for optimizer in fake_optimizers:
             optimizer.step()
     return line.highest_bytes() - before_bytes, line.seconds - before_seconds
@@ -98,7 +98,7 @@ def _low_bit(
     for optimizer in fake_optimizers:
         for fake in large.values():
             optimizer.state.pop(fake, None)
-    rest_bytes, seconds = _step_twice(fake_optimizers, line)
+    rest_bytes, seconds = _step(fake_optimizers, line)
     return OptimizerCost(
         state_format=state_format,
         state_bytes=num_bytes + _held_bytes(fake_optimizers, line.device_type),

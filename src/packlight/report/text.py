@@ -56,9 +56,10 @@ def summary(run: Run) -> str:
     measured, estimate = run.measurement, run.estimate
     excess_bytes = measured.device_peak_bytes - (run.plan.budget_bytes if run.plan else measured.device_peak_bytes)
     warning = f"; ABOVE THE BUDGET by {format_bytes(excess_bytes)}" if excess_bytes > 0 else ""
+    followed = f"{measured.num_measured_steps} of {measured.num_steps} steps"
     expected = f" (predicted {format_bytes(estimate.device_peak_bytes)})" if estimate else ""
     return (
-        f"packlight: peak {format_bytes(measured.device_peak_bytes)}{expected}, resident peak "
+        f"packlight: peak {format_bytes(measured.device_peak_bytes)}{expected} in {followed}, resident peak "
         f"{format_bytes(measured.resident_peak_bytes)}, {_seconds(measured.step_seconds)} a step{warning}"
     )
 
