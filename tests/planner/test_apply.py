@@ -59,7 +59,7 @@ def middle_budget(case: Case, *, exact: bool, share: float = 0.5) -> int:
     return int(made.smallest_budget_bytes * (1 - share) + made.estimate.plain_peak_bytes * share)
 
 
-PLANNED = [name for name in CASES if name != "mlp"]  # whose peak is the optimiser's
+PLANNED = ["gpt", "lora", "llama", "bert", "convnet", "unet", "lstm", "flat"]
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -86,7 +86,7 @@ def test_an_exact_plan_keeps_its_budget_its_estimate_and_every_bit(name: str) ->
     assert measured.step_seconds is not None and measured.step_seconds > 0
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "bert"])
+@pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_a_plan_with_low_bit_states_holds_just_these_bytes_and_learns(name: str) -> None:
     case = CASES[name]()
     optimizer = adamw(case.model)

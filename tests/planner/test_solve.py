@@ -17,7 +17,7 @@ from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile
 from tests.cases import CASES, MLP
 
-NUM_BUDGETS = 9
+NUM_BUDGETS = 7
 NEARLY_BEST = 1.05
 """A plan's time over that of the best choice of blocks; the search is greedy."""
 
@@ -67,7 +67,7 @@ def chosen_format(step: Profile, made: Plan) -> OptimizerCost:
 @pytest.mark.parametrize("exact", [False, True])
 def test_plans_fit_and_a_larger_budget_is_never_slower(name: str, exact: bool) -> None:
     step = step_of(name)
-    last = math.inf
+    last, least = math.inf, smallest_bytes(step, exact=exact)
     for budget_bytes in budgets(step, exact=exact):
         made = solve(step, Budget(budget_bytes), exact=exact)
         assert made.estimate.device_peak_bytes <= allowed_bytes(step, budget_bytes)
@@ -77,7 +77,7 @@ def test_plans_fit_and_a_larger_budget_is_never_slower(name: str, exact: bool) -
         assert (priced.peak_bytes, priced.seconds) == (made.estimate.device_peak_bytes, last)
         assert sum(made.estimate.peak_by_category.values()) == made.estimate.device_peak_bytes
         assert made.budget_bytes == budget_bytes and made.exact == exact
-        assert made.smallest_budget_bytes == smallest_bytes(step, exact=exact)
+        assert made.smallest_budget_bytes == least
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -153,7 +153,7 @@ def test_where_states_are_most_of_the_bytes_low_bit_states_are_chosen_unless_exa
 @pytest.mark.parametrize("name", CASES)
 def test_choices_are_the_blocks_that_hold_bytes_once_each(name: str) -> None:
     step = step_of(name)
-    for budget_bytes in budgets(step)[::4]:
+    for budget_bytes in budgets(step)[::3]:
         made = solve(step, Budget(budget_bytes))
         groups = [choice.group for choice in made.choices]
         assert len(groups) == len(set(groups)) and set(groups) == most_saving(step)
