@@ -358,7 +358,7 @@ def test_a_wrong_budget_is_refused_before_the_script_runs(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ([], "wanted one of --budget BYTES, --plan FILE or --measure-only"),
+        ([], "wanted --budget BYTES, --plan FILE (or both), or --measure-only alone"),
         (["--budget", AMPLE, "--measure-only"], "wanted one of"),
         (["--budget", AMPLE, "--plan", "plan.json"], "wanted one of"),
         (["--plan", "plan.json", "--measure-only"], "wanted one of"),

@@ -95,7 +95,7 @@ def explain(file: str) -> None:
 
 @main.command()
 @click.option("--budget", metavar="BYTES", help="Budget of the planned run. Default: half the plain run's peak.")
-@click.option("--steps", default=18, show_default=True, help="Training steps of each run.")
+@click.option("--steps", default=14, show_default=True, help="Training steps of each run.")
 @click.option("--record", metavar="FILE", help="Write the planned run's record to this JSON file.")
 def demo(*, budget: str | None, steps: int, record: str | None) -> None:
     """Train a small byte-level language model on the standard library's sources, plain and planned."""
@@ -162,7 +162,10 @@ def _run(
 
     plan_file, measure_only = options.get("plan_file"), options.get("measure_only", False)
     if measure_only == (budget is not None or plan_file is not None):
-        raise click.UsageError("wanted --budget BYTES, --plan FILE (or both), or --measure-only alone")
+        raise click.UsageError(
+            "wanted --budget BYTES, --plan FILE (or both), or --measure-only alone, before the script: "
+            "what stands after it is the script's own"
+        )
     plans: list[Plan] = options.get("plans", [])
 
     def tell(made: Plan, title: str) -> None:

@@ -16,7 +16,7 @@ states' format is decided only when the optimiser steps for the first time, beca
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
@@ -215,7 +215,7 @@ class Session(Listener):
             held = [cost for cost in step.optimizers if self.plan and cost.formats == self.plan.state_formats]
             if self._num_updates > 0 and held:
                 step = replace(step, optimizers=tuple(held))
-            return step, solve(step, allowed, exact=self.settings.exact)
+            return _noted(step, self._model), solve(_noted(step, self._model), allowed, exact=self.settings.exact)
         except BudgetError as error:
             raise SessionStop(str(error), exit_status=3, smallest_bytes=error.smallest_bytes) from None
         except (ProfileError, ValueError) as error:
@@ -270,8 +270,7 @@ class Session(Listener):
         step, plan = self._make_plan(self._seen)
         self._pace = seconds, predicted_step_seconds(step, most_saving(step))
         plan = rescale(plan, *self._pace)
-        if self.plan is not None and _decisions(plan) != _decisions(self.plan):
-            self.settings.tell(plan, "after step 1, ")
+        self.settings.tell(plan, "after step 1, ")
         self.plan, self._call = plan, None  # a batch is not held longer than it is needed
         self._carry_out(plan)
         if was_on:
@@ -324,8 +323,13 @@ class Session(Listener):
         self._losses.end_step()
 
 
-def _decisions(plan: Plan) -> tuple[frozenset[str], Mapping[str, str]]:
-    return plan.recomputed(), plan.state_formats
+def _noted(step: Profile, model: nn.Module) -> Profile:
+    """Say what is not supported yet."""
+    if type(model).__name__ != "OptimizedModule":
+        return step
+    return replace(
+        step, notes=(*step.notes, "the model is wrapped by torch.compile; under packlight it may run eagerly")
+    )
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
