@@ -358,10 +358,9 @@ def test_a_wrong_budget_is_refused_before_the_script_runs(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ([], "wanted --budget BYTES, --plan FILE (or both), or --measure-only alone"),
-        (["--budget", AMPLE, "--measure-only"], "wanted one of"),
-        (["--budget", AMPLE, "--plan", "plan.json"], "wanted one of"),
-        (["--plan", "plan.json", "--measure-only"], "wanted one of"),
+        ([], "or --measure-only alone, before the script"),
+        (["--budget", AMPLE, "--measure-only"], "measure-only alone"),
+        (["--plan", "plan.json", "--measure-only"], "measure-only alone"),
         (["--bugdet", AMPLE], "No such option"),
         (
             ["--budget", AMPLE, "--record", "missing/run.json"],

@@ -161,8 +161,17 @@ def test_what_a_script_s_author_wrote_is_printed_as_it_is() -> None:
 
 
 def test_a_summary_is_one_line_with_both_peaks_and_the_step_time() -> None:
-    assert summary(RUN) == ("packlight: peak 10.75 MiB (predicted 10.50 MiB), resident peak 30.00 MiB, 0.456 s a step")
-    assert summary(BARE_RUN) == "packlight: peak 10.75 MiB, resident peak 30.00 MiB, - a step"
+    followed = f"in {RUN.measurement.num_measured_steps} of {RUN.measurement.num_steps} steps"
+    end = "resident peak 30.00 MiB"
+    assert summary(RUN) == f"packlight: peak 10.75 MiB (predicted 10.50 MiB) {followed}, {end}, 0.456 s a step"
+    assert summary(BARE_RUN) == f"packlight: peak 10.75 MiB {followed}, {end}, - a step"
+
+
+def test_a_summary_says_when_the_peak_is_above_the_budget() -> None:
+    assert RUN.plan is not None
+    peak_bytes = RUN.measurement.device_peak_bytes
+    tight = dataclasses.replace(RUN, plan=dataclasses.replace(RUN.plan, budget_bytes=peak_bytes - 2**20))
+    assert summary(tight).endswith("; ABOVE THE BUDGET by 1.00 MiB")
 
 
 def test_runs_are_compared_column_by_column() -> None:

@@ -1,10 +1,9 @@
 """Plans for a training script while it runs, from outside.
 
 A script names neither its model nor its step. The idea: its optimiser names the parameters that are trained, the first
-outermost module that is called with gradients and holds them is the model, and that call has real shapes. What
-cannot be
-known then, the loss outside the model, is seen in step 1, which runs under the most saving choice of blocks; the
-states' format is decided only when the optimiser steps for the first time, because states do not exist before.
+outermost module that is called with gradients and holds them is the model, and that call has real shapes. The loss
+outside the model is seen in step 1, under the most saving choice of blocks; the states' format is decided when the optimiser
+steps for the first time, because states do not exist before.
 
 ```
 1 the model is called for the first time   profile on fake tensors, first plan; nothing fits: stop before training
@@ -193,6 +192,8 @@ class Session(Listener):
         self._step = step
 
     def _carry_out_given(self, plan: Plan) -> None:
+        if plan.estimate.device_peak_bytes > Budget.of(self.settings.budget or plan.budget_bytes).device_bytes:
+            raise SessionStop("the plan expects a peak above the budget; plan again", exit_status=3)
         try:
             self._carry_out(plan)
         except ValueError as error:
