@@ -2,8 +2,8 @@
 
 A script names neither its model nor its step. The idea: its optimiser names the parameters that are trained, the first
 outermost module that is called with gradients and holds them is the model, and that call has real shapes. The loss
-outside the model is seen in step 1, under the most saving choice of blocks; the states' format is decided when the optimiser
-steps for the first time, because states do not exist before.
+outside the model is seen in step 1, under the most saving choice of blocks; the states' format is decided when the
+optimiser steps for the first time, because states do not exist before.
 
 ```
 1 the model is called for the first time   profile on fake tensors, first plan; nothing fits: stop before training
