@@ -2,9 +2,8 @@
 
 PyTorch can trace a step's memory only as it happens, under one choice of what is kept. The idea here: a storage that
 autograd saves has two ends, the one that it would have without autograd (`Storage.died`) and the one that autograd
-gives
-it (`Save.released`). With both known, every choice is arithmetic on intervals: *keep* ends a storage at its release,
-*recompute* ends it at its natural death and gives birth to it again just before its block's backward.
+gives it (`Save.released`). With both known, every choice is arithmetic on intervals: *keep* ends a storage at its
+release, *recompute* ends it at its natural death and gives birth to it again just before its block's backward.
 `planner/profile.py` writes this record from one step on fake tensors, `planner/cost.py` does the arithmetic.
 """
 

@@ -1,9 +1,8 @@
 """Hears what a script does with torch, without the script knowing: calls, optimisers, backward, steps.
 
 torch has global hooks for forward (without keyword arguments) and for optimiser steps, and none for a new optimiser,
-for
-`backward` or for `zero_grad`. For these a method is replaced while the script runs and put back at its end. Nothing is
-decided here: a `Listener` is told.
+for `backward` or for `zero_grad`. For these a method is replaced while the script runs and put back at its end.
+Nothing is decided here: a `Listener` is told.
 """
 
 from collections import deque

@@ -1,10 +1,9 @@
 """Profiles a training step before it runs: one trace on fake tensors, with the loss that the loop will compute.
 
 torch has parts of this (`MemTracker`, `FakeTensorMode`) and leaves out the half of a step that stands outside the
-model.
-Here the loss is the caller's function, the model's own, a guess that says so, or, once a real step has been seen, a
-stand-in
-that allocates what the real loss allocated. Blocks whose forward cannot be run twice are found on fake tensors too.
+model. Here the loss is the caller's function, the model's own, a guess that says so, or, once a real step has been
+seen, a stand-in that allocates what the real loss allocated. Blocks whose forward cannot be run twice are found on
+fake tensors too.
 """
 
 from collections.abc import Mapping, Sequence

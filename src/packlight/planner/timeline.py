@@ -12,7 +12,7 @@ Not seen: scratch memory that an operator's kernel takes and returns inside one 
 import bisect
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -230,7 +230,3 @@ def flat_tensors(value: object) -> Iterable[torch.Tensor]:
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
             yield from flat_tensors(getattr(value, name))
-
-
-OperatorCost = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], float]
-"""Predicts an operator's seconds from the operator, its arguments and its result."""
