@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from packlight.activations.recompute import recompute
     from packlight.budget import Budget, BudgetError
-    from packlight.optim.adamw import AdamW
+    from packlight.optim.adamw import Adam, AdamW
+    from packlight.optim.sgd import SGD
     from packlight.planner.apply import apply, fit
     from packlight.planner.profile import ProfileError, profile
     from packlight.planner.solve import plan
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "SGD",
+    "Adam",
     "AdamW",
     "Budget",
     "BudgetError",
@@ -41,6 +44,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "SGD": "optim.sgd",
+    "Adam": "optim.adamw",
     "AdamW": "optim.adamw",
     "Budget": "budget",
     "BudgetError": "budget",

@@ -9,31 +9,26 @@ Example:
     >>> from packlight.numerics import encode, decode, moment_formats
     >>> exp_avg, _ = moment_formats("paper4bit", (64, 128))
     >>> moment = encode(torch.linspace(-1, 1, 64 * 128).view(64, 128), exp_avg)
-    >>> moment.codes.numel(), decode(moment).shape
+    >>> moment.tensors["codes"].numel(), decode(moment).shape
     (4096, torch.Size([64, 128]))
 """
 
-from packlight.numerics.formats import (
-    FORMATS,
-    CodeBook,
-    MomentFormat,
-    StateFormat,
-    moment_formats,
-    state_format,
-)
-from packlight.numerics.reference import AdamWSettings, Moment, adamw_step, decode, encode, zero_moment
+from packlight.numerics.formats import FORMATS, MomentFormat, moment_formats, state_format
+from packlight.numerics.moments import Moment, zero_moment
+from packlight.numerics.reference import adamw_step, decode, encode, sgd_step
+from packlight.numerics.settings import AdamWSettings, SGDSettings
 
 __all__ = [
     "FORMATS",
     "AdamWSettings",
-    "CodeBook",
     "Moment",
     "MomentFormat",
-    "StateFormat",
+    "SGDSettings",
     "adamw_step",
     "decode",
     "encode",
     "moment_formats",
+    "sgd_step",
     "state_format",
     "zero_moment",
 ]

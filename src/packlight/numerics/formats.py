@@ -2,16 +2,29 @@
 
 A moment of Adam costs four bytes per parameter in fp32. PyTorch can store it in fewer bits only by changing
 its dtype, and a 4-bit number needs what a dtype does not have: a scale per group of elements and a table of
-code values. So a format is a small frozen record: a `CodeBook` (which values a code can stand for), a scale
-rule (what an element is divided by before it is rounded to the book) and a block size. Everything else
-(kernels, byte formulas, checkpoints) reads these records.
+code values. So a format is a small frozen record: how a code stands for a number (`coding`), what an element
+is divided by before it is rounded (`scale`) and how many elements share a scale. Everything else (kernels,
+byte formulas, checkpoints) reads these records.
+
+    coding     a code c stands for (times the element's scale)                    used for
+    fp32       itself                                                             small tensors
+    book       book.values[c]                                                     first moments, 4 bit
+    root       ((c + 1) / 2^bits)^2, so never for zero                            second moments
+    softsign   y / (2 - |y|), y = c / 127                                         first moments, 8 bit
+    expanded   sign (e / 448)^(1/k), e = |float8_e4m3fn(c)|, k of its block       both moments, fp8
+    factored   nothing is coded: row and column means only                        second moments
+
+A second moment stands in a denominator, so no code but fp32's stands for zero there.
 
 Which format a tensor really gets is decided from its logical shape alone, never from a shard, a device or a
 dtype: the same parameter has the same bits everywhere. Small tensors stay in fp32, whatever the parameter's
 dtype is.
 
 Source: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023 (arXiv 2309.01507),
-sections 3 and 4, appendix E.2 (the code books) and algorithm 4 (rank-1 normalisation).
+sections 3 and 4, appendix E.2 (its code books) and algorithm 4 (rank-1 normalisation); Dettmers et al.,
+"QLoRA", NeurIPS 2023 (arXiv 2305.14314), appendix E (NF4); Xi et al., "COAT", ICLR 2025 (arXiv 2410.19313),
+section 4 (dynamic range expansion); Shazeer, Stern, "Adafactor", ICML 2018 (arXiv 1804.04235), section 3
+(factored second moments). The root domain and the softsign follow the companding of arXiv 2602.23349.
 """
 
 import functools
@@ -21,8 +34,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+import torch
+
+from packlight.numerics.books import DYNAMIC_EXPONENT, LINEAR_WITHOUT_ZERO, NORMAL_FLOAT, CodeBook
+
 # Source: Li et al. 2023, section 3: blocks of 128 elements for the first moment.
 BLOCK_ELEMENTS = 128
+# Groups of 32 with bf16 scales cost as much as blocks of 64 with fp32 ones and halve the error of the latter.
+SMALL_BLOCK_ELEMENTS = 32
 # Source: Li et al. 2023, appendix D.1: tensors of at most 4096 elements are not quantised.
 MAX_FP32_ELEMENTS = 4096
 # A row of a rank-1 scaled tensor has to fit into the step's smallest chunk, so that temporaries stay bounded.
@@ -31,82 +50,90 @@ MAX_RANK1_INNER_ELEMENTS = 2**18
 MAX_RANK1_SCALES = 2**20
 # Rank-1 scales have to stay smaller than the codes that they scale: 4 bytes a scale, half a byte an element.
 MIN_ELEMENTS_PER_RANK1_SCALE = 8
+# A matrix scale stands for two steps, so it is 8 bytes: 64 elements a scale make an eighth of a byte each.
+MIN_ELEMENTS_PER_MATRIX_SCALE = 64
+# The step keeps a vector of column maxima per thread: this bounds each to 256 KiB.
+MAX_MATRIX_COLUMNS = 2**16
+# A block of 128 touches at most two rows.
+MIN_MATRIX_COLUMNS = BLOCK_ELEMENTS
 
-ScaleRule = Literal["none", "block", "rank1"]
-
-
-@dataclass(frozen=True)
-class CodeBook:
-    """The values that a code can stand for, in ascending order: code i stands for `values[i]`.
-
-    Attributes:
-        name: what error messages call it.
-        values: ascending, within [-1, 1]; a power of two of them.
-    """
-
-    name: str
-    values: tuple[float, ...]
-
-    @property
-    def bits(self) -> int:
-        """Return the bits of one code."""
-        return (len(self.values) - 1).bit_length()
-
-    @property
-    def midpoints(self) -> tuple[float, ...]:
-        """Return the borders between values: x gets code i if midpoints[i-1] < x <= midpoints[i]."""
-        return tuple((low + high) / 2 for low, high in zip(self.values, self.values[1:], strict=False))
+Coding = Literal["fp32", "book", "root", "softsign", "expanded", "factored"]
+ScaleRule = Literal["none", "block", "matrix", "rank1", "factored"]
 
 
 @dataclass(frozen=True)
 class MomentFormat:
-    """How one moment of an optimiser is stored: decode(x) = book[code(x)] * scale(x).
+    """How one moment of an optimiser is stored: decode(x) = value(code(x)) * scale(x).
 
     Attributes:
-        book: the code values; None: fp32 as it is.
+        coding: what a code stands for (see the module).
         scale: "block": the largest magnitude in each block of `block_elements` in row-major order (the last
-            block may be shorter); "rank1": one vector of maxima per axis, and an element's scale is the least
-            of its vectors' entries; "none": no scale.
+            block may be shorter); "matrix": blocks, after division by the least of the element's row and
+            column maxima one step before; "rank1": one vector of maxima per axis, and an element's scale is
+            the least of its vectors' entries; "factored": a row and a column vector over the last two axes;
+            "none": no scale.
+        bits: bits of one code.
         block_elements: elements per block scale.
+        book: the code values, where the coding is "book".
+        scale_dtype: of block scales.
+        signed: whether values below zero can be stored.
     """
 
-    book: CodeBook | None
+    coding: Coding
     scale: ScaleRule
+    bits: int = 4
     block_elements: int = BLOCK_ELEMENTS
+    book: CodeBook | None = None
+    scale_dtype: torch.dtype = torch.float32
+    signed: bool = False
 
-    def codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of the codes: the tensor's own in fp32, else 1-D with two 4-bit codes a byte."""
-        if self.book is None:
-            return tuple(shape)
-        return (math.ceil(math.prod(shape) * self.book.bits / 8),)
+    def tensors(self, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and dtype of each tensor that stores a moment, by the suffix of its name.
 
-    def code_bytes(self, shape: Sequence[int]) -> int:
-        """Return the bytes of the codes of a tensor of that shape."""
-        return math.prod(self.codes_shape(shape)) * (4 if self.book is None else 1)
+        Args:
+            shape: the logical parameter's shape.
 
-    def scale_shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Return the shape of each fp32 scale tensor."""
-        if self.scale == "block":
-            return ((math.ceil(math.prod(shape) / self.block_elements),),)
+        Returns:
+            "": the values themselves, in fp32; else "codes", "scale" and what else the format needs.
+        """
+        numel = math.prod(shape)
+        if self.coding == "fp32":
+            return {"": (tuple(shape), torch.float32)}
+        if self.coding == "factored":
+            row, column = tuple(shape[:-1]), (*shape[:-2], shape[-1])
+            return {"row": (row, torch.float32), "col": (column, torch.float32)}
+        tensors = {"codes": ((self._code_bytes(numel),), torch.int8 if self.coding == "softsign" else torch.uint8)}
         if self.scale == "rank1":
-            return tuple((length,) for length in shape)
-        return ()
+            return tensors | {f"scale_{axis}": ((length,), torch.float32) for axis, length in enumerate(shape)}
+        num_blocks = math.ceil(numel / self.block_elements)
+        tensors["scale"] = ((num_blocks,), self.scale_dtype)
+        if self.coding == "expanded":
+            tensors["power"] = ((num_blocks,), torch.uint8)
+        if self.scale == "matrix":
+            rows, columns = matrix_view(shape) or (0, 0)
+            tensors |= {"rows": ((2, rows), torch.float32), "cols": ((2, columns), torch.float32)}
+        return tensors
 
-    def scale_bytes(self, shape: Sequence[int]) -> int:
-        """Return the bytes of all scales of a tensor of that shape."""
-        return sum(4 * math.prod(scale) for scale in self.scale_shapes(shape))
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Return the bytes that a moment of that shape takes."""
+        return sum(math.prod(size) * dtype.itemsize for size, dtype in self.tensors(shape).values())
+
+    def _code_bytes(self, numel: int) -> int:
+        if self.bits == 8:
+            return numel
+        whole, rest = divmod(numel, BLOCK_ELEMENTS)
+        return whole * (BLOCK_ELEMENTS // 2) + min(rest, BLOCK_ELEMENTS // 2)
 
 
 @dataclass(frozen=True)
 class StateFormat:
-    """A named pair of moment formats, with the fall-back where rank-1 scales do not apply.
+    """A named pair of moment formats, with the fall-back where matrix or rank-1 scales do not apply.
 
     Attributes:
         name: the name that users write.
         exp_avg: format of the first moment.
         exp_avg_sq: format of the second moment.
-        exp_avg_sq_flat: format of the second moment of tensors that rank-1 scales do not suit (see
-            `suits_rank1`).
+        exp_avg_sq_flat: format of the second moment of tensors that the other does not suit (see `suits`).
     """
 
     name: str
@@ -115,52 +142,30 @@ class StateFormat:
     exp_avg_sq_flat: MomentFormat
 
 
-def dynamic_exponent_values() -> tuple[float, ...]:
-    """Return the 16 values of the signed 4-bit dynamic exponent map.
-
-    value = +-10^-E * f, E = 0, 1, 2, where f runs over the midpoints of linspace(0.1, 1, 2^F + 1) with F = 2
-    - E fraction bits; besides them 0 and 1 (there is no -1: the 14 signed values, 0 and 1 make 16).
-
-    Returns:
-        The values in ascending order.
-
-    Source: Li et al. 2023, appendix E.2.
-    """
-    magnitudes = []
-    for exponent in range(3):
-        num_fractions = 2 ** (2 - exponent)
-        width = 0.9 / num_fractions
-        magnitudes += [10.0**-exponent * (0.1 + (i + 0.5) * width) for i in range(num_fractions)]
-    return tuple(sorted([0.0, 1.0, *magnitudes, *(-value for value in magnitudes)]))
-
-
-def linear_values_without_zero() -> tuple[float, ...]:
-    """Return the 16 values (i + 1) / 16 of the unsigned linear map.
-
-    Zero is left out because the second moment stands in a denominator: an element rounded to zero would get
-    the update m/eps.
-
-    Returns:
-        The values in ascending order.
-
-    Source: Li et al. 2023, section 4.1.
-    """
-    return tuple((i + 1) / 16 for i in range(16))
-
-
-DYNAMIC_EXPONENT = CodeBook("signed dynamic exponent, 4 bit", dynamic_exponent_values())
-LINEAR_WITHOUT_ZERO = CodeBook("unsigned linear without zero, 4 bit", linear_values_without_zero())
-FP32 = MomentFormat(book=None, scale="none")
+FP32 = MomentFormat("fp32", "none", bits=32, signed=True)
+NORMAL_BLOCKS = MomentFormat("book", "block", book=NORMAL_FLOAT, signed=True)
+DYNAMIC_BLOCKS = MomentFormat("book", "block", book=DYNAMIC_EXPONENT, signed=True)
+LINEAR_BLOCKS = MomentFormat("book", "block", book=LINEAR_WITHOUT_ZERO)
+LINEAR_RANK1 = MomentFormat("book", "rank1", book=LINEAR_WITHOUT_ZERO)
+ROOT_BLOCKS = MomentFormat("root", "block")
+ROOT_MATRIX = MomentFormat("root", "matrix")
+ROOT_8BIT = MomentFormat("root", "block", 8, SMALL_BLOCK_ELEMENTS, scale_dtype=torch.bfloat16)
+SOFTSIGN_8BIT = MomentFormat("softsign", "block", 8, SMALL_BLOCK_ELEMENTS, scale_dtype=torch.bfloat16, signed=True)
+EXPANDED_SIGNED = MomentFormat("expanded", "block", 8, signed=True)
+EXPANDED = MomentFormat("expanded", "block", 8)
+FACTORED = MomentFormat("factored", "factored", bits=0)
 
 FORMATS: Mapping[str, StateFormat] = MappingProxyType(
     {
-        "fp32": StateFormat("fp32", exp_avg=FP32, exp_avg_sq=FP32, exp_avg_sq_flat=FP32),
-        "paper4bit": StateFormat(
-            "paper4bit",
-            exp_avg=MomentFormat(DYNAMIC_EXPONENT, "block"),
-            exp_avg_sq=MomentFormat(LINEAR_WITHOUT_ZERO, "rank1"),
-            exp_avg_sq_flat=MomentFormat(LINEAR_WITHOUT_ZERO, "block"),
-        ),
+        each.name: each
+        for each in (
+            StateFormat("fp32", FP32, FP32, FP32),
+            StateFormat("4bit", NORMAL_BLOCKS, ROOT_MATRIX, ROOT_BLOCKS),
+            StateFormat("8bit", SOFTSIGN_8BIT, ROOT_8BIT, ROOT_8BIT),
+            StateFormat("fp8", EXPANDED_SIGNED, EXPANDED, EXPANDED),
+            StateFormat("paper4bit", DYNAMIC_BLOCKS, LINEAR_RANK1, LINEAR_BLOCKS),
+            StateFormat("factored", DYNAMIC_BLOCKS, FACTORED, LINEAR_BLOCKS),
+        )
     }
 )
 
@@ -203,6 +208,41 @@ def suits_rank1(shape: Sequence[int]) -> bool:
 
 
 @functools.cache
+def _matrix_view(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    numel = math.prod(shape)
+    splits = [(math.prod(shape[:axis]), math.prod(shape[axis:])) for axis in range(1, len(shape))]
+    suited = [
+        (rows, columns)
+        for rows, columns in splits
+        if MIN_MATRIX_COLUMNS <= columns <= MAX_MATRIX_COLUMNS
+        and rows > 1
+        and (rows + columns) * MIN_ELEMENTS_PER_MATRIX_SCALE <= numel
+    ]
+    return min(suited, key=sum, default=None)
+
+
+def matrix_view(shape: Sequence[int]) -> tuple[int, int] | None:
+    """Return the matrix that a tensor is to the rule "matrix": its axes cut in two where that takes least scales.
+
+    Args:
+        shape: the logical parameter's shape.
+
+    Returns:
+        Rows and columns, or None where row and column maxima do not pay.
+    """
+    return _matrix_view(tuple(shape))
+
+
+def suits(moment: MomentFormat, shape: Sequence[int]) -> bool:
+    """Tell whether a second moment's format suits a tensor of that shape; otherwise blocks take its place."""
+    if moment.scale == "matrix":
+        return matrix_view(shape) is not None
+    if moment.scale == "factored":
+        return len(shape) >= 2
+    return moment.scale != "rank1" or suits_rank1(shape)
+
+
+@functools.cache
 def moment_formats(name: str, shape: tuple[int, ...]) -> tuple[MomentFormat, MomentFormat]:
     """Return what a parameter of that shape really gets under a state format.
 
@@ -219,4 +259,4 @@ def moment_formats(name: str, shape: tuple[int, ...]) -> tuple[MomentFormat, Mom
     chosen = state_format(name)
     if math.prod(shape) <= MAX_FP32_ELEMENTS:
         return FP32, FP32
-    return chosen.exp_avg, chosen.exp_avg_sq if suits_rank1(shape) else chosen.exp_avg_sq_flat
+    return chosen.exp_avg, chosen.exp_avg_sq if suits(chosen.exp_avg_sq, shape) else chosen.exp_avg_sq_flat

@@ -1,6 +1,6 @@
 """Optimisers whose states take few bytes.
 
-`AdamW` stands in for torch.optim.AdamW; `adopt` makes an existing torch.optim.AdamW or Adam keep its states
+`AdamW`, `Adam` and `SGD` stand in for torch.optim's; `adopt` makes an existing torch.optim.AdamW or Adam keep its states
 compactly, in place, for a script that builds its own optimiser. `state_bytes` says what a parameter's states
 will take before they exist.
 
@@ -12,8 +12,9 @@ Example:
     278536
 """
 
-from packlight.optim.adamw import AdamW
+from packlight.optim.adamw import Adam, AdamW
 from packlight.optim.adopt import Adoption, adopt, can_adopt
+from packlight.optim.sgd import SGD
 from packlight.optim.state import state_bytes
 
-__all__ = ["AdamW", "Adoption", "adopt", "can_adopt", "state_bytes"]
+__all__ = ["SGD", "Adam", "AdamW", "Adoption", "adopt", "can_adopt", "state_bytes"]

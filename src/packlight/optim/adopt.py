@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from packlight.numerics.formats import state_format as format_named
+from packlight.numerics.noise import seed_of
 from packlight.optim.state import (
     MOMENTS,
     PARAMETER_DTYPES,
@@ -45,8 +46,8 @@ from packlight.optim.state import (
     nbytes,
     state_bytes,
     to_portable,
-    update,
 )
+from packlight.optim.stepping import Entry, Scalars, check_dense, run
 
 _adopted: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
@@ -80,6 +81,8 @@ class Adoption:
         self._formats = {param: name for param, name in state_formats.items() if name != "fp32"}
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._loaded: dict[Tensor, State] = {}
+        self._history: dict[Tensor, int] = {}
+        self._num_calls = 0
         for param, name in self._formats.items():
             if optimizer.state.get(param):
                 self._adopt_state(param, from_portable(_moments_of(optimizer.state[param]), state_format=name))
@@ -152,14 +155,20 @@ class Adoption:
     def _update_managed(self) -> None:
         # GradScaler sets these on an optimiser with fused=True for the time of its step.
         scale, found_inf = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        if found_inf is not None and float(found_inf) != 0:
-            return
+        scalars = Scalars(None if scale is None else 1 / scale, found_inf)
+        self._num_calls += 1
+        places = {param: at for at, param in enumerate(_params(self._optimizer))}
         for group in self._optimizer.param_groups:
-            settings = group_settings(group, grad_scale=1.0 if scale is None else float(scale))
-            for param in group["params"]:
-                if param in self._formats and param.grad is not None:
-                    state = self._state_of(param)
-                    update(param, param.grad, state, state_format=state.state_format, settings=settings)
+            managed = [param for param in group["params"] if param in self._formats and param.grad is not None]
+            for param in managed:
+                check_dense(param.grad)
+            entries = [self._entry(param, seed_of(0, places[param])) for param in managed]
+            run(entries, group_settings(group), scalars, lr=group["lr"])
+
+    def _entry(self, param: Tensor, seed: int) -> Entry:
+        state = self._state_of(param)
+        self._history[param] = hash((self._history.get(param, int(state["step"])), self._num_calls))
+        return Entry(param, param.grad, state, state.state_format, "nearest", seed, self._history[param])
 
     def _state_of(self, param: Tensor) -> CompactState:
         state = self._optimizer.state.get(param)
@@ -219,6 +228,7 @@ class Adoption:
         return {**state_dict, "state": {key: state for key, state in states.items() if key not in managed}}
 
     def _after_load(self, optimizer: Optimizer) -> None:
+        self._history.clear()
         while self._loaded:
             self._adopt_state(*self._loaded.popitem())
 
@@ -244,7 +254,7 @@ def adopt(optimizer: Optimizer, state_formats: Mapping[Tensor, str]) -> Adoption
     Example:
         >>> model = torch.nn.Linear(256, 256)
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> handle = adopt(optimizer, {model.weight: "paper4bit"})
+        >>> handle = adopt(optimizer, {model.weight: "4bit"})
         >>> handle.state_bytes() < 0.15 * 8 * 256 * 257
         True
         >>> handle.remove()

@@ -5,52 +5,59 @@ else. A tensor subclass that hides codes and scales behind those names does not 
 and breaks wherever an operation is missing. So a compact state is plain tensors under names of their own, and
 there are two forms of it:
 
-    compact   step, exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale (blocks) or
-              exp_avg_sq_scale_0, _1, ... (rank-1, one per axis); under fp32 step, exp_avg, exp_avg_sq
+    compact   step, then for each moment its tensors as `MomentFormat.tensors` lists them: exp_avg_codes,
+              exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, exp_avg_sq_rows, exp_avg_sq_cols; under fp32
+              exp_avg and exp_avg_sq themselves; param_error where a bf16 parameter has error bits
     portable  step, exp_avg, exp_avg_sq in fp32: what torch.optim.AdamW resumes from
 
-Scales and small tensors are fp32 whatever the parameter's dtype is. The byte formula stands here, beside the
-allocation.
+SGD's states have one moment, momentum_buffer. Scales and small tensors do not depend on the parameter's dtype.
+The byte formula is the formats' (`MomentFormat.nbytes`), and the same record allocates.
 
 Source: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023 (arXiv 2309.01507),
 section 3, appendix D.1.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from packlight.numerics import (
-    AdamWSettings,
-    Moment,
-    MomentFormat,
-    adamw_step,
-    decode,
-    encode,
-    moment_formats,
-    zero_moment,
-)
+from packlight.numerics import AdamWSettings, Moment, MomentFormat, decode, encode, moment_formats, zero_moment
+from packlight.numerics.rounding import ERROR_DTYPES
 
 State = dict[str, Tensor]
 
 STEP_BYTES = 4
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# torch.optim.SGD's only moment.
+MOMENTUM = ("momentum_buffer",)
 
 
-def state_bytes(shape: Sequence[int], dtype: torch.dtype, state_format: str) -> int:
+def state_bytes(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    state_format: str,
+    *,
+    moments: Sequence[str] = MOMENTS,
+    rounding: str = "nearest",
+) -> int:
     """Return the bytes that a parameter's state takes.
 
-    fp32: 4 + 8 n. paper4bit, n > 4096: 4 + 2 ceil(n / 2) + 4 ceil(n / 128) + 4 s, with s = sum(shape) rank-1
-        scales, or
-    ceil(n / 128) where rank-1 scales do not apply. The 4 bytes are `step`, a 0-dim tensor on the CPU.
+    4 for `step`, and for n > 4096 elements per moment (4bit: B = ceil(n / 128) blocks, C = 64 floor(n / 128) +
+    min(64, n mod 128) bytes of codes):
+    fp32: 4 n. 4bit: C + 4 B; the second moment with row and column scales: C + 4 B + 8 (rows + columns).
+    8bit: n + 2 ceil(n / 32). fp8: n + 5 B. paper4bit: C + 4 B; the second moment, rank-1: C + 4 sum(shape).
 
     Args:
         shape: the logical parameter's shape; n is its number of elements.
-        dtype: the parameter's dtype; the bytes do not depend on it.
+        dtype: the parameter's dtype.
         state_format: a format's name.
+        moments: the moments' names.
+        rounding: how the parameter is rounded: a bf16 one has n or 2 n bytes of error bits under "master24" and
+            "master32".
 
     Returns:
         The bytes of all the state's tensors together.
@@ -59,57 +66,60 @@ def state_bytes(shape: Sequence[int], dtype: torch.dtype, state_format: str) -> 
         ValueError: no such format, or a dtype that the formats do not take.
     """
     check_dtype(dtype)
-    formats = moment_formats(state_format, tuple(shape))
-    return STEP_BYTES + sum(moment.code_bytes(shape) + moment.scale_bytes(shape) for moment in formats)
+    formats = moment_formats(state_format, tuple(shape))[: len(moments)]
+    error = error_dtype(dtype, rounding)
+    error_bytes = 0 if error is None else math.prod(shape) * error.itemsize
+    return STEP_BYTES + sum(moment.nbytes(shape) for moment in formats) + error_bytes
 
 
-def init_state(param: Tensor, state_format: str) -> State:
+def init_state(
+    param: Tensor, state_format: str, *, moments: Sequence[str] = MOMENTS, rounding: str = "nearest"
+) -> State:
     """Return the compact state of a parameter that has not had a step.
 
     Args:
         param: fp32, bf16 or fp16, any shape: the parameter.
         state_format: a format's name.
+        moments: the moments' names.
+        rounding: how the parameter is rounded.
 
     Returns:
-        The state: zeros, on the parameter's device; `step` is on the CPU.
+        The state: it decodes to zeros; on the parameter's device, but `step` on the CPU for a parameter there
+        and for one on a device without kernels.
 
     Raises:
         ValueError: no such format, or a dtype that the formats do not take.
     """
     check_dtype(param.dtype)
-    formats = moment_formats(state_format, tuple(param.shape))
-    return _pack(
-        torch.zeros((), dtype=torch.float32),
-        [zero_moment(param.shape, f, device=param.device) for f in formats],
-    )
+    formats = moment_formats(state_format, tuple(param.shape))[: len(moments)]
+    state = {"step": torch.zeros((), dtype=torch.float32, device=step_device(param))}
+    for name, moment_format in zip(moments, formats, strict=True):
+        state |= _named(name, zero_moment(param.shape, moment_format, device=param.device))
+    error = error_dtype(param.dtype, rounding)
+    if error is not None:
+        state["param_error"] = torch.zeros(param.numel(), dtype=error, device=param.device)
+    return state
 
 
-def stored_moments(state: Mapping[str, Tensor], shape: Sequence[int], state_format: str) -> tuple[Moment, Moment]:
-    """Return the two moments of a compact state; they share its tensors.
+def stored_moments(
+    state: Mapping[str, Tensor], shape: Sequence[int], state_format: str, *, moments: Sequence[str] = MOMENTS
+) -> tuple[Moment, ...]:
+    """Return the moments of a compact state; they share its tensors.
 
     Args:
         state: a compact state.
         shape: the parameter's shape.
         state_format: the name of the format that the state has.
+        moments: the moments' names.
 
     Returns:
-        exp_avg and exp_avg_sq.
+        One for each name.
 
     Raises:
-        ValueError: the state lacks a tensor of that format.
+        ValueError: the state lacks a tensor of that format, or one has another shape or dtype.
     """
-    keys = [_keys(name, moment, shape) for name, moment in _formats(state_format, shape)]
-    missing = [key for names in keys for key in names if key not in state]
-    if missing:
-        raise ValueError(
-            f"a state of format {state_format!r} for shape {tuple(shape)} was expected to have {missing}, "
-            f"but it has {sorted(state)}. Load a portable state_dict, or name the format it was saved in."
-        )
-    first, second = (
-        Moment(moment, tuple(shape), state[names[0]], tuple(state[key] for key in names[1:]))
-        for (_, moment), names in zip(_formats(state_format, shape), keys, strict=True)
-    )
-    return first, second
+    formats = moment_formats(state_format, tuple(shape))
+    return tuple(_moment(state, name, each, shape) for name, each in zip(moments, formats, strict=False))
 
 
 def to_portable(
@@ -117,93 +127,95 @@ def to_portable(
     *,
     shape: Sequence[int],
     state_format: str,
+    moments: Sequence[str] = MOMENTS,
     device: torch.device | str | None = None,
 ) -> State:
-    """Return a compact state as torch.optim.AdamW would hold it.
+    """Return a compact state as torch's optimiser would hold it.
 
     Args:
         state: a compact state.
         shape: the parameter's shape.
         state_format: the name of the format that the state has.
+        moments: the moments' names.
         device: where the moments are wanted; None: where they are.
 
     Returns:
-        step (fp32, 0-dim, CPU), exp_avg and exp_avg_sq (fp32, the parameter's shape); all of them new
-        tensors.
+        step (fp32, 0-dim, CPU) and the moments (fp32, the parameter's shape); all of them new tensors.
     """
-    values = (decode(moment, device=device) for moment in stored_moments(state, shape, state_format))
-    return {"step": _step_tensor(state["step"]), **dict(zip(MOMENTS, values, strict=True))}
+    stored = stored_moments(state, shape, state_format, moments=moments)
+    values = (decode(moment, device=device) for moment in stored)
+    return {"step": step_tensor(state["step"]), **dict(zip(moments, values, strict=True))}
 
 
-def from_portable(portable: Mapping[str, Any], *, state_format: str, device: torch.device | str | None = None) -> State:
-    """Return the compact form of a state that torch.optim.AdamW holds.
+def from_portable(
+    portable: Mapping[str, Any],
+    *,
+    state_format: str,
+    moments: Sequence[str] = MOMENTS,
+    device: torch.device | str | None = None,
+) -> State:
+    """Return the compact form of a state that torch's optimiser holds.
 
     Args:
-        portable: step (a number or a 0-dim tensor), exp_avg and exp_avg_sq (floating point, the parameter's
-            shape).
+        portable: step (a number or a 0-dim tensor) and the moments (floating point, the parameter's shape).
         state_format: the name of the format that is wanted.
+        moments: the moments' names.
         device: where the compact state is wanted; None: where the moments are.
 
     Returns:
         The compact state; all of its tensors are new.
 
     Raises:
-        ValueError: the state is not AdamW's, or has amsgrad's third moment.
+        ValueError: the state is another optimiser's, or has amsgrad's third moment.
     """
-    if set(portable) != {"step", *MOMENTS}:
+    if set(portable) != {"step", *moments}:
         raise ValueError(
-            f"a state with {sorted(portable)} came, one with ['exp_avg', 'exp_avg_sq', 'step'] was wanted. "
-            "Use the state of an AdamW or Adam without amsgrad."
+            f"a state with {sorted(portable)} came, one with {sorted(['step', *moments])} was wanted. "
+            "Use the state of the same kind of optimiser, without amsgrad."
         )
-    formats = moment_formats(state_format, tuple(portable["exp_avg"].shape))
-    moments = [encode(portable[name], f, device=device) for name, f in zip(MOMENTS, formats, strict=True)]
-    return _pack(_step_tensor(portable["step"]), moments)
+    formats = moment_formats(state_format, tuple(portable[moments[0]].shape)) if moments else ()
+    state = {"step": step_tensor(portable["step"])}
+    for name, moment_format in zip(moments, formats, strict=False):
+        state |= _named(name, encode(portable[name], moment_format, device=device))
+    return state
 
 
-def update(param: Tensor, grad: Tensor, state: State, *, state_format: str, settings: AdamWSettings) -> None:
-    """Do one AdamW step on a parameter and its compact state, in place.
-
-    Args:
-        param: fp32, bf16 or fp16, any shape: the parameter.
-        grad: floating point, the same shape: its gradient.
-        state: its compact state.
-        state_format: the name of the format that the state has.
-        settings: the hyper-parameters.
-
-    Raises:
-        ValueError: the gradient is sparse.
-    """
-    if grad.layout != torch.strided:
-        raise ValueError(
-            f"a gradient of layout {grad.layout} came, a dense one was wanted. "
-            "Build the embedding with sparse=False, or give its parameter to torch.optim.SparseAdam."
-        )
-    exp_avg, exp_avg_sq = stored_moments(state, param.shape, state_format)
-    state["step"] += 1
-    step = float(state["step"])
-    adamw_step(param, grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step, settings=settings)
+def step_tensor(step: Any) -> Tensor:
+    """Return a step count as torch's optimisers hold it: fp32, 0-dim, on the CPU."""
+    return torch.tensor(float(step), dtype=torch.float32)
 
 
-def group_settings(group: Mapping[str, Any], *, grad_scale: float = 1.0) -> AdamWSettings:
+def step_device(param: Tensor) -> torch.device:
+    """Return where a parameter's `step` is kept: with a CUDA parameter, so that no step waits for the device."""
+    return param.device if param.device.type == "cuda" else torch.device("cpu")
+
+
+def error_dtype(dtype: torch.dtype, rounding: str) -> torch.dtype | None:
+    """Return the dtype of the error bits beside a parameter, None where it has none."""
+    return ERROR_DTYPES.get(rounding) if dtype == torch.bfloat16 else None
+
+
+def group_settings(group: Mapping[str, Any], *, coefficient: float = 1.0) -> AdamWSettings:
     """Return the hyper-parameters that a param group of AdamW or Adam holds.
 
     Args:
         group: the param group; without `decoupled_weight_decay` it is AdamW's.
-        grad_scale: what gradients have to be divided by.
+        coefficient: what gradients have to be multiplied by.
 
     Returns:
-        The hyper-parameters as floats.
+        The hyper-parameters as floats; an lr on a GPU is 0 here, since reading it would wait for the device.
     """
     beta1, beta2 = group["betas"]
+    lr = group["lr"]
     return AdamWSettings(
-        lr=float(group["lr"]),
+        lr=0.0 if isinstance(lr, Tensor) and lr.device.type == "cuda" else float(lr),
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
         maximize=bool(group["maximize"]),
         decoupled=bool(group.get("decoupled_weight_decay", True)),
-        grad_scale=grad_scale,
+        coefficient=coefficient,
     )
 
 
@@ -232,24 +244,23 @@ def nbytes(state: Mapping[str, Any]) -> int:
     return sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
 
 
-def _formats(state_format: str, shape: Sequence[int]) -> list[tuple[str, MomentFormat]]:
-    return list(zip(MOMENTS, moment_formats(state_format, tuple(shape)), strict=True))
+def _named(name: str, moment: Moment) -> State:
+    return {moment_key(name, suffix): tensor for suffix, tensor in moment.tensors.items()}
 
 
-def _keys(name: str, moment: MomentFormat, shape: Sequence[int]) -> list[str]:
-    if moment.book is None:
-        return [name]
-    if moment.scale == "block":
-        return [f"{name}_codes", f"{name}_scale"]
-    return [f"{name}_codes", *(f"{name}_scale_{axis}" for axis in range(len(shape)))]
+def moment_key(name: str, suffix: str) -> str:
+    """Return a state's key of one of a moment's tensors."""
+    return f"{name}_{suffix}" if suffix else name
 
 
-def _pack(step: Tensor, moments: Sequence[Moment]) -> State:
-    state = {"step": step}
-    for name, moment in zip(MOMENTS, moments, strict=True):
-        state.update(zip(_keys(name, moment.format, moment.shape), (moment.codes, *moment.scales), strict=True))
-    return state
-
-
-def _step_tensor(step: Any) -> Tensor:
-    return torch.tensor(float(step), dtype=torch.float32)
+def _moment(state: Mapping[str, Tensor], name: str, moment_format: MomentFormat, shape: Sequence[int]) -> Moment:
+    wanted = {moment_key(name, suffix): each for suffix, each in moment_format.tensors(shape).items()}
+    found = {key: (tuple(state[key].shape), state[key].dtype) for key in wanted if key in state}
+    if found != wanted:
+        wrong = {key: found.get(key, "nothing") for key in wanted if found.get(key) != wanted[key]}
+        raise ValueError(
+            f"a state for shape {tuple(shape)} came with {wrong}, "
+            f"{ {key: wanted[key] for key in wrong} } was wanted; it has {sorted(state)}. "
+            "Load a portable state_dict, or name the format that the state was saved in."
+        )
+    return Moment(moment_format, tuple(shape), {suffix: state[moment_key(name, suffix)] for suffix in moment_format.tensors(shape)})

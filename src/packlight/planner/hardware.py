@@ -16,7 +16,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from packlight.optim.state import group_settings, init_state, update
+from packlight.optim.state import group_settings, init_state
+from packlight.optim.stepping import update
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ def measure(device_type: str) -> Rates:
 def _update_seconds(device: torch.device) -> float:
     """Measure the low-bit AdamW step, in seconds for one element."""
     parameter = torch.ones(1024, 1024, dtype=torch.float32, device=device)
-    state = init_state(parameter, "paper4bit")
+    state = init_state(parameter, "4bit")
     settings = group_settings({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False})
-    run = functools.partial(update, parameter, parameter, state, state_format="paper4bit", settings=settings)
+    run = functools.partial(update, parameter, parameter, state, state_format="4bit", settings=settings)
     return _best_seconds(run, device, repeats=3) / parameter.numel()
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from packlight.numerics.formats import moment_formats
 from packlight.optim.adopt import can_adopt
-from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes, update
+from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes
+from packlight.optim.stepping import update
 from packlight.planner.fake import FakeLine
 from packlight.planner.timeline import flat_tensors
 from packlight.step import OptimizerCost
@@ -56,8 +57,8 @@ def optimizer_costs(
         return (present,)
     fakes = (fake for each in fake_optimizers for group in each.param_groups for fake in group["params"])
     stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
-    large = [name for name, fake in stepped.items() if _takes("paper4bit", fake)]
-    return (present, _low_bit("paper4bit", stepped, fake_optimizers, line)) if large else (present,)
+    large = [name for name, fake in stepped.items() if _takes("4bit", fake)]
+    return (present, _low_bit("4bit", stepped, fake_optimizers, line)) if large else (present,)
 
 
 def _step(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> tuple[int, float]:
@@ -109,7 +110,7 @@ def _low_bit(
 
 
 def _takes(state_format: str, parameter: torch.Tensor) -> bool:
-    return moment_formats(state_format, tuple(parameter.shape))[0].book is not None
+    return moment_formats(state_format, tuple(parameter.shape))[0].coding != "fp32"
 
 
 def _largest(parameters: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

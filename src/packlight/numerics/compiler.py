@@ -1,0 +1,350 @@
+"""Builds a C++ source file at first use, with the system's compiler, and loads it.
+
+A kernel shipped as a binary has to suit the oldest CPU that anyone has; built where it runs, it uses that CPU's
+own vectors. PyTorch's way to build at first use, torch.utils.cpp_extension, wants ninja and Python's headers,
+goes by file times, whatever the CPU, and waits forever for a lock that a killed process left. Here the source
+has a plain C interface, one call of the compiler builds it, and moving the complete file into place needs no
+lock.
+
+    1  the key: a hash of source, compiler and its version, flags, CPU
+    2  a file of that key in the cache folder, with the checksum in its name: load it
+    3  none: try the wanted flags on a tiny program, go without those that are refused (a warning says which)
+    4  build in a folder beside the cached files, move the result among them, load it
+
+PyTorch has loaded an OpenMP runtime of its own, and a second one would have a second pool of threads, which
+compete with the first. So the build is linked with the very file that PyTorch uses (the loader says where its
+omp_get_max_threads lives), and --as-needed drops the compiler's own runtime. clang's code cannot run on GCC's
+runtime: where two remain, a warning says so.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# No -ffast-math and no contraction to fused multiply-adds: results are compared with PyTorch's.
+REQUIRED_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -std=c++17 -Wno-psabi -shared -fPIC".split()
+# It needs the linker and OpenMP's header and runtime, as a real source does.
+TINY_PROGRAM = """
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+extern "C" void packlight_zero(float *x, int n) {
+#pragma omp parallel for
+  for (int i = 0; i < n; ++i) x[i] = 0;
+}
+"""
+KEPT_OUTPUT_CHARACTERS = 4000
+# The lines of /proc/cpuinfo that tell apart what -march=native and -mcpu=native do: x86, ARM, POWER.
+CPU_LINES = {"flags", "Features", "CPU implementer", "CPU part", "cpu"}
+
+Flags = tuple[str, ...]
+
+_loaded: dict[Path, ctypes.CDLL] = {}
+_lock = threading.Lock()
+
+
+class CompilerMissing(RuntimeError):
+    """There is no C++ compiler that can be called."""
+
+
+class CompilerFailed(RuntimeError):
+    """The compiler did not make a library that can be loaded.
+
+    Attributes:
+        command: the command line, as one would type it.
+        output: the last part of what the compiler, or the loader, said.
+    """
+
+    def __init__(self, source: Path, command: Sequence[str], output: str) -> None:
+        self.command = shlex.join(command)
+        self.output = output[-KEPT_OUTPUT_CHARACTERS:].strip()
+        super().__init__(
+            f"{source.name} could not be built into a library that loads.\n  {self.command}\n{self.output}\n"
+            "Try another compiler (CXX=g++, for instance) or another cache folder (PACKLIGHT_CACHE)."
+        )
+
+
+@dataclass(frozen=True)
+class _Build:
+    """One source with one compiler (its command, what it says of its version) and the flags for each purpose."""
+
+    source: Path
+    compiler: Flags
+    version: str
+    flags: tuple[Flags, ...]
+
+    def command(self, output: Path) -> list[str]:
+        # The source comes first: --as-needed drops a library that stands before the code that needs it.
+        flags = (flag for purpose in (REQUIRED_FLAGS, *self.flags) for flag in purpose)
+        return [*self.compiler, str(self.source), *flags, "-o", str(output)]
+
+    @functools.cached_property
+    def key(self) -> str:
+        parts = (self.compiler, self.version, REQUIRED_FLAGS, self.flags, _cpu_identity(), self.source.read_bytes())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def load(source: Path) -> ctypes.CDLL:
+    """Load the library that one C++ file makes, building it where no earlier build fits.
+
+    A process loads a file once, after a failure it tries again. Threads and processes may call at the same time.
+
+    Args:
+        source: a C++17 file whose functions are `extern "C"`, and which is right without its OpenMP pragmas too.
+
+    Returns:
+        The library; its functions have no types yet.
+
+    Raises:
+        CompilerMissing: if there is no compiler.
+        CompilerFailed: if it cannot build the file, or the result does not load.
+        ValueError: if others may write to the cache folder, or CXX is not a command line.
+    """
+    path = source.resolve()
+    with _lock:
+        if path not in _loaded:
+            _loaded[path] = _load(path)
+        return _loaded[path]
+
+
+def _load(source: Path) -> ctypes.CDLL:
+    compiler, version = find_compiler()
+    options = _options()
+    folder = cache_folder()
+    build = _Build(source, compiler, version, tuple(alternatives[0] for alternatives in options))
+    library = _cached(folder, build)
+    if library is None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="building-", dir=folder, ignore_cleanup_errors=True) as scratch:
+                build = _Build(source, compiler, version, _accepted(build, options, Path(scratch)))
+                library = _cached(folder, build) or _built(build, Path(scratch), folder)
+        except OSError as error:  # the disk is full, or the result does not load
+            raise CompilerFailed(source, build.command(Path("built.so")), str(error)) from error
+    for complaint in _complaints(build, library):
+        warnings.warn(complaint, stacklevel=3)
+    return library
+
+
+def find_compiler() -> tuple[tuple[str, ...], str]:
+    """Find the C++ compiler: the variable CXX, else the first of c++, g++ and clang++.
+
+    Returns:
+        The start of its command line (a path, then what CXX has besides), and what it prints for --version.
+
+    Raises:
+        CompilerMissing: if none of them is there, or it does not start.
+        ValueError: if CXX is not a command line.
+    """
+    variable = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(variable)
+    except ValueError as error:
+        raise ValueError(f"CXX={variable!r} is not a command line ({error}); give one like 'ccache g++'") from error
+    names = words[:1] or ["c++", "g++", "clang++"]
+    path = next(filter(None, map(shutil.which, names)), None)
+    if os.name != "posix" or path is None:
+        raise CompilerMissing(f"no C++ compiler: {', '.join(names)} not found. Install g++, or name one in CXX.")
+    compiler = (path, *words[1:])
+    try:
+        code, version = _run([*compiler, "--version"])
+    except OSError as error:
+        code, version = 1, str(error)
+    if code:
+        raise CompilerMissing(f"{shlex.join(compiler)} --version fails: {version.strip()}. Name another one in CXX.")
+    return compiler, version
+
+
+def _run(command: Sequence[str], **variables: str) -> tuple[int, str]:
+    """Run a compiler with these variables and in English; its exit status and all it wrote."""
+    done = subprocess.run(
+        command,
+        env={**os.environ, "LC_ALL": "C", **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    return done.returncode, done.stdout.decode(errors="replace")
+
+
+# Where builds are kept
+
+
+def cache_folder() -> Path | None:
+    """Find, or make, the private folder that keeps the builds.
+
+    It is $PACKLIGHT_CACHE, else packlight in $XDG_CACHE_HOME, else in ~/.cache (macOS: ~/Library/Caches). What
+    lies there gets loaded into the process, so nobody else may write to it.
+
+    Returns:
+        The folder, or None, with a warning, if it can be neither made nor written to.
+
+    Raises:
+        ValueError: if it belongs to another user, or the group or others may write to it.
+    """
+    try:
+        folder = _named_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = folder.resolve()
+        status, reason = folder.stat(), "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} is not writable"
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        reason = str(error)
+    else:
+        _refuse_shared(folder, status)
+    if not reason:
+        return folder
+    warnings.warn(
+        f"packlight cannot keep its compiled kernels ({reason}), each process builds them anew: "
+        "set PACKLIGHT_CACHE to a folder of your own",
+        stacklevel=4,
+    )
+    return None
+
+
+def _named_folder() -> Path:
+    if own := os.environ.get("PACKLIGHT_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(shared):  # the XDG specification says to ignore a relative one
+        return Path(shared) / "packlight"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "packlight"
+
+
+def _refuse_shared(folder: Path, status: os.stat_result) -> None:
+    if not _is_private(status):
+        raise ValueError(
+            f"the cache folder {folder} belongs to user {status.st_uid} and has mode {status.st_mode & 0o7777:04o}; "
+            f"packlight loads code from it, so it must belong to you (user {os.geteuid()}) and nobody else may write "
+            f"to it: chmod go-w {shlex.quote(str(folder))}, or set PACKLIGHT_CACHE to another folder"
+        )
+
+
+def _is_private(status: os.stat_result) -> bool:
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def _cached(folder: Path | None, build: _Build) -> ctypes.CDLL | None:
+    """Load an earlier build; one that is damaged, not ours or does not load is taken away."""
+    for path in sorted(folder.glob(f"*-{build.key}-*.so")) if folder else ():
+        with contextlib.suppress(OSError):
+            # The checksum, because loading a truncated file may kill the process; the owner, because somebody may
+            # have put it there while the folder was open to others.
+            if _is_private(path.stat()) and path.name.endswith(f"-{_checksum(path)}.so"):
+                return ctypes.CDLL(str(path))
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+# Building
+
+
+def _built(build: _Build, scratch: Path, folder: Path | None) -> ctypes.CDLL:
+    """Build in scratch, move the complete file to the folder, load it."""
+    output = scratch / "built.so"
+    command = build.command(output)
+    code, said = _run(command, TMPDIR=str(scratch))
+    if code:
+        raise CompilerFailed(build.source, command, said)
+    output.chmod(0o700)
+    if folder:
+        output = output.replace(folder / f"{build.source.stem}-{build.key}-{_checksum(output)}.so")
+    try:
+        return ctypes.CDLL(str(output))
+    except OSError:
+        output.unlink(missing_ok=True)
+        raise
+
+
+def _options() -> tuple[tuple[Flags, ...], ...]:
+    """List what not every compiler takes; alternatives, best first, for the CPU, wide vectors, OpenMP."""
+    cpu = (("-march=native",), ("-mcpu=native",), ())
+    wide = (("-mprefer-vector-width=512",), ()) if "avx512f" in _cpu_identity().split() else ((),)
+    if (runtime := _openmp_runtime(_torch_library())) is None:
+        return cpu, wide, (("-fopenmp",), ())
+    link = (str(runtime), "-Xlinker", "-rpath", "-Xlinker", str(runtime.parent))
+    if sys.platform == "darwin":  # Apple's clang has OpenMP behind -Xclang; a second libomp would abort the process
+        return cpu, wide, (("-Xclang", "-fopenmp", *link), ())
+    return cpu, wide, (("-fopenmp", "-Wl,--as-needed", *link), ("-fopenmp",), ())
+
+
+def _accepted(build: _Build, options: Sequence[Sequence[Flags]], scratch: Path) -> tuple[Flags, ...]:
+    """Choose the first alternative for each purpose with which a tiny program builds and loads."""
+    source = scratch / "tiny.cpp"
+    source.write_text(TINY_PROGRAM, "utf-8")
+
+    def works(*flags: Flags) -> bool:
+        output = Path(tempfile.mkdtemp(dir=scratch)) / "tiny.so"  # the loader knows a library by its path
+        command = _Build(source, build.compiler, build.version, flags).command(output)
+        with contextlib.suppress(OSError):
+            return _run(command, TMPDIR=str(scratch))[0] == 0 and bool(ctypes.CDLL(str(output)))
+        return False
+
+    if works(*build.flags):
+        return build.flags
+    # The last alternative, no flag, needs no trial: where that fails too, the real build says why.
+    return tuple(next(filter(works, alternatives[:-1]), alternatives[-1]) for alternatives in options)
+
+
+@functools.cache
+def _cpu_identity() -> str:
+    """The architecture and the CPU's features, as far as compilers tell CPUs apart, with spaces between."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    lines = (line.partition(":") for line in text.splitlines())
+    features = {name.strip(): value.strip() for name, _, value in lines if name.strip() in CPU_LINES}
+    return " ".join([platform.machine(), *(features[name] for name in sorted(features))])
+
+
+def _complaints(build: _Build, library: ctypes.CDLL) -> list[str]:
+    """What makes this build slower than it could be."""
+    kernels, name = build.source.name, shlex.join(build.compiler)
+    cpu, _, openmp = build.flags
+    used, torchs = _openmp_runtime(library), _openmp_runtime(_torch_library())
+    found = []
+    if not cpu:
+        found.append(f"{name} takes neither -march=native nor -mcpu=native: {kernels} runs without wide vectors")
+    if not openmp:
+        found.append(f"{name} cannot build with OpenMP (libomp, libgomp): {kernels} runs on a single thread")
+    if used and torchs and used != torchs:
+        found.append(f"{kernels} runs on {used}, PyTorch on {torchs}: two pools of threads compete for the cores")
+    return [f"{complaint}; CXX=g++ may help" for complaint in found]
+
+
+# OpenMP runtimes
+
+
+def _openmp_runtime(library: ctypes.CDLL) -> Path | None:
+    """The file of the OpenMP runtime that a loaded library uses, if it uses one."""
+    try:
+        function = ctypes.cast(library.omp_get_max_threads, ctypes.c_void_p)
+    except AttributeError:
+        return None
+    info = (ctypes.c_void_p * 4)()  # dladdr's Dl_info: the file's name, its address, a symbol's name, its address
+    found = ctypes.CDLL(None).dladdr(function, info) and info[0]
+    return Path(os.fsdecode(ctypes.string_at(found))).resolve() if found else None
+
+
+def _torch_library() -> ctypes.CDLL:
+    return ctypes.CDLL(torch._C.__file__)

@@ -1,0 +1,101 @@
+"""Checkpoints: states from and to other formats, torch's own optimisers and other libraries' ones.
+
+Everything meets in the portable form, which is torch's: `step` and fp32 moments. A state that already has the wanted format is
+copied as it is, so resuming changes no bit; any other is decoded and encoded again. Error bits beside a bf16
+parameter go with compact states of the same rounding, and start at zero otherwise.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packlight.optim.state import (
+    MOMENTS,
+    State,
+    error_dtype,
+    from_portable,
+    init_state,
+    step_device,
+    stored_moments,
+    to_portable,
+)
+
+
+@dataclass(frozen=True)
+class Converter:
+    """What one kind of optimiser saves and loads.
+
+    Attributes:
+        moments: the names of its moments.
+        torch_options: what torch's param groups hold besides ours.
+        read_state: turns a state of torch, torchao or bitsandbytes into the portable form.
+        read_group: turns a param group of theirs into our options.
+    """
+
+    moments: tuple[str, ...]
+    torch_options: Mapping[str, Any]
+    read_state: Callable[..., dict[str, Tensor]]
+    read_group: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+    def portable(self, state: State, param: Tensor, state_format: str, moments: tuple[str, ...]) -> State:
+        """Return a compact state as torch's optimiser holds it, in fp32, on the CPU; its SGD counts no steps."""
+        state = to_portable(state, shape=param.shape, state_format=state_format, moments=moments, device="cpu")
+        return {key: value for key, value in state.items() if key != "step" or self.moments == MOMENTS}
+
+    def portable_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a param group as torch's optimiser saves it."""
+        own = ("state_formats", "bf16_rounding", "seed")
+        return {**self.torch_options, **{key: value for key, value in group.items() if key not in own}}
+
+    def own_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a saved param group with our options only.
+
+        Raises:
+            ValueError: it is another kind of optimiser's, or has amsgrad.
+        """
+        if "state_formats" in group:
+            return dict(group)
+        return {**self.read_group(group), "params": group["params"]}
+
+    def compact(
+        self, state: dict[str, Any], param: Tensor, *, saved_format: str | None, state_format: str, group: dict[str, Any]
+    ) -> State:
+        """Return a saved state in our format; its tensors are new.
+
+        Args:
+            state: compact in `saved_format`, or another library's where that is None.
+            param: its parameter.
+            saved_format: a format's name, or None.
+            state_format: the name of the format that is wanted.
+            group: the parameter's group.
+
+        Raises:
+            ValueError: the state does not fit the parameter, or is another kind of optimiser's.
+        """
+        moments = self.moments if set(state) - {"step", "param_error"} else ()
+        if saved_format is None:
+            portable = {"step": 1.0, **self.read_state(state, shape=param.shape)}  # SGD's states do not count
+            compact = from_portable(portable, state_format=state_format, moments=self.moments, device=param.device)
+        elif saved_format == state_format or not moments:
+            stored_moments(state, param.shape, saved_format, moments=moments)
+            compact = {key: value.to(param.device, copy=True) for key, value in state.items()}
+        else:
+            portable = to_portable(state, shape=param.shape, state_format=saved_format, moments=moments)
+            compact = from_portable(portable, state_format=state_format, moments=moments, device=param.device)
+        compact["step"] = torch.as_tensor(state.get("step", compact["step"]), dtype=torch.float32).to(
+            step_device(param), copy=True
+        )
+        return _with_error(compact, state.get("param_error"), param, group["bf16_rounding"])
+
+
+def _with_error(compact: State, error: Any, param: Tensor, rounding: str) -> State:
+    wanted = error_dtype(param.dtype, rounding)
+    compact.pop("param_error", None)
+    if wanted is not None:
+        fits = isinstance(error, Tensor) and error.dtype == wanted and error.numel() == param.numel()
+        zeros = torch.zeros(param.numel(), dtype=wanted, device=param.device)
+        compact["param_error"] = error.to(param.device, copy=True) if fits else zeros
+    return compact

@@ -1,0 +1,318 @@
+"""An optimiser whose states are plain tensors in a chosen format: what AdamW and SGD share.
+
+torch's optimisers allocate moments in the parameter's dtype: 8 bytes per parameter for AdamW in fp32, and in 16
+bits a second moment that stops decaying. The classes here have their signatures and their behaviour (schedulers,
+closures, param groups, hooks, GradScaler, checkpoints), and keep each parameter's state in a named format. It is
+decided when the parameter is added, from its name and full shape, and stands in the param group as
+`state_formats`, so a checkpoint says what it holds.
+
+`Optimizer.load_state_dict` casts every state to the parameter's dtype, which would turn codes into floats. So on
+loading the states are taken out before and put back after, converted if they came in another format or from
+another library:
+
+    1 a hook takes "state" out of the state dict   2 torch loads the param groups   3 a hook puts the states in
+
+With `release_gradients` the update of a parameter runs inside backward as soon as its gradient is complete, and
+frees it; then `step` only closes the round.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from packlight.numerics.noise import seed_of
+from packlight.numerics.settings import AdamWSettings, SGDSettings
+from packlight.optim.checkpoint import Converter
+from packlight.optim.policy import format_of
+from packlight.optim.release import Release
+from packlight.optim.state import State, check_dtype, init_state, nbytes, state_bytes
+from packlight.optim.stepping import Entry, Scalars, check_dense, run
+
+ROUNDINGS = ("stochastic", "nearest", "master24", "master32")
+
+
+class CompactOptimizer(Optimizer):
+    """What AdamW and SGD share: formats by parameter, steps through the kernels, checkpoints."""
+
+    # GradScaler hands `grad_scale` and `found_inf` to an optimiser that says so, instead of unscaling itself.
+    _step_supports_amp_scaling = True
+    torch_options: ClassVar[Mapping[str, Any]]
+    converter: ClassVar[Converter]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, release_gradients: bool) -> None:
+        self._forget()
+        self._release = Release(self) if release_gradients else None
+        check_options(defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or a pickle, which has groups and states only; it does not release gradients."""
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._release: Release | None = None
+        self._history: dict[Tensor, int] = {}
+        self._places: dict[Tensor, tuple[dict[str, Any], int, str]] = {}
+        self._num_calls = 0
+
+    def settings(self, group: Mapping[str, Any]) -> AdamWSettings | SGDSettings:
+        """Return the hyper-parameters of a param group."""
+        raise NotImplementedError
+
+    def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the names of the moments that a param group's states have."""
+        return self.converter.moments
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with their own options and state format if they have any.
+
+        Args:
+            param_group: `params` and any options, as in torch.optim.Optimizer; also `state_format`.
+
+        Raises:
+            ValueError: as the constructor does; the group is not added then.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_options(group)
+            for param in group["params"]:
+                check_dtype(param.dtype)
+            group["state_formats"] = _formats_by_parameter(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._places.clear()
+        if self._release is not None:
+            self._release.watch(group["params"])
+
+    @overload
+    def step(self, closure: None = None, *, clip_coefficient: Tensor | float | None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float], *, clip_coefficient: Tensor | float | None = None) -> float: ...
+    @torch.no_grad()
+    def step(
+        self, closure: Callable[[], float] | None = None, *, clip_coefficient: Tensor | float | None = None
+    ) -> float | None:
+        """Do one step for every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, with gradients enabled, and returns the loss.
+            clip_coefficient: gradients are multiplied by it as they are read, which saves a pass over them:
+                min(1, max_norm / norm), a number or a tensor of one element. The gradients stay as they are.
+
+        Returns:
+            What the closure returned; None without one.
+
+        Raises:
+            ValueError: a gradient is sparse; nothing has changed then.
+            RuntimeError: gradients are released in backward, and the step was to scale or clip them.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scalars = self._scalars(clip_coefficient)
+        if self._release is not None:
+            self._release.close_round(scalars)
+        self._num_calls += 1
+        for group, params in [(group, self._dense(group["params"])) for group in self.param_groups]:
+            self._run(group, params, scalars)
+        return loss
+
+    @torch.no_grad()
+    def update(self, param: Tensor) -> None:
+        """Do one step for one of the parameters, which has a gradient."""
+        group, _, _ = self._place(param)
+        self._num_calls += 1
+        self._run(group, self._dense([param]), Scalars())
+
+    def state_bytes(self) -> int:
+        """Return the exact bytes of the states, also before the first step.
+
+        A parameter without a state counts as what its first gradient will make it take; a frozen one counts
+        nothing.
+
+        Returns:
+            The bytes of all state tensors.
+        """
+        return sum(self._bytes_of(*one, group) for group in self.param_groups for one in _parameters(group))
+
+    def state_dict(self, *, format: Literal["compact", "portable"] = "compact") -> dict[str, Any]:
+        """Return the optimiser's state.
+
+        Args:
+            format: "compact": the tensors as they are stored, loadable by this class; "portable": fp32 moments and
+                `step` on the CPU, which torch's optimiser of the same name loads too.
+
+        Returns:
+            Plain tensors, numbers, strings and containers: torch.load reads it with weights_only=True.
+
+        Raises:
+            ValueError: another format was asked for.
+        """
+        state_dict = super().state_dict()
+        if format == "compact":
+            return state_dict
+        if format != "portable":
+            raise ValueError(f"format {format!r} came, 'compact' or 'portable' was wanted")
+        states = {
+            index: self.converter.portable(self.state[param], param, state_format, self.moments(group))
+            for index, param, state_format, group in self._indexed(state_dict["param_groups"])
+            if param in self.state
+        }
+        groups = [self.converter.portable_group(group) for group in state_dict["param_groups"]]
+        return {**state_dict, "state": states, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, of this class, of torch's, or of torchao's and bitsandbytes' likes.
+
+        The hyper-parameters are the loaded ones, the state formats stay this optimiser's: other states are
+        converted.
+
+        Args:
+            state_dict: it is not changed and shares no tensors with the result.
+
+        Raises:
+            ValueError: it has amsgrad's or another optimiser's states, or does not fit the param groups; nothing
+                has changed then.
+        """
+        own = [dict(group) for group in self.param_groups]
+        groups = state_dict["param_groups"]
+        taken: dict[Tensor, State] = {}
+
+        def take(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            if [len(group["params"]) for group in groups] == [len(group["params"]) for group in own]:
+                taken.update(self._converted(loaded))
+            return {**loaded, "state": {}, "param_groups": [self.converter.own_group(group) for group in groups]}
+
+        def put(_: Optimizer) -> None:
+            for group, before in zip(self.param_groups, own, strict=True):
+                for key in before.keys() - group.keys() | {"state_formats"}:
+                    group[key] = before[key]
+            self.state.update(taken)
+            self._history.clear()
+            self._places.clear()
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _converted(self, loaded: dict[str, Any]) -> dict[Tensor, State]:
+        return {
+            param: self.converter.compact(
+                loaded["state"][index], param, saved_format=saved, state_format=state_format, group=group
+            )
+            for saved_group, group in zip(loaded["param_groups"], self.param_groups, strict=True)
+            for (index, saved), (param, state_format) in zip(
+                _saved_parameters(saved_group), _parameters(group), strict=True
+            )
+            if _holds(loaded["state"].get(index))
+        }
+
+    def _dense(self, params: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        found = [(param, param.grad) for param in params if param.grad is not None]
+        for _, grad in found:
+            check_dense(grad)
+        return found
+
+    def _run(self, group: dict[str, Any], params: Sequence[tuple[Tensor, Tensor]], scalars: Scalars) -> None:
+        run([self._entry(*pair) for pair in params], self.settings(group), scalars, lr=group["lr"])
+
+    def _place(self, param: Tensor) -> tuple[dict[str, Any], int, str]:
+        """Return a parameter's group, its place among all parameters, and its format."""
+        if param not in self._places:
+            placed = [(one, group) for group in self.param_groups for one in _parameters(group)]
+            self._places = {
+                each: (group, index, state_format) for index, ((each, state_format), group) in enumerate(placed)
+            }
+        return self._places[param]
+
+    def _entry(self, param: Tensor, grad: Tensor) -> Entry:
+        group, index, state_format = self._place(param)
+        rounding, moments, seed = group["bf16_rounding"], self.moments(group), seed_of(group["seed"], index)
+        state: State = self.state[param] or init_state(param, state_format, moments=moments, rounding=rounding)
+        self.state[param] = state
+        if param not in self._history:
+            self._history[param] = int(state["step"])
+        self._history[param] = hash((self._history[param], self._num_calls))
+        return Entry(param, grad, state, state_format if moments else "", rounding, seed, self._history[param])
+
+    def _scalars(self, clip_coefficient: Tensor | float | None) -> Scalars:
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is None:
+            return Scalars(clip_coefficient, found_inf)
+        inverse = 1 / scale
+        return Scalars(inverse if clip_coefficient is None else inverse * clip_coefficient, found_inf)
+
+    def _indexed(self, groups: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Tensor, str, dict[str, Any]]]:
+        for saved, group in zip(groups, self.param_groups, strict=True):
+            for index, (param, state_format) in zip(saved["params"], _parameters(group), strict=True):
+                yield index, param, state_format, group
+
+    def _bytes_of(self, param: Tensor, state_format: str, group: Mapping[str, Any]) -> int:
+        if param in self.state:
+            return nbytes(self.state[param])
+        if not param.requires_grad:
+            return 0
+        rounding = group["bf16_rounding"]
+        return state_bytes(param.shape, param.dtype, state_format, moments=self.moments(group), rounding=rounding)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise where an option that both optimisers have is out of its range.
+
+    Raises:
+        ValueError: a negative learning rate or weight decay, or an unknown rounding.
+    """
+    check_range("lr", options["lr"], low=0.0)
+    check_range("weight_decay", options["weight_decay"], low=0.0)
+    if options["bf16_rounding"] not in ROUNDINGS:
+        raise ValueError(f"bf16_rounding={options['bf16_rounding']!r} came, one of {ROUNDINGS} was wanted")
+
+
+def check_range(name: str, value: float | Tensor, *, low: float, below: float = float("inf")) -> None:
+    """Raise where a number is out of its range; a tensor on a GPU is not looked at.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(value, Tensor) and value.device.type == "cuda":
+        return
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} of shape {tuple(value.shape)} came, a number or a tensor of one element was wanted")
+    if not low <= float(value) < below:
+        raise ValueError(f"{name}={float(value)} came, a number from {low} up to below {below} was wanted")
+
+
+def _holds(state: Mapping[str, Any] | None) -> bool:
+    """Tell whether a saved state has anything: torch's SGD without momentum saves a buffer of None."""
+    return bool(state) and any(value is not None for value in (state or {}).values())
+
+
+def _parameters(group: Mapping[str, Any]) -> Iterator[tuple[Tensor, str]]:
+    return zip(group["params"], group["state_formats"], strict=True)
+
+
+def _saved_parameters(group: Mapping[str, Any]) -> Iterator[tuple[int, str | None]]:
+    """Pair a saved group's indices with their formats; other libraries' states have none."""
+    return zip(group["params"], group.get("state_formats", [None] * len(group["params"])), strict=True)
+
+
+def _formats_by_parameter(group: dict[str, Any]) -> list[str]:
+    choice = group.pop("state_format")
+    names = group.get("param_names", [None] * len(group["params"]))
+    return [
+        format_of(choice, name=name, shape=param.shape) for name, param in zip(names, group["params"], strict=True)
+    ]

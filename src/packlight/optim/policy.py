@@ -1,0 +1,75 @@
+"""Which parameter gets which state format.
+
+Low-bit states are worth their loss where the bytes are: in the large matrices. Norms, biases and other vectors
+have few elements and much effect, and an embedding's rows are touched so rarely that blocks mix used and unused
+ones. So a format that is named once for a whole model means: vectors and tensors of at most 4096 elements in fp32,
+embeddings in 8 bits if the rest has 4, and the rest as named. A mapping or a callable decides for each parameter by its name instead;
+only the small tensors stay in fp32 then too, which is the formats' own rule. The published formats have the
+published rule: everything above 4096 elements.
+
+The decision needs nothing but name and full shape, so one device, shards and a resumed run agree on it.
+
+Source: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023 (arXiv 2309.01507),
+appendix D.1 (small tensors, norms and biases); the embedding rule is that of 8-bit optimisers, Dettmers et al.,
+ICLR 2022 (arXiv 2110.02861), section 2.3.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from packlight.numerics.formats import moment_formats
+
+StateFormatChoice = str | Mapping[str, str] | Callable[[str], str]
+
+EMBEDDING_FORMATS = {"4bit": "8bit"}
+OWN_FORMATS = frozenset({"4bit", "8bit", "fp8"})
+# The module that holds the weight, as transformers, timm, fairseq and GPT-2 (wte, wpe) name it.
+_EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|\w*embedding\w*|emb|tok_emb|pos_emb|wte|wpe)(\.weight)?$", re.IGNORECASE)
+
+
+def format_of(choice: StateFormatChoice, *, name: str | None, shape: Sequence[int]) -> str:
+    """Return the state format of one parameter.
+
+    Args:
+        choice: a format's name, a mapping from every parameter's name to one, or a callable.
+        name: the parameter's name in its model; None where the optimiser was not told.
+        shape: the parameter's full shape.
+
+    Returns:
+        A key of `numerics.FORMATS`.
+
+    Raises:
+        ValueError: an unknown format, no name where the choice is by name, or a mapping without it.
+    """
+    if isinstance(choice, str):
+        moment_formats(choice, tuple(shape))
+        if choice not in OWN_FORMATS:
+            return choice
+        if len(shape) <= 1:
+            return "fp32"
+        return EMBEDDING_FORMATS.get(choice, choice) if name is not None and is_embedding(name) else choice
+    if name is None:
+        raise ValueError(
+            "state_format is given by parameter name, but the parameters have no names. "
+            "Pass model.named_parameters() instead of model.parameters()."
+        )
+    if isinstance(choice, Mapping) and name not in choice:
+        raise ValueError(
+            f"state_format has no entry for the parameter {name!r}. "
+            "Add one, or pass a callable: lambda name: mapping.get(name, '4bit')."
+        )
+    chosen = choice[name] if isinstance(choice, Mapping) else choice(name)
+    moment_formats(chosen, tuple(shape))
+    return chosen
+
+
+def is_embedding(name: str) -> bool:
+    """Tell from a parameter's name whether it is an embedding's weight.
+
+    Args:
+        name: as `model.named_parameters()` gives it.
+
+    Returns:
+        True for names such as "transformer.wte.weight" and "embeddings.word_embeddings.weight".
+    """
+    return _EMBEDDING.search(name) is not None

@@ -1,0 +1,77 @@
+"""Updates inside backward: each gradient is used and freed as soon as it is complete.
+
+PyTorch keeps all gradients until `optimizer.step()`, as many bytes as the parameters. A hook runs right after a
+parameter's gradient has been accumulated, so the update can happen there and the gradient be freed: at any time
+there are the gradients of a few layers.
+
+    1 backward accumulates a gradient   2 the hook updates the parameter and frees the gradient
+    3 `step` closes the round: from then on the parameter may come again
+
+What needs all gradients at once cannot be had with it: accumulation over several backward passes, clipping by
+the norm, and a GradScaler, which looks for infinities before any update. Each is refused when it shows.
+
+Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), ACL 2024
+(arXiv 2306.09782), section 3 (the idea).
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from packlight.optim.stepping import Scalars
+
+if TYPE_CHECKING:
+    from packlight.optim.compact import CompactOptimizer
+
+
+class Release:
+    """The hooks of one optimiser."""
+
+    def __init__(self, optimizer: "CompactOptimizer") -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._done: set[Tensor] = set()
+
+    def watch(self, params: Iterable[Tensor]) -> None:
+        """Update these parameters in backward from now on."""
+        for param in params:
+            if param.requires_grad:
+                hook = param.register_post_accumulate_grad_hook(self._update)
+                weakref.finalize(self._optimizer_now(), hook.remove)
+
+    def close_round(self, scalars: Scalars) -> None:
+        """Let the parameters come again.
+
+        Args:
+            scalars: what the step was to do with the gradients.
+
+        Raises:
+            RuntimeError: it was to scale, clip or check them.
+        """
+        self._done.clear()
+        if scalars != Scalars():
+            raise RuntimeError(
+                "release_gradients=True updates parameters inside backward, before their gradients could be clipped, "
+                "unscaled or searched for infinities, but step() was given a GradScaler's or a clip coefficient's scale. "
+                "Build the optimiser without release_gradients."
+            )
+
+    def _optimizer_now(self) -> "CompactOptimizer":
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    def _update(self, param: Tensor) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        if param in self._done:
+            raise RuntimeError(
+                f"release_gradients=True got a second gradient for a parameter of shape {tuple(param.shape)} before step(): "
+                "gradients cannot be accumulated when each is used and freed at once. "
+                "Call step() after each backward(), or build the optimiser without release_gradients."
+            )
+        self._done.add(param)
+        optimizer.update(param)
+        param.grad = None

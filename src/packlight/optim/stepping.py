@@ -1,0 +1,162 @@
+"""One call of the kernels for many parameters: which go together, and with which numbers.
+
+A kernel call does all parameters of one device, dtype and state format whose steps are the same number, since
+bias correction hangs on it. On the CPU the numbers are computed in Python. On CUDA they are computed on the
+device, from the step's tensor there: with a GradScaler nobody on the host knows how many steps were skipped, and
+asking would make it wait.
+
+Parameters whose steps went through the same calls have the same number whatever the device decided, so they are
+told apart by a history of calls, not by the number.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import packlight.numerics.operators  # registers torch.ops.packlight
+from packlight.numerics.formats import moment_formats
+from packlight.numerics.settings import AdamWSettings, SGDSettings
+from packlight.optim.state import MOMENTS, MOMENTUM, State, moment_key
+
+# Source: Li et al. 2023, table 1, and our own measurements (benchmarks/quality.py): above it a step changes a
+# second moment by less than half a code, and nearest rounding stalls.
+MIN_STOCHASTIC_BETA2 = 0.99
+
+
+class Entry(NamedTuple):
+    """One parameter and its gradient.
+
+    Attributes:
+        param: the parameter.
+        grad: its gradient.
+        state: its compact state.
+        state_format: the name of the state's format; "" for SGD without momentum.
+        rounding: how the parameter is rounded.
+        seed: of its random bits.
+        history: equal for parameters that went through the same steps.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: State
+    state_format: str
+    rounding: str
+    seed: int
+    history: int
+
+
+class Scalars(NamedTuple):
+    """What scales or forbids a step, on the device or the host.
+
+    Attributes:
+        coefficient: gradients are multiplied by it; None: 1.
+        found_inf: one element, nothing is done unless it is 0; None: do the step.
+    """
+
+    coefficient: Tensor | float | None = None
+    found_inf: Tensor | None = None
+
+
+def run(entries: Iterable[Entry], settings: AdamWSettings | SGDSettings, scalars: Scalars, *, lr: Tensor | float) -> None:
+    """Do one step on parameters and states, in place.
+
+    Args:
+        entries: the parameters, each once.
+        settings: the hyper-parameters.
+        scalars: what scales or forbids the step.
+        lr: the learning rate where it is a tensor on the device; `settings` has it otherwise.
+    """
+    batches: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        key = (entry.param.device, entry.param.dtype, entry.state_format, entry.rounding, entry.history)
+        batches.setdefault(key, []).append(entry)
+    for batch in batches.values():
+        _run_batch(batch, settings, scalars, lr)
+
+
+def update(
+    param: Tensor, grad: Tensor, state: State, *, state_format: str, settings: AdamWSettings, seed: int = 0
+) -> None:
+    """Do one AdamW step on one parameter and its compact state, in place.
+
+    Args:
+        param: fp32, bf16 or fp16, any shape: the parameter, rounded to nearest.
+        grad: floating point, the same shape: its gradient.
+        state: its compact state.
+        state_format: the name of the format that the state has.
+        settings: the hyper-parameters.
+        seed: of the random bits (`noise.seed_of`).
+
+    Raises:
+        ValueError: the gradient is sparse.
+    """
+    check_dense(grad)
+    run([Entry(param, grad, state, state_format, "nearest", seed, 0)], settings, Scalars(), lr=settings.lr)
+
+
+def check_dense(grad: Tensor) -> None:
+    """Raise where a gradient is not an ordinary dense tensor.
+
+    Raises:
+        ValueError: it is sparse.
+    """
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"a gradient of layout {grad.layout} came, a dense one was wanted. "
+            "Build the embedding with sparse=False, or give its parameter to torch.optim.SparseAdam."
+        )
+
+
+def _run_batch(batch: Sequence[Entry], settings: AdamWSettings | SGDSettings, scalars: Scalars, lr: Tensor | float) -> None:
+    first = batch[0]
+    adamw = isinstance(settings, AdamWSettings)
+    moments = MOMENTS if adamw else MOMENTUM if first.state_format else ()
+    found_inf = scalars.found_inf
+    skipped = None if found_inf is None else found_inf.to(first.param.device, torch.float32).reshape(())
+    if first.param.device.type != "cuda" and skipped is not None:
+        if float(skipped) != 0:
+            return
+        skipped = None
+    steps = [entry.state["step"] for entry in batch]
+    torch._foreach_add_(steps, 1)
+    numbers = _numbers(settings, first.state["step"], scalars.coefficient, lr)
+    operator = torch.ops.packlight.adamw_step if adamw else torch.ops.packlight.sgd_step
+    operator(
+        [entry.param for entry in batch],
+        [entry.grad for entry in batch],
+        [entry.state[key] for entry in batch for key in _keys(entry.state_format, entry.param.shape, moments)],
+        [entry.state["param_error"] for entry in batch if "param_error" in entry.state],
+        numbers,
+        first.state["step"],
+        skipped,
+        [entry.seed for entry in batch],
+        first.state_format,
+        isinstance(settings, AdamWSettings) and settings.beta2 >= MIN_STOCHASTIC_BETA2,
+        first.rounding,
+    )
+    if skipped is not None:
+        torch._foreach_sub_(steps, (skipped != 0).float())
+
+
+def _numbers(
+    settings: AdamWSettings | SGDSettings, step: Tensor, coefficient: Tensor | float | None, lr: Tensor | float
+) -> Tensor:
+    if step.device.type == "cuda":
+        from packlight.numerics import gpu  # imports Triton, which machines without a GPU lack
+
+        on_device = gpu.adamw_numbers if isinstance(settings, AdamWSettings) else gpu.sgd_numbers
+        scalars = (None if value is None else torch.as_tensor(value, device=step.device) for value in (lr, coefficient))
+        return on_device(settings, step=step, **dict(zip(("lr", "coefficient"), scalars, strict=True)))
+    scaled = settings if coefficient is None else replace(settings, coefficient=float(coefficient))
+    return torch.tensor(scaled.numbers(float(step)), dtype=torch.float32)
+
+
+@functools.cache
+def _keys(state_format: str, shape: tuple[int, ...], moments: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the state's keys in the operators' order."""
+    formats = zip(moments, moment_formats(state_format, shape) if moments else (), strict=False)
+    return tuple(moment_key(name, suffix) for name, each in formats for suffix in each.tensors(shape))
