@@ -75,13 +75,13 @@ class ByteModel(nn.Module):
     def __init__(self, *, width: int = 128, num_layers: int = 4, length: int = 64) -> None:
         super().__init__()
         self.length = length
-        self.token, self.position = nn.Embedding(NUM_BYTES, width), nn.Embedding(length, width)
+        self.token_embedding, self.position_embedding = nn.Embedding(NUM_BYTES, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, 4) for _ in range(num_layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, NUM_BYTES, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map int64 (num, length) to the logits of each next byte, fp32 (num, length, 256)."""
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
 

@@ -89,7 +89,7 @@ def test_below_what_recomputation_reaches_states_take_four_bits(plain_folder: Pa
     peak_bytes, plain_output = _plain("plain_gpt", plain_folder)
     run, output, _ = packlight_run(["--budget", str(peak_bytes * 31 // 100)], "plain_gpt", tmp_path)
     assert_fits_as_predicted(run)
-    assert run.plan is not None and "paper4bit" in run.plan.state_formats.values()
+    assert run.plan is not None and "4bit" in run.plan.state_formats.values()
     assert output != plain_output
     assert abs(held_out_loss(output) / held_out_loss(plain_output) - 1) < 0.03  # 4 steps: far from convergence
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_saved_under_four_bit_states_resumes_in_plain_torch(plain_f
     peak_bytes, plain_output = _plain("evaluate_and_save", plain_folder)
     run, _, _ = packlight_run(["--budget", str(peak_bytes * 3 // 4)], "evaluate_and_save", tmp_path)
     assert run.plan is not None
-    edited = dataclasses.replace(run.plan, state_formats=dict.fromkeys(run.plan.state_formats, "paper4bit"))
+    edited = dataclasses.replace(run.plan, state_formats=dict.fromkeys(run.plan.state_formats, "4bit"))
     edited.save(tmp_path / "plan.json")
     run, output, told = packlight_run(["--plan", str(tmp_path / "plan.json")], "evaluate_and_save", tmp_path)
     assert output != plain_output

@@ -92,7 +92,7 @@ def test_a_plan_with_low_bit_states_holds_just_these_bytes_and_learns(name: str)
     optimizer = adamw(case.model)
     budget = middle_budget(case, exact=False, share=0.02)
     made = plan(case.model, case.batch, optimizer, budget=budget, loss=case.loss)
-    assert "paper4bit" in made.state_formats.values()
+    assert "4bit" in made.state_formats.values()
     with apply(made, case.model, optimizer) as handle:
         losses = train(case, optimizer, 8)
         measured = handle.measurement
@@ -113,7 +113,7 @@ def test_where_states_dominate_the_low_bit_plan_keeps_its_budget() -> None:
     parameter_bytes = sum(at.nbytes for at in case.model.parameters())
     budget = int(3.9 * parameter_bytes)  # fp32 states take four times the parameters, and temporaries
     handle = fit(case.model, optimizer, case.batch, budget=budget, loss=case.loss)
-    assert "paper4bit" in handle.plan.state_formats.values()
+    assert "4bit" in handle.plan.state_formats.values()
     train(case, optimizer)
     measured = handle.measurement
     handle.remove()
@@ -197,7 +197,7 @@ def test_low_bit_states_for_an_optimiser_that_cannot_keep_them_are_refused_and_n
     case = CASES["gpt"]()
     budget = middle_budget(case, exact=False, share=0.0)
     made = plan(case.model, case.batch, adamw(case.model), budget=budget, loss=case.loss)
-    assert made.recomputed() and "paper4bit" in made.state_formats.values()
+    assert made.recomputed() and "4bit" in made.state_formats.values()
     assert_refused(made, case.model, torch.optim.SGD(case.model.parameters(), lr=0.1), match="SGD")
 
 

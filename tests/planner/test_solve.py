@@ -119,7 +119,7 @@ def test_a_refusal_names_the_smallest_budget_and_a_plan_for_exactly_that_exists(
 
 def test_formats_that_no_parameter_is_large_enough_for_are_no_choice() -> None:
     assert [cost.state_format for cost in step_of("convnet").optimizers] == ["fp32"]
-    assert [cost.state_format for cost in step_of("gpt").optimizers] == ["fp32", "paper4bit"]
+    assert [cost.state_format for cost in step_of("gpt").optimizers] == ["fp32", "4bit"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,7 +144,7 @@ def test_where_states_are_most_of_the_bytes_low_bit_states_are_chosen_unless_exa
     step = profile(model, torch.randn(4, 64), torch.optim.AdamW(model.parameters()), loss=lambda out, _: out.sum())
     budget = Budget(int(plain_bytes(step) * 0.8))
     made = solve(step, budget)
-    assert "paper4bit" in made.state_formats.values()
+    assert "4bit" in made.state_formats.values()
     assert not made.recomputed()
     with pytest.raises(BudgetError):
         solve(step, budget, exact=True)

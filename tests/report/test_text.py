@@ -35,7 +35,7 @@ PLAN = Plan(
         Choice("blocks.1", "recompute", 3 * MIB, 0.125),
         Choice("blocks.2", "keep", 3 * MIB, 0.0),
     ),
-    state_formats={"weight": "paper4bit", "other.weight": "paper4bit", "bias": "fp32"},
+    state_formats={"weight": "4bit", "other.weight": "4bit", "bias": "fp32"},
     estimate=ESTIMATE,
     smallest_budget_bytes=9 * MIB,
     notes=("the loss was guessed",),
@@ -114,7 +114,7 @@ def test_the_choices_are_shown_and_neighbours_gathered(record: Plan | Run) -> No
     assert str(PLAN) in printed
     assert cells(printed, "blocks.0 ... blocks.1 (2)") == ["recompute", "3.00 MiB", "0.125 s"]
     assert cells(printed, "blocks.2") == ["keep", "3.00 MiB", "0 s"]
-    assert cells(printed, "optimiser states of 2 parameters")[0] == "paper4bit"
+    assert cells(printed, "optimiser states of 2 parameters")[0] == "4bit"
     assert cells(printed, "optimiser states of 1 parameters")[0] == "fp32"
 
 

@@ -23,7 +23,6 @@ from packlight.numerics.books import NORMAL_FLOAT, expanded_tables
 from packlight.numerics.compiler import CompilerFailed, CompilerMissing, load
 from packlight.numerics.formats import MomentFormat
 from packlight.numerics.moments import Moment
-from packlight.numerics.noise import key_at
 from packlight.numerics.reference import Noise
 from packlight.numerics.rounding import Rounding, RoundingName
 from packlight.numerics.settings import AdamWNumbers, SGDNumbers
@@ -131,7 +130,12 @@ def compiled() -> ctypes.CDLL | None:
 
 def _suits(slot: Slot) -> bool:
     dense = slot.param.is_contiguous() and slot.grad.is_contiguous() and slot.param.dtype == slot.grad.dtype
-    return dense and slot.param.dtype in DTYPES and bool(slot.moments) and all(_kind(moment.format) is not None for moment in slot.moments)
+    return (
+        dense
+        and slot.param.dtype in DTYPES
+        and bool(slot.moments)
+        and all(_kind(moment.format) is not None for moment in slot.moments)
+    )
 
 
 def _kind(moment_format: MomentFormat) -> int | None:

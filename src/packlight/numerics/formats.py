@@ -102,7 +102,9 @@ class MomentFormat:
         if self.coding == "factored":
             row, column = tuple(shape[:-1]), (*shape[:-2], shape[-1])
             return {"row": (row, torch.float32), "col": (column, torch.float32)}
-        tensors = {"codes": ((self._code_bytes(numel),), torch.int8 if self.coding == "softsign" else torch.uint8)}
+        code_dtype = torch.int8 if self.coding == "softsign" else torch.uint8
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        tensors = {"codes": ((self._code_bytes(numel),), code_dtype)}
         if self.scale == "rank1":
             return tensors | {f"scale_{axis}": ((length,), torch.float32) for axis, length in enumerate(shape)}
         num_blocks = math.ceil(numel / self.block_elements)

@@ -92,10 +92,13 @@ def words(place: Any, key: Any) -> Any:
 
 
 @triton.jit
-def uniforms(word: Any) -> Any:
-    """Return the numbers in [0, 1) of both halves."""
-    low = ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1
-    high = (((word & 0xFFFF) << 7) | 0x3F800000).to(tl.float32, bitcast=True) - 1
+def uniforms(word: Any, STOCHASTIC: tl.constexpr) -> Any:
+    """Return the numbers in [0, 1) of both halves, or zeros."""
+    if STOCHASTIC:
+        low = ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1
+        high = (((word & 0xFFFF) << 7) | 0x3F800000).to(tl.float32, bitcast=True) - 1
+    else:
+        low, high = 0.0, 0.0
     return low, high
 
 

@@ -194,10 +194,7 @@ def _store_expanded(
     codes, scale, power = moment
     inverse, _ = _store_scales(scale, place, halves, 1.0, 64)
     row = _store_power(power, place, halves, tables[2])
-    if STOCHASTIC:
-        low_uniform, high_uniform = uniforms(word)
-    else:
-        low_uniform, high_uniform = 0.0, 0.0
+    low_uniform, high_uniform = uniforms(word, STOCHASTIC)
     low = expanded_codes(halves[0] * inverse, row, low_uniform, tables, SIGNED, STOCHASTIC)
     high = expanded_codes(halves[1] * inverse, row, high_uniform, tables, SIGNED, STOCHASTIC)
     _store_codes(codes, place, low, high, 8)
@@ -207,55 +204,124 @@ def _store_expanded(
 
 
 @triton.jit
-def load_roots(moment: Any, place: Any, factor: Any, grids: Any, MATRIX: tl.constexpr, WIDTH: tl.constexpr) -> Any:
-    """Return both halves of the square roots of a moment, times a factor; `grids` as `load_grids` gives them."""
+def load_roots(moment: Any, place: Any, factor: Any, maxima: Any, MATRIX: tl.constexpr, WIDTH: tl.constexpr) -> Any:
+    """Return both halves of the square roots of a moment, times a factor; `maxima` those before the last."""
     codes, scale, _ = moment
     low, high = _load_codes(codes, place, 4 if WIDTH == 64 else 8)
     unit = tl.div_rn(factor, _LEVELS_4BIT if WIDTH == 64 else _LEVELS_8BIT)
     low_unit, high_unit = _load_scales(scale, place, unit, WIDTH)
     if MATRIX != "":
-        low_unit, high_unit = _lesser(grids[0], low_unit), _lesser(grids[1], high_unit)
+        low_unit, high_unit = _lesser(maxima[0], low_unit), _lesser(maxima[1], high_unit)
     return (low + 1).to(tl.float32) * low_unit, (high + 1).to(tl.float32) * high_unit
 
 
 @triton.jit
-def store_roots(moment: Any, place: Any, halves: Any, word: Any, WIDTH: tl.constexpr, STOCHASTIC: tl.constexpr) -> None:
-    """Encode both halves of the square roots of a moment; `word` are random words."""
+def store_roots(
+    moment: Any, place: Any, halves: Any, maxima: Any, word: Any,
+    MATRIX: tl.constexpr, WIDTH: tl.constexpr, STOCHASTIC: tl.constexpr,
+) -> None:  # fmt: skip
+    """Encode both halves of the square roots of a moment; `maxima` are the last, `word` random words."""
     codes, scale, _ = moment
+    low, high = halves
+    if MATRIX != "":
+        low, high = low * _inverse(maxima[0]), high * _inverse(maxima[1])
+    low_uniform, high_uniform = uniforms(word, STOCHASTIC)
     levels: tl.constexpr = _LEVELS_4BIT if WIDTH == 64 else _LEVELS_8BIT
-    low_inverse, high_inverse = _store_scales(scale, place, halves, levels, WIDTH)
-    if STOCHASTIC:
-        low_uniform, high_uniform = uniforms(word)
-    else:
-        low_uniform, high_uniform = 0.0, 0.0
-    low = root_codes(halves[0] * low_inverse, low_uniform, STOCHASTIC)
-    high = root_codes(halves[1] * high_inverse, high_uniform, STOCHASTIC)
+    low_inverse, high_inverse = _store_scales(scale, place, (low, high), levels, WIDTH)
+    low = root_codes(low * low_inverse, low_uniform, STOCHASTIC)
+    high = root_codes(high * high_inverse, high_uniform, STOCHASTIC)
     _store_codes(codes, place, low, high, 4 if WIDTH == 64 else 8)
 
 
-# Row and column maxima
-
-
 @triton.jit
-def _lesser(grid: Any, unit: Any) -> Any:
-    row, column = grid[0] * unit, grid[1] * unit
+def _lesser(maxima: Any, unit: Any) -> Any:
+    row, column = maxima[0] * unit, maxima[1] * unit
     return tl.where(row < column, row, column)
 
 
 @triton.jit
-def load_grid(rows: Any, columns: Any, row: Any, column: Any) -> Any:
-    """Return the row and the column maxima of a half."""
-    return tl.load(rows + row), tl.load(columns + column)
+def _inverse(maxima: Any) -> Any:
+    """Return the larger of 1 / row and 1 / column with one quotient; both are positive."""
+    return tl.div_rn(1.0, tl.minimum(maxima[0], maxima[1]))
+
+
+# Row and column maxima of matrices; `row` is the tensor's in the table (`gpu_kernels`)
 
 
 @triton.jit
-def inverse_of(grid: Any) -> Any:
-    """Return what a half is multiplied by: the larger of 1 / row and 1 / column, both positive, with one quotient."""
-    return tl.div_rn(1.0, tl.minimum(grid[0], grid[1]))
+def matrix_indices(row: Any, line: Any, column: Any, place: Any, MATRIX: tl.constexpr) -> Any:
+    """Return the matrix row of each line's first element, and rows and columns of low and high half."""
+    base, index, _ = place
+    num_rows, num_columns = tl.load(row + 13), tl.load(row + 14)
+    if MATRIX == "":
+        indices = 0
+    elif MATRIX == "strips":
+        rows, columns = tl.minimum(line, num_rows - 1)[:, None], (tl.multiple_of(column, 128) + index)[None, :]
+        indices = line, (rows, columns), (rows, columns + 64)
+    else:
+        first = base // num_columns
+        columns = (base - first * num_columns)[:, None] + index[None, :]
+        low = _wrapped(first, columns, num_rows, num_columns)
+        indices = first, low, _wrapped(first, columns + 64, num_rows, num_columns)
+    return indices
 
 
 @triton.jit
-def raise_maxima(pointer: Any, bits: Any, mask: Any) -> None:
+def _wrapped(first: Any, columns: Any, num_rows: Any, num_columns: Any) -> Any:
+    """Let columns beyond the last go on in the next row; blocks are no longer than rows."""
+    beyond = columns >= num_columns
+    rows = tl.minimum(first[:, None] + beyond.to(tl.int64), num_rows - 1)
+    return rows, tl.where(beyond, columns - num_columns, columns)
+
+
+@triton.jit
+def load_maxima(row: Any, indices: Any, MATRIX: tl.constexpr, LAST: tl.constexpr) -> Any:
+    """Return the row and column maxima of low and high half: the last, or those before."""
+    if MATRIX == "":
+        maxima = 0
+    else:
+        rows, columns = tl.load(row + 11).to(tl.pointer_type(tl.float32)), tl.load(row + 12)
+        columns = tl.multiple_of(columns.to(tl.pointer_type(tl.float32)), 16 if MATRIX == "strips" else 4)
+        if LAST:
+            rows = rows + tl.load(row + 13)
+            columns = columns + tl.multiple_of(tl.load(row + 14), 128 if MATRIX == "strips" else 1)
+        low = tl.load(rows + indices[1][0]), tl.load(columns + indices[1][1])
+        maxima = low, (tl.load(rows + indices[2][0]), tl.load(columns + indices[2][1]))
+    return maxima
+
+
+@triton.jit
+def gather(maxima: Any, row: Any, indices: Any, place: Any, halves: Any, bits: Any, MATRIX: tl.constexpr) -> Any:
+    """Take the maxima of both halves in: of rows at once, of columns too or into `bits`, which are returned."""
+    low, high = bits
+    if MATRIX != "":
+        target, num_rows, line = maxima + tl.load(row + 15), tl.load(row + 13), indices[0]
+        _, low_mask, high_mask = offsets_of(place)
+        new_low, new_high = magnitude_bits(halves[0], low_mask), magnitude_bits(halves[1], high_mask)
+        if MATRIX == "strips":
+            low, high = tl.maximum(low, new_low), tl.maximum(high, new_high)
+            _raise(target + line, tl.max(tl.maximum(new_low, new_high), axis=1), line < num_rows)
+        else:
+            low_beyond, high_beyond = indices[1][0] > line[:, None], indices[2][0] > line[:, None]
+            here = tl.maximum(tl.where(low_beyond, 0, new_low), tl.where(high_beyond, 0, new_high))
+            beyond = tl.maximum(tl.where(low_beyond, new_low, 0), tl.where(high_beyond, new_high, 0))
+            _raise(target + line, tl.max(here, axis=1), line < num_rows)
+            _raise(target + line + 1, tl.max(beyond, axis=1), line + 1 < num_rows)
+            _raise(target + num_rows + indices[1][1], new_low, low_mask)
+            _raise(target + num_rows + indices[2][1], new_high, high_mask)
+    return low, high
+
+
+@triton.jit
+def gather_columns(maxima: Any, row: Any, column: Any, bits: Any, WIDTH: tl.constexpr) -> None:
+    """Take in the column maxima that a strip has gathered."""
+    target = maxima + tl.load(row + 15) + tl.load(row + 13) + column + tl.arange(0, WIDTH)
+    _raise(target, tl.max(bits[0], axis=0), tl.arange(0, WIDTH) >= 0)
+    _raise(target + 64, tl.max(bits[1], axis=0), tl.arange(0, WIDTH) >= 0)
+
+
+@triton.jit
+def _raise(pointer: Any, bits: Any, mask: Any) -> None:
     """Raise maxima to these bits of non-negative numbers; most are reached already, and cost a load."""
     reached = tl.load(pointer, mask, other=0)
     tl.atomic_max(pointer, bits, mask & (bits > reached), sem="relaxed")

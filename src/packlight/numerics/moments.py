@@ -224,7 +224,11 @@ def _set_blocks(moment: Moment, suffix: str, start: int, blocks: Tensor) -> None
 
 def _codes(moment: Moment, start: int, stop: int) -> Tensor:
     codes = moment.tensors["codes"]
-    return codes[start:stop] if moment.format.bits == 8 else coding.unpack(codes[start // 2 : (stop + 127) // 128 * 64], stop - start)
+    return (
+        codes[start:stop]
+        if moment.format.bits == 8
+        else coding.unpack(codes[start // 2 : (stop + 127) // 128 * 64], stop - start)
+    )
 
 
 def _set_codes(moment: Moment, start: int, codes: Tensor) -> None:

@@ -100,7 +100,13 @@ def adamw_step(
 
 @torch.no_grad()
 def sgd_step(
-    param: Tensor, grad: Tensor, *, momentum_buffer: Moment | None, numbers: SGDNumbers, noise: Noise, rounding: Rounding
+    param: Tensor,
+    grad: Tensor,
+    *,
+    momentum_buffer: Moment | None,
+    numbers: SGDNumbers,
+    noise: Noise,
+    rounding: Rounding,
 ) -> None:
     """Update a parameter and its stored momentum buffer in place.
 

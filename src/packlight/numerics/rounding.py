@@ -1,6 +1,7 @@
 """Rounding a parameter to its own dtype: to nearest, at random, or with the rest kept beside it.
 
-A bf16 parameter has 8 significant bits, so an update below 1/512 of it is lost when it is rounded to nearest. Rounding at
+A bf16 parameter has 8 significant bits, so an update below 1/512 of it is lost when it is rounded to nearest.
+Rounding at
 random keeps it on average. Error bits keep it exactly: 16 of them beside a bf16 parameter are an fp32 number, 8
 of them a 24-bit one, without a second copy of the parameter.
 

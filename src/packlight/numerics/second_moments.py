@@ -11,7 +11,8 @@ are known when the whole tensor is. Formats differ in how they deal with that:
     Rank1     algorithm 4 of Li et al.: maxima per axis of the new moment; two passes over gradients and codes
     Factored  means per row and column; a pass for the means, then one for the update
 
-`decayed` returns the new second moment's square root, which is what the update divides by, and keeps what `store` needs.
+`decayed` returns the new second moment's square root, which is what the update divides by, and keeps what `store`
+needs.
 
 Source: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023 (arXiv 2309.01507),
 algorithm 4; Shazeer, Stern, "Adafactor", ICML 2018 (arXiv 1804.04235), section 3.
@@ -85,7 +86,7 @@ class SecondMoment(Protocol):
 
 def second_moment(moment: Moment) -> SecondMoment:
     """Return what a step does with a second moment of that format."""
-    kinds = {"matrix": Matrix, "rank1": Rank1, "factored": Factored}
+    kinds: dict[str, Callable[[Moment], SecondMoment]] = {"matrix": Matrix, "rank1": Rank1, "factored": Factored}
     return kinds.get(moment.format.scale, Blocks)(moment)
 
 

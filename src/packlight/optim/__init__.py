@@ -1,7 +1,7 @@
 """Optimisers whose states take few bytes.
 
-`AdamW`, `Adam` and `SGD` stand in for torch.optim's; `adopt` makes an existing torch.optim.AdamW or Adam keep its states
-compactly, in place, for a script that builds its own optimiser. `state_bytes` says what a parameter's states
+`AdamW`, `Adam` and `SGD` stand in for torch.optim's; `adopt` makes an existing torch.optim.AdamW or Adam keep its
+states compactly, in place, for a script that builds its own optimiser. `state_bytes` says what a parameter's states
 will take before they exist.
 
 Example:

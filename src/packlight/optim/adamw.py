@@ -11,7 +11,6 @@ Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization", ICLR 2019 (
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 

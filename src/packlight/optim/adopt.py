@@ -159,16 +159,17 @@ class Adoption:
         self._num_calls += 1
         places = {param: at for at, param in enumerate(_params(self._optimizer))}
         for group in self._optimizer.param_groups:
-            managed = [param for param in group["params"] if param in self._formats and param.grad is not None]
-            for param in managed:
-                check_dense(param.grad)
-            entries = [self._entry(param, seed_of(0, places[param])) for param in managed]
+            managed = [(param, param.grad) for param in group["params"] if param in self._formats]
+            found = [(param, grad) for param, grad in managed if grad is not None]
+            for _, grad in found:
+                check_dense(grad)
+            entries = [self._entry(param, grad, seed_of(0, places[param])) for param, grad in found]
             run(entries, group_settings(group), scalars, lr=group["lr"])
 
-    def _entry(self, param: Tensor, seed: int) -> Entry:
+    def _entry(self, param: Tensor, grad: Tensor, seed: int) -> Entry:
         state = self._state_of(param)
         self._history[param] = hash((self._history.get(param, int(state["step"])), self._num_calls))
-        return Entry(param, param.grad, state, state.state_format, "nearest", seed, self._history[param])
+        return Entry(param, grad, state, state.state_format, "nearest", seed, self._history[param])
 
     def _state_of(self, param: Tensor) -> CompactState:
         state = self._optimizer.state.get(param)

@@ -1,7 +1,7 @@
 """Checkpoints: states from and to other formats, torch's own optimisers and other libraries' ones.
 
-Everything meets in the portable form, which is torch's: `step` and fp32 moments. A state that already has the wanted format is
-copied as it is, so resuming changes no bit; any other is decoded and encoded again. Error bits beside a bf16
+Everything meets in the portable form, which is torch's: `step` and fp32 moments. A state that already has the wanted
+format is copied as it is, so resuming changes no bit; any other is decoded and encoded again. Error bits beside a bf16
 parameter go with compact states of the same rounding, and start at zero otherwise.
 """
 
@@ -17,7 +17,6 @@ from packlight.optim.state import (
     State,
     error_dtype,
     from_portable,
-    init_state,
     step_device,
     stored_moments,
     to_portable,
@@ -61,7 +60,13 @@ class Converter:
         return {**self.read_group(group), "params": group["params"]}
 
     def compact(
-        self, state: dict[str, Any], param: Tensor, *, saved_format: str | None, state_format: str, group: dict[str, Any]
+        self,
+        state: dict[str, Any],
+        param: Tensor,
+        *,
+        saved_format: str | None,
+        state_format: str,
+        group: dict[str, Any],
     ) -> State:
         """Return a saved state in our format; its tensors are new.
 
@@ -78,7 +83,9 @@ class Converter:
         moments = self.moments if set(state) - {"step", "param_error"} else ()
         if saved_format is None:
             portable = {"step": 1.0, **self.read_state(state, shape=param.shape)}  # SGD's states do not count
-            compact = from_portable(portable, state_format=state_format, moments=self.moments, device=param.device)
+            compact: State = from_portable(
+                portable, state_format=state_format, moments=self.moments, device=param.device
+            )
         elif saved_format == state_format or not moments:
             stored_moments(state, param.shape, saved_format, moments=moments)
             compact = {key: value.to(param.device, copy=True) for key, value in state.items()}

@@ -42,10 +42,12 @@ class CompactOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     torch_options: ClassVar[Mapping[str, Any]]
     converter: ClassVar[Converter]
+    _release: Release | None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, release_gradients: bool) -> None:
         self._forget()
-        self._release = Release(self) if release_gradients else None
+        if release_gradients:
+            self._release = Release(self)
         check_options(defaults)
         super().__init__(params, defaults)
 
@@ -55,7 +57,7 @@ class CompactOptimizer(Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        self._release: Release | None = None
+        self._release = None
         self._history: dict[Tensor, int] = {}
         self._places: dict[Tensor, tuple[dict[str, Any], int, str]] = {}
         self._num_calls = 0
@@ -313,6 +315,4 @@ def _saved_parameters(group: Mapping[str, Any]) -> Iterator[tuple[int, str | Non
 def _formats_by_parameter(group: dict[str, Any]) -> list[str]:
     choice = group.pop("state_format")
     names = group.get("param_names", [None] * len(group["params"]))
-    return [
-        format_of(choice, name=name, shape=param.shape) for name, param in zip(names, group["params"], strict=True)
-    ]
+    return [format_of(choice, name=name, shape=param.shape) for name, param in zip(names, group["params"], strict=True)]

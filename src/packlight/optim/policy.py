@@ -3,7 +3,8 @@
 Low-bit states are worth their loss where the bytes are: in the large matrices. Norms, biases and other vectors
 have few elements and much effect, and an embedding's rows are touched so rarely that blocks mix used and unused
 ones. So a format that is named once for a whole model means: vectors and tensors of at most 4096 elements in fp32,
-embeddings in 8 bits if the rest has 4, and the rest as named. A mapping or a callable decides for each parameter by its name instead;
+embeddings in 8 bits if the rest has 4, and the rest as named. A mapping or a callable decides for each parameter by
+its name instead;
 only the small tensors stay in fp32 then too, which is the formats' own rule. The published formats have the
 published rule: everything above 4096 elements.
 
@@ -27,13 +28,16 @@ OWN_FORMATS = frozenset({"4bit", "8bit", "fp8"})
 _EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|\w*embedding\w*|emb|tok_emb|pos_emb|wte|wpe)(\.weight)?$", re.IGNORECASE)
 
 
-def format_of(choice: StateFormatChoice, *, name: str | None, shape: Sequence[int]) -> str:
+def format_of(
+    choice: StateFormatChoice, *, name: str | None, shape: Sequence[int], embedding: bool | None = None
+) -> str:
     """Return the state format of one parameter.
 
     Args:
         choice: a format's name, a mapping from every parameter's name to one, or a callable.
         name: the parameter's name in its model; None where the optimiser was not told.
         shape: the parameter's full shape.
+        embedding: whether it is an embedding's weight; None: told by its name.
 
     Returns:
         A key of `numerics.FORMATS`.
@@ -47,7 +51,9 @@ def format_of(choice: StateFormatChoice, *, name: str | None, shape: Sequence[in
             return choice
         if len(shape) <= 1:
             return "fp32"
-        return EMBEDDING_FORMATS.get(choice, choice) if name is not None and is_embedding(name) else choice
+        if embedding is None:
+            embedding = name is not None and is_embedding(name)
+        return EMBEDDING_FORMATS.get(choice, choice) if embedding else choice
     if name is None:
         raise ValueError(
             "state_format is given by parameter name, but the parameters have no names. "

@@ -53,7 +53,7 @@ class Release:
         if scalars != Scalars():
             raise RuntimeError(
                 "release_gradients=True updates parameters inside backward, before their gradients could be clipped, "
-                "unscaled or searched for infinities, but step() was given a GradScaler's or a clip coefficient's scale. "
+                "unscaled or searched for infinities, but step() came with a GradScaler or a clip coefficient. "
                 "Build the optimiser without release_gradients."
             )
 
@@ -68,8 +68,8 @@ class Release:
             return
         if param in self._done:
             raise RuntimeError(
-                f"release_gradients=True got a second gradient for a parameter of shape {tuple(param.shape)} before step(): "
-                "gradients cannot be accumulated when each is used and freed at once. "
+                f"release_gradients=True got a second gradient for a parameter of shape {tuple(param.shape)} "
+                "before step(): gradients cannot be accumulated when each is used and freed at once. "
                 "Call step() after each backward(), or build the optimiser without release_gradients."
             )
         self._done.add(param)

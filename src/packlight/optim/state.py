@@ -263,4 +263,8 @@ def _moment(state: Mapping[str, Tensor], name: str, moment_format: MomentFormat,
             f"{ {key: wanted[key] for key in wrong} } was wanted; it has {sorted(state)}. "
             "Load a portable state_dict, or name the format that the state was saved in."
         )
-    return Moment(moment_format, tuple(shape), {suffix: state[moment_key(name, suffix)] for suffix in moment_format.tensors(shape)})
+    return Moment(
+        moment_format,
+        tuple(shape),
+        {suffix: state[moment_key(name, suffix)] for suffix in moment_format.tensors(shape)},
+    )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import packlight.numerics.operators  # registers torch.ops.packlight
+from packlight.numerics import operators
 from packlight.numerics.formats import moment_formats
 from packlight.numerics.settings import AdamWSettings, SGDSettings
 from packlight.optim.state import MOMENTS, MOMENTUM, State, moment_key
@@ -61,7 +61,9 @@ class Scalars(NamedTuple):
     found_inf: Tensor | None = None
 
 
-def run(entries: Iterable[Entry], settings: AdamWSettings | SGDSettings, scalars: Scalars, *, lr: Tensor | float) -> None:
+def run(
+    entries: Iterable[Entry], settings: AdamWSettings | SGDSettings, scalars: Scalars, *, lr: Tensor | float
+) -> None:
     """Do one step on parameters and states, in place.
 
     Args:
@@ -111,7 +113,9 @@ def check_dense(grad: Tensor) -> None:
         )
 
 
-def _run_batch(batch: Sequence[Entry], settings: AdamWSettings | SGDSettings, scalars: Scalars, lr: Tensor | float) -> None:
+def _run_batch(
+    batch: Sequence[Entry], settings: AdamWSettings | SGDSettings, scalars: Scalars, lr: Tensor | float
+) -> None:
     first = batch[0]
     adamw = isinstance(settings, AdamWSettings)
     moments = MOMENTS if adamw else MOMENTUM if first.state_format else ()
@@ -124,7 +128,7 @@ def _run_batch(batch: Sequence[Entry], settings: AdamWSettings | SGDSettings, sc
     steps = [entry.state["step"] for entry in batch]
     torch._foreach_add_(steps, 1)
     numbers = _numbers(settings, first.state["step"], scalars.coefficient, lr)
-    operator = torch.ops.packlight.adamw_step if adamw else torch.ops.packlight.sgd_step
+    operator = operators.adamw_step if adamw else operators.sgd_step
     operator(
         [entry.param for entry in batch],
         [entry.grad for entry in batch],
@@ -139,7 +143,7 @@ def _run_batch(batch: Sequence[Entry], settings: AdamWSettings | SGDSettings, sc
         first.rounding,
     )
     if skipped is not None:
-        torch._foreach_sub_(steps, (skipped != 0).float())
+        torch._foreach_sub_(steps, [(skipped != 0).float()] * len(steps))
 
 
 def _numbers(
@@ -150,7 +154,8 @@ def _numbers(
 
         on_device = gpu.adamw_numbers if isinstance(settings, AdamWSettings) else gpu.sgd_numbers
         scalars = (None if value is None else torch.as_tensor(value, device=step.device) for value in (lr, coefficient))
-        return on_device(settings, step=step, **dict(zip(("lr", "coefficient"), scalars, strict=True)))
+        numbers: Tensor = on_device(settings, step=step, **dict(zip(("lr", "coefficient"), scalars, strict=True)))
+        return numbers
     scaled = settings if coefficient is None else replace(settings, coefficient=float(coefficient))
     return torch.tensor(scaled.numbers(float(step)), dtype=torch.float32)
 

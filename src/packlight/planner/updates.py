@@ -14,12 +14,15 @@ from torch import nn
 
 from packlight.numerics.formats import moment_formats
 from packlight.optim.adopt import can_adopt
+from packlight.optim.policy import format_of
 from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes
 from packlight.optim.stepping import update
 from packlight.planner.fake import FakeLine
 from packlight.planner.timeline import flat_tensors
 from packlight.step import OptimizerCost
 
+LOW_BIT = "4bit"
+"""The format that a plan may choose beside the present one."""
 MAX_TRACED_ELEMENTS = 2**22
 """A low-bit update is traced on a parameter of about this size at most."""
 
@@ -57,8 +60,9 @@ def optimizer_costs(
         return (present,)
     fakes = (fake for each in fake_optimizers for group in each.param_groups for fake in group["params"])
     stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
-    large = [name for name, fake in stepped.items() if _takes("4bit", fake)]
-    return (present, _low_bit("4bit", stepped, fake_optimizers, line)) if large else (present,)
+    formats = _formats(LOW_BIT, model, stepped)
+    low_bit = any(each != "fp32" for each in formats.values())
+    return (present, _low_bit(formats, stepped, fake_optimizers, line)) if low_bit else (present,)
 
 
 def _step(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> tuple[int, float]:
@@ -82,18 +86,34 @@ def _held_bytes(optimizers: Sequence[torch.optim.Optimizer], device_type: str) -
     return sum(storages.values())
 
 
+def _formats(choice: str, model: nn.Module, stepped: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Decide each parameter's format as the optimisers of that name do, and know embeddings by their modules."""
+    embeddings = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return {
+        name: format_of(choice, name=name, shape=at.shape, embedding=name in embeddings or None)
+        if _takes(choice, at)
+        else "fp32"
+        for name, at in stepped.items()
+    }
+
+
 def _low_bit(
-    state_format: str,
+    formats: dict[str, str],
     stepped: Mapping[str, torch.Tensor],
     fake_optimizers: Sequence[torch.optim.Optimizer],
     line: FakeLine,
 ) -> OptimizerCost:
     """Cost the optimisers with states in a low-bit format, without making these; small parameters stay as they are."""
-    large = {name: at for name, at in stepped.items() if _takes(state_format, at)}
+    large = {name: at for name, at in stepped.items() if formats[name] != "fp32"}
     step_bytes = 0 if line.device_type == "cpu" else STEP_BYTES  # the step counter stays on the CPU
-    num_bytes = sum(state_bytes(at.shape, at.dtype, state_format) - step_bytes for at in large.values())
+    num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) - step_bytes for name, at in large.items())
     settings_of = fake_optimizers[0].param_groups[0]
-    update_bytes = max((_update_bytes(state_format, at, settings_of, line) for at in _largest(large)), default=0)
+    update_bytes = max((_update_bytes(LOW_BIT, at, settings_of, line) for at in _largest(large)), default=0)
     for fake in large.values():
         fake.grad = None
     for optimizer in fake_optimizers:
@@ -101,11 +121,11 @@ def _low_bit(
             optimizer.state.pop(fake, None)
     rest_bytes, seconds = _step(fake_optimizers, line)
     return OptimizerCost(
-        state_format=state_format,
+        state_format=LOW_BIT,
         state_bytes=num_bytes + _held_bytes(fake_optimizers, line.device_type),
         temporary_bytes=max(update_bytes, rest_bytes),
         seconds=seconds + sum(at.numel() for at in large.values()) * line.rates.update_seconds_per_element,
-        formats={name: state_format if name in large else "fp32" for name in stepped},
+        formats=formats,
     )
 
 
