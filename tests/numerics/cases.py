@@ -100,7 +100,12 @@ def adamw(
 
 
 def sgd(
-    trained: Sequence[Trained], grads: Sequence[Tensor], step: int, settings: SGDSettings, *, engine: Engine = "reference"
+    trained: Sequence[Trained],
+    grads: Sequence[Tensor],
+    step: int,
+    settings: SGDSettings,
+    *,
+    engine: Engine = "reference",
 ) -> None:
     """Do one step of SGD on all of them."""
     numbers = settings.numbers(step)

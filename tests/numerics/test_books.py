@@ -75,7 +75,7 @@ def test_one_cell_and_one_comparison_give_the_nearest_code(seed: int) -> None:
 
 
 def test_two_borders_in_a_cell_are_refused() -> None:
-    crowded = CodeBook("crowded", tuple(-1 + i / 100 for i in range(15)) + (1.0,), span=BORDER_SPAN)
+    crowded = CodeBook("crowded", (*(-1 + i / 100 for i in range(15)), 1.0), span=BORDER_SPAN)
     with pytest.raises(AssertionError, match="two borders"):
         _ = crowded.cells
 

@@ -32,7 +32,9 @@ def test_a_nearest_code_is_bucketize_at_and_around_every_border(book: CodeBook, 
     low = -book.span if book.values[0] < 0 else 0.0
     borders = torch.tensor(book.borders)
     cells = torch.linspace(low, book.span, coding.GUESS_CELLS + 1)
-    points = torch.cat([borders, torch.tensor(book.values) * book.span, cells, torch.rand(50_000) * 2 * book.span - low])
+    points = torch.cat(
+        [borders, torch.tensor(book.values) * book.span, cells, torch.rand(50_000) * 2 * book.span - low]
+    )
     points = around(points).clamp(low, book.span)
     assert torch.equal(coding.nearest_codes(points, book), torch.bucketize(points, borders).byte())
 

@@ -23,9 +23,7 @@ MOMENT_FORMATS = {
     for name, each in FORMATS.items()
     for role in ("exp_avg", "exp_avg_sq", "exp_avg_sq_flat")
 }
-SECOND_MOMENTS = {
-    key: each for key, each in MOMENT_FORMATS.items() if "sq" in key and each not in (FP32, FACTORED)
-}
+SECOND_MOMENTS = {key: each for key, each in MOMENT_FORMATS.items() if "sq" in key and each not in (FP32, FACTORED)}
 shapes = st.lists(st.integers(1, 300), min_size=0, max_size=4).map(tuple).filter(lambda shape: math.prod(shape) < 10**6)
 
 
@@ -112,7 +110,9 @@ def test_a_small_tensor_stays_fp32(shape: tuple[int, ...], name: str) -> None:
         ((), None),
     ],
 )
-def test_a_tensor_is_the_matrix_with_the_fewest_scales(shape: tuple[int, ...], expected: tuple[int, int] | None) -> None:
+def test_a_tensor_is_the_matrix_with_the_fewest_scales(
+    shape: tuple[int, ...], expected: tuple[int, int] | None
+) -> None:
     assert matrix_view(shape) == expected
 
 
@@ -151,7 +151,9 @@ def test_the_published_second_moment_is_rank1_only_where_it_suits(shape: tuple[i
     assert suits_rank1(shape) == (rule == "rank1")
 
 
-@pytest.mark.parametrize(("shape", "scale"), [((5003,), "block"), ((5003, 1), "factored"), ((3, 4, 5, 100), "factored")])
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((5003,), "block"), ((5003, 1), "factored"), ((3, 4, 5, 100), "factored")]
+)
 def test_a_factored_second_moment_needs_two_axes(shape: tuple[int, ...], scale: str) -> None:
     assert moment_formats("factored", shape)[1].scale == scale
 

@@ -45,8 +45,19 @@ BLOCK_ERROR = {
 }
 #: Levels are counted against a number 2^-16 below their number, and a handful of fp32 operations round.
 SLACK = 2.0**-15
-BLOCK_SCALED = [NORMAL_BLOCKS, DYNAMIC_BLOCKS, LINEAR_BLOCKS, ROOT_BLOCKS, ROOT_8BIT, SOFTSIGN_8BIT, EXPANDED, EXPANDED_SIGNED]
-by_format = pytest.mark.parametrize("moment_format", BLOCK_SCALED, ids=lambda each: f"{each.coding}-{each.bits}-{each.signed}")
+BLOCK_SCALED = [
+    NORMAL_BLOCKS,
+    DYNAMIC_BLOCKS,
+    LINEAR_BLOCKS,
+    ROOT_BLOCKS,
+    ROOT_8BIT,
+    SOFTSIGN_8BIT,
+    EXPANDED,
+    EXPANDED_SIGNED,
+]
+by_format = pytest.mark.parametrize(
+    "moment_format", BLOCK_SCALED, ids=lambda each: f"{each.coding}-{each.bits}-{each.signed}"
+)
 
 
 def drawn(shape: tuple[int, ...], moment_format: MomentFormat, *, spread: int = 4) -> Tensor:
@@ -90,7 +101,9 @@ def test_a_matrix_is_coded_relative_to_rows_and_columns(shape: tuple[int, ...], 
 
 @pytest.mark.parametrize("spread", [1, 4, 12])
 @pytest.mark.parametrize("moment_format", [EXPANDED, EXPANDED_SIGNED], ids=["unsigned", "signed"])
-def test_expansion_keeps_e4m3s_error_in_the_expanded_domain(moment_format: MomentFormat, spread: int, seed: int) -> None:
+def test_expansion_keeps_e4m3s_error_in_the_expanded_domain(
+    moment_format: MomentFormat, spread: int, seed: int
+) -> None:
     values = drawn((5003,), moment_format, spread=spread)
     moment = encode(values, moment_format)
     power = moment.tensors["power"].double().repeat_interleave(128)[:5003] / 16
@@ -101,7 +114,7 @@ def test_expansion_keeps_e4m3s_error_in_the_expanded_domain(moment_format: Momen
     least = 2.0**-10 if moment_format.signed else 2.0**-9
     bound = torch.maximum(exact * 2**-4, torch.tensor(least / E4M3_MAX)) * (1 + 1e-4)
     assert bool(((stored - exact).abs() <= bound).all())
-    assert torch.equal(decode(moment).sign(), values.sign()) or moment_format.signed
+    assert bool((decode(moment) * values >= 0).all())
     assert bool((power >= 1).all())
 
 
@@ -126,7 +139,7 @@ def test_encoding_what_was_decoded_gives_the_same_codes(moment_format: MomentFor
 
 
 @by_format
-@pytest.mark.parametrize("exponent", [-60, -27, 40])
+@pytest.mark.parametrize("exponent", [-60, -28, 40])
 def test_powers_of_two_change_scales_and_no_code(moment_format: MomentFormat, exponent: int, seed: int) -> None:
     values = drawn((5003,), moment_format)
     factor = 2.0**exponent
@@ -182,7 +195,9 @@ def test_no_axis_and_no_element_are_shapes_too(moment_format: MomentFormat, shap
 
 @by_format
 @pytest.mark.parametrize("kind", NONFINITE)
-def test_a_block_with_a_nan_or_an_infinity_decodes_to_no_number(moment_format: MomentFormat, kind: str, seed: int) -> None:
+def test_a_block_with_a_nan_or_an_infinity_decodes_to_no_number(
+    moment_format: MomentFormat, kind: str, seed: int
+) -> None:
     values = drawn((5003,), moment_format).abs() + 1e-3
     values[300] = from_bits(NONFINITE[kind]).abs() if "inf" in kind else from_bits(NONFINITE[kind])
     size = moment_format.block_elements
@@ -219,7 +234,7 @@ def store_range(moment: Moment, start: int, values: Tensor, key: int | None) -> 
 
 @pytest.mark.parametrize("moment_format", [ROOT_BLOCKS, ROOT_8BIT, EXPANDED], ids=["root 4", "root 8", "expanded"])
 def test_random_rounding_of_second_moments_is_right_on_average(moment_format: MomentFormat, seed: int) -> None:
-    """6.1 standard deviations of the mean of the keys' draws; one element in 10^9 is beyond it."""
+    """By Hoeffding's inequality: two codes that are a gap apart; e^-28 is one element in 10^12."""
     values, num_keys = torch.rand(1280) * 0.9 + 0.1, 500
     roots = coded(values, moment_format).float()
     draws = torch.empty(num_keys, 1280, dtype=torch.float64)
@@ -227,9 +242,8 @@ def test_random_rounding_of_second_moments_is_right_on_average(moment_format: Mo
     for key, row in enumerate(draws):
         store_range(moment, 0, roots, (seed + key * 0x9E3779B9) % 2**32)
         row.copy_(decode(moment))
-    deviation = 6.1 * draws.std(0) / num_keys**0.5
-    # A number at a code's very edge may never be drawn on the rarer side: then the deviation is unknown.
-    edge = 1.5 / num_keys * (draws.amax(0) - draws.amin(0)).amax()
-    error = (draws.mean(0) - values.double()).abs()
-    assert bool((error <= deviation + edge + 2 * SLACK * values).all())
-    assert abs(float((draws.mean(0) / values.double()).mean()) - 1) <= 3 * SLACK + 6.1 * 0.15 / (num_keys * 1280) ** 0.5
+    gap = float((draws.amax(0) - draws.amin(0)).amax())
+    error = draws.mean(0) - values.double()
+    assert float(error.abs().max()) <= gap * (28 / (2 * num_keys)) ** 0.5 + 2 * SLACK
+    # Of all elements together; two share a word, so half as many are independent.
+    assert abs(float(error.mean())) <= gap * (28 / (num_keys * 1280)) ** 0.5 + 2 * SLACK

@@ -14,7 +14,9 @@ ROUNDINGS: tuple[RoundingName, ...] = ("nearest", "stochastic", "master24", "mas
 DEVIATIONS = 6.1
 
 
-def written(values: Tensor, name: RoundingName, *, dtype: torch.dtype = torch.bfloat16, key: int = 1) -> tuple[Tensor, Rounding]:
+def written(
+    values: Tensor, name: RoundingName, *, dtype: torch.dtype = torch.bfloat16, key: int = 1
+) -> tuple[Tensor, Rounding]:
     """A parameter that was given these values."""
     error = ERROR_DTYPES.get(name)
     rounding = Rounding(name, None if error is None else torch.ones(values.numel(), dtype=error))

@@ -74,7 +74,9 @@ def test_a_tiny_learning_rate_makes_no_nan(lr: float) -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_sgd_numbers_fold_the_published_constants(step: int) -> None:
-    numbers = SGDSettings(0.25, momentum=0.5, dampening=0.125, weight_decay=0.5, maximize=True, coefficient=2.0).numbers(step)
+    numbers = SGDSettings(
+        0.25, momentum=0.5, dampening=0.125, weight_decay=0.5, maximize=True, coefficient=2.0
+    ).numbers(step)
     assert numbers.momentum == (0.0 if step == 1 else 0.5)  # the first step fills the buffer
     assert numbers.gradient_to_m == (1.0 if step == 1 else 0.875)
     assert (numbers.m_to_p, numbers.gradient_to_p, numbers.coefficient, numbers.l2) == (0.25, 0.0, -2.0, 0.5)

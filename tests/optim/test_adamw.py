@@ -271,7 +271,9 @@ def test_sparse_gradient_is_refused_with_everything_as_it_was(sparse_first: bool
         optimizer.step()
     assert not optimizer.state
     after = [list(module.parameters()) for module in modules]
-    assert all(torch.equal(a, b) for left, right in zip(before, after, strict=True) for a, b in zip(left, right, strict=True))
+    assert all(
+        torch.equal(a, b) for left, right in zip(before, after, strict=True) for a, b in zip(left, right, strict=True)
+    )
 
 
 @pytest.mark.parametrize("state_format", FORMATS)
@@ -294,7 +296,9 @@ def test_nan_or_infinity_shows_in_the_parameter_and_stays(state_format: str, bad
         assert int(spoilt.sum()) == block
 
 
-def bf16_walk(rounding: Any, *, lr: float, num_steps: int, seed: int, state_format: str = "4bit") -> tuple[AdamW, Tensor]:
+def bf16_walk(
+    rounding: Any, *, lr: float, num_steps: int, seed: int, state_format: str = "4bit"
+) -> tuple[AdamW, Tensor]:
     """Train one bf16 weight by AdamW on random gradients with a drift; returns the optimiser and the weight."""
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.float32 if rounding == "fp32" else torch.bfloat16

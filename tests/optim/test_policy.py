@@ -19,7 +19,14 @@ EMBEDDINGS = [
 ]
 OTHERS = [
     *("lm_head.weight", "patch_embed.proj.weight", "vit.embeddings.patch_embeddings.projection.weight"),
-    *("layers.0.self_attn.q_proj.weight", "member.weight", "embeddings.LayerNorm.bias", "weight", "0.weight", "emb.0.weight"),
+    *(
+        "layers.0.self_attn.q_proj.weight",
+        "member.weight",
+        "embeddings.LayerNorm.bias",
+        "weight",
+        "0.weight",
+        "emb.0.weight",
+    ),
 ]
 MATRIX, VECTOR = (100, 70), (9001,)
 BY_NAME = {"a": "8bit", "b": "paper4bit"}
@@ -68,7 +75,9 @@ def test_only_embeddings_of_real_models_are_taken_for_embeddings(case: str, seed
         (lambda name: "fp8" if name == "a" else "fp32", "b", MATRIX, "fp32"),
     ],
 )
-def test_format_follows_the_rule(choice: StateFormatChoice, name: str | None, shape: tuple[int, ...], expected: str) -> None:
+def test_format_follows_the_rule(
+    choice: StateFormatChoice, name: str | None, shape: tuple[int, ...], expected: str
+) -> None:
     assert format_of(choice, name=name, shape=shape) == expected
 
 

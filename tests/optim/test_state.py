@@ -143,7 +143,9 @@ def test_state_loads_with_weights_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), ("step", "exp_avg"), ("momentum_buffer",), ()], ids=str
+    "keys",
+    [("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), ("step", "exp_avg"), ("momentum_buffer",), ()],
+    ids=str,
 )
 def test_state_of_another_optimiser_or_amsgrad_is_refused(keys: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="without amsgrad"):

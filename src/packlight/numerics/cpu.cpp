@@ -161,11 +161,23 @@ INLINE Ints looked_up(Ints low, Ints high, Ints index) {
 #endif
 }
 
+// A table of any size, in memory.
+INLINE Floats gathered(const float* table, Ints index) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_i32gather_ps((__m512i)index, table, 4);
+#else
+    Floats y;
+    for (int i = 0; i < LANES; i++) y[i] = table[index[i]];
+    return y;
+#endif
+}
+
 template <class V, class T> INLINE V load(const T* at) { V x; memcpy(&x, at, sizeof x); return x; }
 template <class V, class T> INLINE void store(T* at, V x) { memcpy(at, &x, sizeof x); }
 INLINE Floats loaded(const float* at) { return load<Floats>(at); }
 INLINE Floats loaded(const BFloat16* at) { return (Floats)(__builtin_convertvector(load<Shorts>(at), Words) << 16); }
 
+const Floats LEVELS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
 const Words LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // ---- random bits, as in noise.py
@@ -278,41 +290,67 @@ INLINE void raise_to(int32_t* at, int32_t most) {
     while (most > now && !__atomic_compare_exchange_n(at, &now, most, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
 
-// FP8 with range expansion: tables of a block's power; small loops over them that compilers turn into gathers.
+// FP8 with range expansion: a code is guessed through logarithms, and settled by the exact borders beside it.
+INLINE Ints guessed_code(Floats ratio, float power) {
+    const Ints bits = (Ints)ratio;
+    const Floats x = as_floats((bits & 0x7fffff) | 0x3f800000);
+    Floats log2 = (((-0.08001088f * x + 0.63551112f) * x - 2.09940228f) * x + 4.04961689f) * x - 2.50561466f;
+    log2 = (floats((bits >> 23) - 127) + log2) * power + 8.807355f;  // of 448 ratio^k
+    log2 = larger(log2, splat(-20.f));
+    const Floats whole = floor(log2), rest = log2 - whole;
+    const Floats exp2 = ((0.0790857f * rest + 0.22451634f) * rest + 0.69639055f) * rest + 0.99989669f;
+    const Floats y = as_floats((__builtin_convertvector(whole, Ints) + 127) << 23) * exp2;
+    const Ints normal = (((Ints)y + 0x80000) >> 20) - (120 << 3);                   // three bits of mantissa
+    const Ints subnormal = __builtin_convertvector(y * 512.f + 0.5f, Ints);         // steps of 2^-9
+    const Ints code = y < 0.015625f ? subnormal : normal;
+    return code > 126 ? splat(126) : code < 0 ? Ints{} : code;
+}
 void expanded_values(float* to, const uint8_t* codes, int power, const Tables& tables) {
     const float* values = tables.expanded + 128 * power;
-    for (int i = 0; i < BLOCK; i++) {
-        float x = values[codes[i] & 127];
-        to[i] = codes[i] & 128 ? -x : x;
+    for (int e = 0; e < BLOCK; e += LANES) {
+        const Ints code = (Ints)widened(load<Bytes>(codes + e));
+        const Floats x = gathered(values, code & 127);
+        store(to + e, as_floats((Ints)x ^ (code & 128) << 24));
     }
 }
 int expansion_power(const float* x, float most, const Tables& tables) {
-    float least = INFINITY;
-    for (int i = 0; i < BLOCK; i++) {
-        float y = std::fabs(x[i]);
-        least = y == 0.f || y >= least ? least : y;
+    Floats least = splat(INFINITY);
+    for (int e = 0; e < BLOCK; e += LANES) {
+        const Floats y = as_floats(magnitude(loaded(x + e)));
+        least = (y == 0.f) | (y >= least) ? least : y;
     }
-    float range = most / least;
+    float smallest = INFINITY;
+    for (int i = 0; i < LANES; i++) smallest = least[i] >= smallest ? smallest : least[i];
+    const float range = most / smallest;
+    Ints fit = {};
+    for (int j = 16; j < 256; j += LANES) fit -= splat(range) <= loaded(tables.limits + j);
     int power = 15;
-    for (int j = 16; j < 256; j++) power += range <= tables.limits[j];
+    for (int i = 0; i < LANES; i++) power += fit[i];
     return std::max(power, 16);
 }
-void expanded_codes(uint8_t* codes, const float* x, int power, bool is_signed, const float* random, const Tables& tables) {
+void expanded_codes(uint8_t* codes, const float* x, float scale, int power, bool is_signed, const float* random,
+                    const Tables& tables) {
     const float *values = tables.expanded + 128 * power, *borders = tables.borders + 128 * power;
-    for (int i = 0; i < BLOCK; i++) {
-        float y = std::fabs(x[i]);  // a NaN gets the lowest code
-        int code = 0;
-        for (int half = 64; half; half >>= 1) {
-            float border = random ? values[code + half] : borders[code + half - 1];
-            code += (random ? y >= border : y > border) ? half : 0;
-        }
+    for (int e = 0; e < BLOCK; e += LANES) {
+        const Floats ratio = loaded(x + e) * scale;
+        Floats y = as_floats(magnitude(ratio));
+        y = y == y ? y : Floats{};  // a NaN gets the lowest code
+        Ints code = guessed_code(y, (float)power / 16.f);
         if (random) {
-            code = std::min(code, 126);
-            float below = values[code], above = values[std::min(code + 1, 126)];
-            code += y - below > random[i] * (above - below);
+            code = code + (y < gathered(values, code));
+            code = code > 0 ? code : Ints{};
+            const Ints next = code < 126 ? code + 1 : code;
+            code = (y >= gathered(values, next)) & (next > code) ? next : code;
+            const Floats below = gathered(values, code), above = gathered(values, code < 126 ? code + 1 : code);
+            code = code - (y - below > loaded(random + e) * (above - below));
+        } else {
+            const Ints under = code > 0 ? code - 1 : Ints{};
+            code = code - (y > gathered(borders, code)) + ((y <= gathered(borders, under)) & (code > 0));
         }
-        code = std::min(std::max(code, is_signed ? 0 : 1), 126);
-        codes[i] = (uint8_t)(code | (is_signed && x[i] < 0 ? 128 : 0));
+        const int lowest = is_signed ? 0 : 1;
+        code = code > 126 ? splat(126) : code < lowest ? splat(lowest) : code;
+        if (is_signed) code = code | ((ratio < 0.f) & 128);
+        store(codes + e, narrowed((Words)code));
     }
 }
 
@@ -360,12 +398,10 @@ INLINE void encode(uint8_t* codes, uint8_t* power, void* scales, const float* x,
         }
     } else if constexpr (KIND == FP8) {
         *power = (uint8_t)expansion_power(x, as_float(largest(most[0])), tables);
-        alignas(64) float ratios[BLOCK];
-        for (int i = 0; i < BLOCK; i++) ratios[i] = x[i] * inverses[0];
         if (STOCHASTICALLY)
             for (int e = 0; e < BLOCK; e += LANES)
                 store(values.random + e, uniform(words(offset + (e & ~HALF), key), e >= HALF));
-        expanded_codes(codes, ratios, *power, !SECOND, STOCHASTICALLY ? values.random : nullptr, tables);
+        expanded_codes(codes, x, inverses[0], *power, !SECOND, STOCHASTICALLY ? values.random : nullptr, tables);
     }
 }
 
@@ -423,14 +459,16 @@ INLINE void step_block(const Block<T>& at, const Numbers& n, const SGDNumbers& s
                 if constexpr (KIND == FP32) v = loaded((float*)at.s_codes + e) * n.beta2 + gs * gs;
                 if constexpr (KIND == FP8) v = loaded(values.s + e) * s_unit[0] + gs * gs;
                 if constexpr (FOUR_BITS<KIND> || KIND == BITS8) {
-                    Words code = KIND == BITS8 ? widened(load<Bytes>(at.s_codes + e)) : e < HALF ? s_codes & 15u : s_codes >> 4;
                     Floats unit = splat(s_unit[KIND == BITS8 ? e / GROUP : 0]);
                     if constexpr (MATRIX) {
                         Floats by_row = splat(row_unit);
                         if (EDGE) by_row = (Ints)LANE + e < at.in_row ? by_row : splat(next_row_unit);
                         unit = smaller(by_row, loaded(by.old_column + at.column + e) * s_unit[0]);
                     }
-                    Floats old = floats((Ints)(code + 1u)) * unit;
+                    Floats level;
+                    if constexpr (KIND == BITS8) level = floats((Ints)(widened(load<Bytes>(at.s_codes + e)) + 1u));
+                    else level = looked_up(LEVELS, e < HALF ? s_codes : s_codes >> 4);
+                    Floats old = level * unit;
                     v = old * old + gs * gs;
                 }
                 Floats s = root(v);

@@ -47,7 +47,7 @@ class CompactOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, release_gradients: bool) -> None:
         self._forget()
         if release_gradients:
-            self._release = Release(self)
+            self._release = Release(self.update)
         check_options(defaults)
         super().__init__(params, defaults)
 

@@ -15,22 +15,22 @@ Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Li
 """
 
 import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from packlight.optim.stepping import Scalars
 
-if TYPE_CHECKING:
-    from packlight.optim.compact import CompactOptimizer
-
 
 class Release:
-    """The hooks of one optimiser."""
+    """The hooks of one optimiser; they go when it goes.
 
-    def __init__(self, optimizer: "CompactOptimizer") -> None:
-        self._optimizer = weakref.ref(optimizer)
+    Args:
+        update: the optimiser's method that does one parameter's step.
+    """
+
+    def __init__(self, update: Callable[[Tensor], None]) -> None:
+        self._method = weakref.WeakMethod(update)
         self._done: set[Tensor] = set()
 
     def watch(self, params: Iterable[Tensor]) -> None:
@@ -38,7 +38,7 @@ class Release:
         for param in params:
             if param.requires_grad:
                 hook = param.register_post_accumulate_grad_hook(self._update)
-                weakref.finalize(self._optimizer_now(), hook.remove)
+                weakref.finalize(self._method().__self__, hook.remove)  # type: ignore[union-attr]
 
     def close_round(self, scalars: Scalars) -> None:
         """Let the parameters come again.
@@ -57,14 +57,9 @@ class Release:
                 "Build the optimiser without release_gradients."
             )
 
-    def _optimizer_now(self) -> "CompactOptimizer":
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        return optimizer
-
     def _update(self, param: Tensor) -> None:
-        optimizer = self._optimizer()
-        if optimizer is None:
+        update = self._method()
+        if update is None:
             return
         if param in self._done:
             raise RuntimeError(
@@ -73,5 +68,5 @@ class Release:
                 "Call step() after each backward(), or build the optimiser without release_gradients."
             )
         self._done.add(param)
-        optimizer.update(param)
+        update(param)
         param.grad = None

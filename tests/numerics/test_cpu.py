@@ -1,0 +1,317 @@
+"""The compiled steps give the reference's bits: for every format, dtype, rounding, shape and number of threads."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from packlight.numerics import AdamWSettings, SGDSettings, compiler, cpu, decode, reference
+from packlight.numerics.rounding import RoundingName
+from tests.numerics.cases import (
+    COMPILED,
+    NONFINITE,
+    PUBLISHED,
+    SHAPES,
+    Engine,
+    PeakBytes,
+    Trained,
+    adamw,
+    differing,
+    from_bits,
+    gradient,
+    same,
+    sgd,
+    threads,
+)
+
+try:
+    compiler.find_compiler()
+    HAS_COMPILER = True
+except compiler.CompilerMissing:
+    HAS_COMPILER = False
+pytestmark = [
+    pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler"),
+    # What clang's code on Linux does: it computes the same with a pool of threads of its own.
+    pytest.mark.filterwarnings("ignore:.*two pools of threads compete"),
+]
+FP32, BF16 = torch.float32, torch.bfloat16
+WAYS: list[tuple[torch.dtype, RoundingName]] = [
+    (FP32, "nearest"),
+    (BF16, "nearest"),
+    (BF16, "stochastic"),
+    (BF16, "master24"),
+    (BF16, "master32"),
+]
+by_way = pytest.mark.parametrize(("dtype", "rounding"), WAYS, ids=lambda each: str(each).removeprefix("torch."))
+DECOUPLED = AdamWSettings(1e-2, weight_decay=0.1)
+L2 = AdamWSettings(1e-2, 0.8, 0.95, weight_decay=0.1, decoupled=False, maximize=True, coefficient=0.3)
+NESTEROV = SGDSettings(0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+DAMPENED = SGDSettings(0.1, momentum=0.9, dampening=0.2, maximize=True, coefficient=0.3)
+
+
+def both(
+    param: Tensor, name: str, rounding: RoundingName = "nearest", *, num_moments: int = 2
+) -> tuple[Trained, Trained]:
+    """Two of a kind: for the compiled step and for the reference."""
+    compiled, plain = (Trained(param.clone(), name, rounding, num_moments=num_moments) for _ in range(2))
+    return compiled, plain
+
+
+def only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the compiled step call the reference no more."""
+    monkeypatch.setattr(cpu, "reference", None)
+
+
+# The same bits
+
+
+@by_way
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "random"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", COMPILED)
+def test_adamw_is_the_references_bit_for_bit(
+    name: str,
+    shape: tuple[int, ...],
+    stochastic: bool,
+    dtype: torch.dtype,
+    rounding: RoundingName,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    only_compiled(monkeypatch)
+    ours, theirs = both(torch.randn(shape).to(dtype), name, rounding)
+    for step, settings in enumerate((DECOUPLED, L2, DECOUPLED), 1):
+        grad = gradient(shape, dtype)
+        if step == 2:
+            grad[: shape[0] // 3] = 0
+        adamw([ours], [grad], step, settings, engine="cpu", stochastic=stochastic)
+        adamw([theirs], [grad], step, settings, stochastic=stochastic)
+        assert differing(ours, theirs) == []
+
+
+@by_way
+@pytest.mark.parametrize("settings", [NESTEROV, DAMPENED], ids=["nesterov", "dampened"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_sgd_is_the_references_bit_for_bit(
+    name: str,
+    settings: SGDSettings,
+    dtype: torch.dtype,
+    rounding: RoundingName,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    only_compiled(monkeypatch)
+    for shape in SHAPES:
+        ours, theirs = both(torch.randn(shape).to(dtype), name, rounding, num_moments=1)
+        for step in (1, 2, 3):
+            grad = gradient(shape, dtype)
+            sgd([ours], [grad], step, settings, engine="cpu")
+            sgd([theirs], [grad], step, settings)
+        assert differing(ours, theirs) == []
+
+
+@pytest.mark.parametrize("kind", NONFINITE)
+@pytest.mark.parametrize("shape", [(256, 384), (100, 333), (5003,), (20, 20)])
+@pytest.mark.parametrize("name", COMPILED)
+def test_nan_and_inf_go_where_the_reference_has_them(name: str, shape: tuple[int, ...], kind: str, seed: int) -> None:
+    ours, theirs = both(torch.randn(shape), name)
+    for step in (1, 2, 3):
+        grad = gradient(shape)
+        if step == 2:
+            grad.view(-1)[57] = from_bits(NONFINITE[kind])
+        adamw([ours], [grad], step, DECOUPLED, engine="cpu", stochastic=True)
+        adamw([theirs], [grad], step, DECOUPLED, stochastic=True)
+        # A NaN gets any code, and its block decodes to NaN whatever the codes are.
+        assert [each for each in differing(ours, theirs) if "codes" not in each] == []
+        assert all(same(decode(a), decode(b)) for a, b in zip(ours.moments, theirs.moments, strict=True))
+    assert bool(ours.param.view(-1)[57].isnan())
+    assert not any(bool(decode(moment).view(-1)[57].isfinite()) for moment in ours.moments)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("shape", [(16_384, 128), (65, 2**16), (33, 8191)])
+def test_rows_as_short_and_as_long_as_a_matrix_may_have(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    only_compiled(monkeypatch)
+    ours, theirs = both(torch.randn(shape).to(dtype), "4bit")
+    assert "cols" in ours.moments[1].tensors or shape[0] == 33
+    for step in (1, 2):
+        grad = gradient(shape, dtype)
+        adamw([ours], [grad], step, DECOUPLED, engine="cpu", stochastic=True)
+        adamw([theirs], [grad], step, DECOUPLED, stochastic=True)
+    assert differing(ours, theirs) == []
+
+
+@pytest.mark.parametrize("numel", [*range(4097, 4097 + 128, 9), 4224])
+@pytest.mark.parametrize("name", COMPILED)
+def test_every_length_of_the_last_block(name: str, numel: int, seed: int) -> None:
+    ours, theirs = both(torch.randn(numel).bfloat16(), name, "master24")
+    for step in (1, 2):
+        grad = gradient((numel,), BF16)
+        adamw([ours], [grad], step, DECOUPLED, engine="cpu", stochastic=True)
+        adamw([theirs], [grad], step, DECOUPLED, stochastic=True)
+    assert differing(ours, theirs) == []
+
+
+# Where tensors lie
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("name", COMPILED)
+def test_tensors_may_start_anywhere(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """A parameter that is a view into a buffer, as fully sharded ones are."""
+    only_compiled(monkeypatch)
+    numel, guard = 5003, 3.5
+    buffer, grads = torch.full((numel + 4,), guard, dtype=dtype), torch.randn(numel + 4).to(dtype)
+    ours, theirs = both(torch.randn(numel).to(dtype), name)
+    buffer[1:-3] = ours.param
+    ours.param, grad = buffer[1:-3], grads[3:-1]
+    adamw([ours], [grad], 1, DECOUPLED, engine="cpu", stochastic=True)
+    adamw([theirs], [grad], 1, DECOUPLED, stochastic=True)
+    assert differing(ours, theirs) == []
+    assert buffer[[0, -1, -2, -3]].tolist() == [guard] * 4
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_nothing_is_written_beyond_the_end_of_a_state(name: str, seed: int) -> None:
+    ours, theirs = both(torch.randn(4100).bfloat16(), name, "master24")
+    padded = {}
+    for moment in ours.moments:
+        for suffix, tensor in list(moment.tensors.items()):
+            longer = torch.full((tensor.numel() + 256,), 7, dtype=tensor.dtype)
+            longer[: tensor.numel()] = tensor
+            moment.tensors[suffix] = longer[: tensor.numel()]  # type: ignore[index]
+            padded[longer] = tensor.numel()
+    grad = gradient((4100,), BF16)
+    adamw([ours], [grad], 1, DECOUPLED, engine="cpu", stochastic=True)
+    adamw([theirs], [grad], 1, DECOUPLED, stochastic=True)
+    assert differing(ours, theirs) == []
+    assert all(bool((longer[numel:] == 7).all()) for longer, numel in padded.items())
+
+
+@pytest.mark.parametrize("case", ["fp16", "transposed", "fp32 gradient", "strided gradient"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_what_is_not_compiled_goes_through_the_reference(name: str, case: str, seed: int) -> None:
+    start = torch.randn(200, 300).to(torch.float16 if case == "fp16" else BF16)
+    start = start.t() if case == "transposed" else start
+    ours, theirs = (Trained(start.clone(memory_format=torch.preserve_format), name) for _ in range(2))
+    grad = gradient(tuple(start.shape), FP32 if case == "fp32 gradient" else start.dtype)
+    grad = grad.t().contiguous().t() if case == "strided gradient" else grad
+    beside = Trained(torch.randn(100), name)
+    before = beside.param.clone()
+    adamw([ours, beside], [grad, torch.ones(100)], 1, DECOUPLED, engine="cpu")
+    adamw([theirs], [grad], 1, DECOUPLED)
+    assert differing(ours, theirs) == []
+    assert not torch.equal(beside.param, before)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_formats_go_through_the_reference(name: str, seed: int) -> None:
+    ours, theirs = both(torch.randn(130, 256), name)
+    grad = gradient((130, 256))
+    adamw([ours], [grad], 1, DECOUPLED, engine="cpu")
+    adamw([theirs], [grad], 1, DECOUPLED)
+    assert differing(ours, theirs) == []
+
+
+def test_sgd_without_momentum_has_no_moments(seed: int) -> None:
+    ours, theirs = both(torch.randn(5003), "4bit", num_moments=0)
+    grad = gradient((5003,))
+    sgd([ours], [grad], 1, SGDSettings(0.1), engine="cpu")
+    sgd([theirs], [grad], 1, SGDSettings(0.1))
+    assert differing(ours, theirs) == []
+
+
+# How work is split
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_results_do_not_depend_on_threads_or_on_what_shares_the_call(name: str, seed: int) -> None:
+    shapes = [(700, 384), (0,), (64,), (), (300, 333), (100_003,), (3, 0), (5003,)]
+    starts, steps = [torch.randn(shape) for shape in shapes], (1, 2, 3)
+    grads = [[gradient(shape) for shape in shapes] for _ in steps]
+    results = []
+    for number, together in ((1, True), (2, True), (3, True), (2, False)):
+        trained = [Trained(start.clone(), name, seed=index) for index, start in enumerate(starts)]
+        with threads(number):
+            for step in steps:
+                calls = [range(len(shapes))] if together else [range(i, i + 1) for i in range(len(shapes))]
+                for call in calls:
+                    chosen, given = [trained[i] for i in call], [grads[step - 1][i] for i in call]
+                    adamw(chosen, given, step, DECOUPLED, engine="cpu", stochastic=True)
+        results.append(trained)
+    for other in results[1:]:
+        assert [differing(ours, theirs) for ours, theirs in zip(results[0], other, strict=True)] == [[]] * len(shapes)
+
+
+def test_dtypes_and_roundings_share_a_call(seed: int) -> None:
+    pairs = [both(torch.randn(5003).to(dtype), "4bit", rounding) for dtype, rounding in WAYS]
+    grads = [gradient((5003,), dtype) for dtype, _ in WAYS]
+    adamw([ours for ours, _ in pairs], grads, 1, DECOUPLED, engine="cpu")
+    adamw([theirs for _, theirs in pairs], grads, 1, DECOUPLED)
+    assert [differing(*pair) for pair in pairs] == [[]] * len(WAYS)
+
+
+def test_a_call_without_parameters_does_nothing() -> None:
+    cpu.adamw_step([], DECOUPLED.numbers(1), stochastic=True)
+    cpu.sgd_step([], NESTEROV.numbers(1))
+
+
+# Bytes, and the want of a compiler
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_compiled_step_allocates_no_tensor(name: str) -> None:
+    ours = Trained(torch.zeros(1000, 1000), name)
+    grad = torch.ones(1000, 1000)
+    adamw([ours], [grad], 1, DECOUPLED, engine="cpu")  # the tables are made once
+    with PeakBytes() as peak:
+        adamw([ours], [grad], 2, DECOUPLED, engine="cpu")
+    assert (peak.peak, peak.live, peak.operations) == (0, 0, [])
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_random_rounding_lets_a_second_moment_follow_smaller_gradients(engine: Engine, seed: int) -> None:
+    """From nearest rounding a second moment comes back as it was: a step changes it by less than half a level."""
+    shape, ratios = (130, 256), {}
+    signs, numbers = torch.randn(shape).sign(), AdamWSettings(1e-3, beta2=0.999)
+    for stochastic in (False, True):
+        ours = Trained(torch.zeros(shape), "4bit")
+        for step in range(1, 301):
+            grad = torch.where(torch.arange(256) % 2 == 0, 1.0, 1.0 if step == 1 else 0.5) * signs
+            adamw([ours], [grad], step, numbers, engine=engine, stochastic=stochastic)
+            if engine == "reference" and step == 60:
+                break
+        exact = 0.25 * (1 - 0.999**step) + 0.75 * 0.999 ** (step - 1) * 0.001
+        ratios[stochastic] = float(decode(ours.moments[1])[:, 1::2].mean()) / exact
+    assert abs(ratios[True] - 1) < 0.1
+    assert abs(ratios[False] - 1) > abs(ratios[True] - 1)
+
+
+def test_without_a_compiler_the_reference_steps_and_a_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiler, "_loaded", {})
+    cpu.compiled.cache_clear()
+    try:
+        ours, theirs = both(torch.randn(5003), "4bit")
+        grad = gradient((5003,))
+        with pytest.warns(UserWarning, match="could not be compiled.*Install a C\\+\\+ compiler, or set CXX"):
+            adamw([ours], [grad], 1, DECOUPLED, engine="cpu")
+        adamw([theirs], [grad], 1, DECOUPLED)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adamw([ours], [grad], 2, DECOUPLED, engine="cpu")
+        adamw([theirs], [grad], 2, DECOUPLED)
+        assert differing(ours, theirs) == []
+    finally:
+        cpu.compiled.cache_clear()
+
+
+def test_the_reference_and_the_compiled_step_bear_the_same_names() -> None:
+    assert all(callable(getattr(module, name)) for module in (cpu, reference) for name in ("adamw_step", "sgd_step"))
