@@ -48,6 +48,7 @@ class Trained:
     name: str = "4bit"
     rounding: RoundingName = "nearest"
     seed: int = 1
+    index: int = 0
     num_moments: int = 2
     moments: tuple[Moment, ...] = field(init=False)
     how: Rounding = field(init=False)
@@ -61,7 +62,7 @@ class Trained:
         self.how = Rounding(self.rounding, error)
 
     def key(self, step: int) -> int:
-        return key_at(seed_of(self.seed, 0), step)
+        return key_at(seed_of(self.seed, self.index), step)
 
     def slot(self, grad: Tensor, step: int) -> Slot:
         return Slot(self.param, grad, self.moments, self.how, self.key(step))

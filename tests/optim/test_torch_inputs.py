@@ -159,5 +159,6 @@ def test_every_option_of_torchs_is_taken_or_named_here(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("option", ["foreach", "fused", "capturable", "differentiable"])
 def test_skipped_option_is_no_silent_option(kind: str, option: str) -> None:
+    options: dict[str, Any] = {option: True}
     with pytest.raises(TypeError, match=option):
-        KINDS[kind][1]([torch.zeros(3)], **{option: True})
+        KINDS[kind][1]([torch.zeros(3)], **options)

@@ -147,7 +147,7 @@ def expansion_power(largest: Tensor, smallest: Tensor) -> Tensor:
 
     Args:
         largest: fp32, (blocks,): largest magnitude.
-        smallest: fp32, (blocks,): smallest magnitude that is not zero; inf where there is none.
+        smallest: fp32, (blocks,): smallest magnitude that has to keep its distance from the largest; inf: none.
 
     Returns:
         uint8, (blocks,): j, from 16 to 255.

@@ -313,11 +313,13 @@ void expanded_values(float* to, const uint8_t* codes, int power, const Tables& t
         store(to + e, as_floats((Ints)x ^ (code & 128) << 24));
     }
 }
-int expansion_power(const float* x, float most, const Tables& tables) {
+// Zeros of a signed block have a code of their own; in an unsigned one they need the whole range below it.
+int expansion_power(const float* x, int length, float most, bool is_signed, const Tables& tables) {
     Floats least = splat(INFINITY);
     for (int e = 0; e < BLOCK; e += LANES) {
         const Floats y = as_floats(magnitude(loaded(x + e)));
-        least = (y == 0.f) | (y >= least) ? least : y;
+        const Ints ignored = is_signed ? (Ints)(y == 0.f) : ((Ints)LANE + e >= length);
+        least = ignored | (y >= least) ? least : y;
     }
     float smallest = INFINITY;
     for (int i = 0; i < LANES; i++) smallest = least[i] >= smallest ? smallest : least[i];
@@ -358,8 +360,8 @@ void expanded_codes(uint8_t* codes, const float* x, float scale, int power, bool
 struct Values { alignas(64) float m[BLOCK], s[BLOCK], random[BLOCK]; };
 
 template <int KIND, bool SECOND, bool STOCHASTICALLY>
-INLINE void encode(uint8_t* codes, uint8_t* power, void* scales, const float* x, const Ints* most, uint64_t offset,
-                   uint32_t key, const Tables& tables, Values& values) {
+INLINE void encode(uint8_t* codes, uint8_t* power, void* scales, const float* x, int length, const Ints* most,
+                   uint64_t offset, uint32_t key, const Tables& tables, Values& values) {
     constexpr float span = KIND == BITS8 ? (SECOND ? 256.f * LEVEL_SLACK : 1.f)
                          : KIND == FP8 ? 1.f : (SECOND ? 16.f * LEVEL_SLACK : 15.f);
     float inverses[GROUPS];
@@ -397,7 +399,7 @@ INLINE void encode(uint8_t* codes, uint8_t* power, void* scales, const float* x,
             }
         }
     } else if constexpr (KIND == FP8) {
-        *power = (uint8_t)expansion_power(x, as_float(largest(most[0])), tables);
+        *power = (uint8_t)expansion_power(x, length, as_float(largest(most[0])), !SECOND, tables);
         if (STOCHASTICALLY)
             for (int e = 0; e < BLOCK; e += LANES)
                 store(values.random + e, uniform(words(offset + (e & ~HALF), key), e >= HALF));
@@ -512,9 +514,9 @@ INLINE void step_block(const Block<T>& at, const Numbers& n, const SGDNumbers& s
         if (EDGE && at.in_row < at.length) raise_to(by.row_most + at.row + 1, largest(next_row_most));
     }
     if constexpr (KIND == FP32) return;
-    encode<KIND, false, false>(at.m_codes, at.m_power, at.m_scale, values.m, m_most, at.offset, key, tables, values);
+    encode<KIND, false, false>(at.m_codes, at.m_power, at.m_scale, values.m, at.length, m_most, at.offset, key, tables, values);
     if constexpr (ADAMW)
-        encode<KIND, true, STOCHASTICALLY>(at.s_codes, at.s_power, at.s_scale, values.s, s_most, at.offset, key, tables, values);
+        encode<KIND, true, STOCHASTICALLY>(at.s_codes, at.s_power, at.s_scale, values.s, at.length, s_most, at.offset, key, tables, values);
 }
 
 // ---- tasks

@@ -193,7 +193,8 @@ def expanded_codes(
     ratio: Any, power: Any, uniform: Any, tables: Any, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr
 ) -> Any:
     """Return the E4M3 codes: a guess, settled by the borders or values on both sides of it."""
-    magnitude, values, borders = tl.abs(ratio), tables[0] + power * 128, tables[1] + power * 128
+    values, borders = tables[0] + power * 128, tables[1] + power * 128
+    magnitude = tl.where(ratio == ratio, tl.abs(ratio), 0.0)
     code = _expanded_guess(magnitude, power)
     if STOCHASTIC:
         reached = (code < 126) & (tl.load(values + tl.minimum(code + 1, 126)) <= magnitude)
@@ -204,7 +205,7 @@ def expanded_codes(
         above = magnitude > tl.load(borders + code)
         below = (code > 0) & (magnitude <= tl.load(borders + tl.maximum(code - 1, 0)))
         code = code + above.to(tl.int32) - below.to(tl.int32)
-    code = tl.where(ratio == ratio, tl.minimum(tl.maximum(code, 0 if SIGNED else 1), 126), 126)
+    code = tl.minimum(tl.maximum(code, 0 if SIGNED else 1), 126)
     if SIGNED:
         code = tl.where(ratio < 0, code | 128, code)
     return code

@@ -81,13 +81,19 @@ def _store_scale(scale: Any, block: Any, mask: Any, bits: Any, SPAN: tl.constexp
 
 
 @triton.jit
-def _store_power(power: Any, place: Any, halves: Any, limits: Any) -> Any:
-    """Store the largest power j whose limit is not below largest / smallest, and return it, int32, (rows, 1)."""
+def _store_power(power: Any, place: Any, halves: Any, limits: Any, SIGNED: tl.constexpr) -> Any:
+    """Store the largest power j whose limit is not below largest / smallest, and return it, int32, (rows, 1).
+
+    Signed zeros have a code of their own; unsigned ones need the whole range below the largest.
+    """
     base, _, numel = place
     _, low_mask, high_mask = offsets_of(place)
     low, high = magnitude_bits(halves[0], low_mask), magnitude_bits(halves[1], high_mask)
     largest = tl.max(tl.maximum(low, high), axis=1)
-    low, high = tl.where(low == 0, _INFINITY, low), tl.where(high == 0, _INFINITY, high)
+    if SIGNED:
+        low, high = tl.where(low == 0, _INFINITY, low), tl.where(high == 0, _INFINITY, high)
+    else:
+        low, high = tl.where(low_mask, low, _INFINITY), tl.where(high_mask, high, _INFINITY)
     ratio = tl.div_rn(float_of(largest), float_of(tl.min(tl.minimum(low, high), axis=1)))
     num_fitting = tl.zeros_like(largest)
     for shift in tl.static_range(8):
@@ -193,7 +199,7 @@ def _store_expanded(
 ) -> None:
     codes, scale, power = moment
     inverse, _ = _store_scales(scale, place, halves, 1.0, 64)
-    row = _store_power(power, place, halves, tables[2])
+    row = _store_power(power, place, halves, tables[2], SIGNED)
     low_uniform, high_uniform = uniforms(word, STOCHASTIC)
     low = expanded_codes(halves[0] * inverse, row, low_uniform, tables, SIGNED, STOCHASTIC)
     high = expanded_codes(halves[1] * inverse, row, high_uniform, tables, SIGNED, STOCHASTIC)

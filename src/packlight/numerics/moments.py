@@ -174,7 +174,10 @@ def store(moment: Moment, start: int, values: Tensor, *, key: int | None = None)
 def _store_expanded(moment: Moment, start: int, values: Tensor, ratios: Tensor, key: int | None) -> None:
     numel = values.numel()
     blocks = _as_blocks(moment, values).abs()
-    smallest = torch.where(blocks == 0, math.inf, blocks).amin(1)
+    ignored = blocks == 0  # a signed zero has a code; an unsigned one needs the whole range below it
+    if not moment.format.signed:
+        ignored = _as_blocks(moment, torch.ones_like(values)) == 0
+    smallest = torch.where(ignored, math.inf, blocks).amin(1)
     powers = coding.expansion_power(blocks.amax(1), smallest)
     _set_blocks(moment, "power", start, powers)
     noise = None

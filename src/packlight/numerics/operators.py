@@ -20,7 +20,7 @@ from packlight.numerics.cpu import Slot
 from packlight.numerics.formats import MomentFormat, moment_formats
 from packlight.numerics.moments import Moment
 from packlight.numerics.noise import key_at
-from packlight.numerics.rounding import Rounding, RoundingName
+from packlight.numerics.rounding import ERROR_DTYPES, Rounding, RoundingName
 from packlight.numerics.settings import AdamWNumbers, SGDNumbers
 
 MUTATED = ("params", "states", "errors")
@@ -128,6 +128,11 @@ def _slots(
 ) -> Iterator[Slot]:
     tensors, number = iter(states), int(step)
     name: RoundingName = rounding  # type: ignore[assignment]
+    if name in ERROR_DTYPES and params[0].dtype == torch.bfloat16 and len(errors) != len(params):
+        raise ValueError(
+            f"{len(params)} bf16 parameters came with {len(errors)} tensors of error bits, one each was wanted: "
+            f"rounding {name!r} needs them. Choose the rounding when the optimiser is built, or load a checkpoint into one."
+        )
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         shape = tuple(param.shape)
         formats = moment_formats(state_format, shape) if state_format else ()

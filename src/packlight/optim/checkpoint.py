@@ -55,9 +55,8 @@ class Converter:
         Raises:
             ValueError: it is another kind of optimiser's, or has amsgrad.
         """
-        if "state_formats" in group:
-            return dict(group)
-        return {**self.read_group(group), "params": group["params"]}
+        options = self.read_group(group)
+        return dict(group) if "state_formats" in group else {**options, "params": group["params"]}
 
     def compact(
         self,

@@ -53,8 +53,10 @@ class CompactOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or a pickle, which has groups and states only; it does not release gradients."""
+        release = self.__dict__.get("_release")  # loading a state dict comes through here too
         super().__setstate__(state)
         self._forget()
+        self._release = release
 
     def _forget(self) -> None:
         self._release = None
@@ -185,17 +187,17 @@ class CompactOptimizer(Optimizer):
                 has changed then.
         """
         own = [dict(group) for group in self.param_groups]
-        groups = state_dict["param_groups"]
         taken: dict[Tensor, State] = {}
 
         def take(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            groups = loaded["param_groups"]
             if [len(group["params"]) for group in groups] == [len(group["params"]) for group in own]:
                 taken.update(self._converted(loaded))
             return {**loaded, "state": {}, "param_groups": [self.converter.own_group(group) for group in groups]}
 
         def put(_: Optimizer) -> None:
             for group, before in zip(self.param_groups, own, strict=True):
-                for key in before.keys() - group.keys() | {"state_formats"}:
+                for key in before.keys() - group.keys() | {"state_formats", "bf16_rounding"}:
                     group[key] = before[key]
             self.state.update(taken)
             self._history.clear()
@@ -244,7 +246,9 @@ class CompactOptimizer(Optimizer):
     def _entry(self, param: Tensor, grad: Tensor) -> Entry:
         group, index, state_format = self._place(param)
         rounding, moments, seed = group["bf16_rounding"], self.moments(group), seed_of(group["seed"], index)
-        state: State = self.state[param] or init_state(param, state_format, moments=moments, rounding=rounding)
+        state: State = self.state[param]
+        if not _has_all(state, moments):
+            state = init_state(param, state_format, moments=moments, rounding=rounding) | _error_of(state)
         self.state[param] = state
         if param not in self._history:
             self._history[param] = int(state["step"])
@@ -270,6 +274,15 @@ class CompactOptimizer(Optimizer):
             return 0
         rounding = group["bf16_rounding"]
         return state_bytes(param.shape, param.dtype, state_format, moments=self.moments(group), rounding=rounding)
+
+
+def _has_all(state: State, moments: Sequence[str]) -> bool:
+    """Tell whether a state has every moment: an SGD's momentum may be switched on later."""
+    return bool(state) and all(any(key.startswith(name) for key in state) for name in moments)
+
+
+def _error_of(state: State) -> State:
+    return {key: value for key, value in state.items() if key == "param_error"}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
