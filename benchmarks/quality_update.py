@@ -14,7 +14,8 @@ exact update, over the elements of all tensors that are stored in the format:
     error = |u - u*| / |u*|      gain = <u, u*> / <u*, u*>      (means over the last ten steps)
 
 Three of them: u of the low-bit m and the exact v ("exp_avg"), of the exact m and the low-bit v ("exp_avg_sq"), and the
-update that the optimiser really did ("both"): its parameters are zero before each step and lr is 1. The moments are
+update that the optimiser really did ("both"): its parameters are zero before each step and lr is 1. The format is given
+as one name, so what it does with embeddings is in the figures (4bit keeps them in 8 bits). The moments are
 read through the optimiser's portable state_dict, which is public. `factored` alone applies v as it is stored after the
 step, so its v is read then.
 """
@@ -186,15 +187,14 @@ def figures(
 def _optimizer_with(
     moments: Moments, stream: Stream, state_format: str, *, step: int, seed: int, beta2: float
 ) -> torch.optim.Optimizer:
-    """Build an optimiser of zero parameters and these moments, embeddings in the format too."""
+    """Build an optimiser of zero parameters and these moments."""
     params = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in stream.shapes.items()]
     options: dict[str, Any] = {"lr": 1.0, "betas": (BETA1, beta2), "eps": EPS, "weight_decay": 0.0}
     exact = torch.optim.AdamW(params, **options)
     copies = (stream.split(moment.clone()) for moment in moments)  # torch's own AdamW would change what it loads
     for (_, param), exp_avg, exp_avg_sq in zip(params, *copies, strict=True):
         exact.state[param] = {"step": torch.tensor(float(step)), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    by_name = state_format if state_format in ("fp32", ZERO_MAP) else (lambda name: state_format)
-    made = optimizer_of(params, by_name, seed=seed, **options)
+    made = optimizer_of(params, state_format, seed=seed, **options)
     made.load_state_dict(exact.state_dict())
     return made
 

@@ -173,8 +173,9 @@ def test_a_factored_step_is_the_published_one(shape: tuple[int, ...], options: s
         m = settings.beta1 * m + (1 - settings.beta1) * g
         exact = whole_tensor_update(ours.param, m, factored(exact_v).float(), step=step, s=settings)
         adamw([ours], [grad], step, settings)
-        # Sums of up to 40,003 squares, each addition off by 2^-24 of the sum.
-        assert bool(((ours.param - exact).abs() <= 40_003 * 2**-24 * (exact - before).abs() + 1e-6).all())
+        # Sums of up to 40,003 squares, each addition off by 2^-24 of the sum; a parameter rounds twice on either side.
+        bound = 40_003 * 2**-24 * (exact - before).abs() + 2**-22 * before.abs() + 1e-6
+        assert bool(((ours.param - exact).abs() <= bound).all())
         error = (decode(ours.moments[0]) - m).abs() / block_maxima(m, 128)
         assert float(error.max()) <= ROUNDING_ERROR[DYNAMIC_EXPONENT.name] * (1 + 1e-4)
 

@@ -40,6 +40,7 @@ constexpr int PREFETCH_ELEMENTS = 512;          // four blocks ahead: about the 
 constexpr float SMALLEST_SCALE = 1.17549435e-38f;
 constexpr float ROUNDING = 8388608.f;           // 2^23: x + it has the integer nearest to x in its lowest bits
 constexpr float LEVEL_SLACK = 1.f - 1.f / 65536;
+constexpr float MAXIMA_RANGE = 64.f;
 constexpr float SMALLEST_MAXIMUM = 1e-30f, LARGEST_MAXIMUM = 1e30f, UNKNOWN_ROW = 1.f, UNKNOWN_COLUMN = 1e30f;
 constexpr uint32_t MULTIPLIER_1 = 0x7feb352du, MULTIPLIER_2 = 0x846ca68bu, WEYL = 0x9e3779b9u;
 constexpr uint32_t PARAMETER_STREAM = 0x5bd1e995u;
@@ -249,7 +250,7 @@ template <bool STOCHASTICALLY> INLINE Words root_code(Floats levels, Floats rand
 }
 
 INLINE float inverse(float scale, float span) { return scale >= SMALLEST_SCALE ? span / scale : 0.f; }
-INLINE float rounded_up(float x) { return as_float((int32_t)((uint32_t)(as_int(x) + 0xffff) & 0xffff0000u)); }
+INLINE float rounded_up(float x) { return x != x ? x : as_float((int32_t)((uint32_t)(as_int(x) + 0xffff) & 0xffff0000u)); }
 INLINE float widened(BFloat16 x) { return as_float((int32_t)((uint32_t)x.bits << 16)); }
 
 // ---- one block
@@ -473,6 +474,7 @@ INLINE void step_block(const Block<T>& at, const Numbers& n, const SGDNumbers& s
                     Floats old = level * unit;
                     v = old * old + gs * gs;
                 }
+                v = as_floats(magnitude(v));  // a NaN may be negative, and maxima are taken over bits
                 Floats s = root(v);
                 p = p * n.decay - m / (s * n.root_to_denom + n.denom_eps);
                 if (EDGE) s = (Ints)LANE + e < at.length ? s : Floats{};
@@ -546,10 +548,14 @@ struct Matrix {
 
     static void rotate(float* maxima, const std::vector<int32_t>& most, float unknown) {
         const size_t n = most.size();
+        auto usable = [](float x) { return x >= SMALLEST_MAXIMUM && x <= LARGEST_MAXIMUM; };
+        float least = 0;
+        for (size_t i = 0; i < n; i++)
+            if (usable(as_float(most[i]))) least = std::max(least, as_float(most[i]) / MAXIMA_RANGE);
         for (size_t i = 0; i < n; i++) {
             float now = as_float(most[i]);
             maxima[i] = maxima[n + i];
-            maxima[n + i] = now >= SMALLEST_MAXIMUM && now <= LARGEST_MAXIMUM ? now : unknown;
+            maxima[n + i] = usable(now) ? std::max(now, least) : unknown;
         }
     }
 };

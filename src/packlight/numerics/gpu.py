@@ -51,9 +51,10 @@ def adamw_step(
             maxima = torch.zeros(group.num_maxima, dtype=torch.int32, device=call.device)
             what = {"SECOND": group.kind.second, "MATRIX": group.kind.matrix, "STOCHASTIC": stochastic}
             kernels.adamw_kernel[(group.owners.numel(),)](**_arguments(call, group), maxima=maxima, **what)
-            if group.num_maxima:
-                where = (group.vectors, group.vector_owners, maxima, found_inf)
-                kernels.rotate_kernel[(group.vector_owners.numel(),)](*where, kernels.VECTOR_ELEMENTS)
+            if group.num_vectors:
+                kernels.rotate_kernel[(group.num_vectors,)](
+                    group.vectors, maxima, found_inf, kernels.VECTOR_ELEMENTS, **kernels.VECTOR_LAUNCH_OPTIONS
+                )
     for param, grad, (exp_avg, exp_avg_sq), noise, how in _others(call, plan, num_moments=2):
         moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         constants = AdamWNumbers(*numbers.tolist())
@@ -187,8 +188,9 @@ def _arguments(call: Call, group: Group) -> dict[str, Any]:
         "FIRST": group.kind.first,
         "TYPE": kernels.TYPES[dtype],
         "ROUNDING": call.rounding if dtype == torch.bfloat16 else "nearest",
+        "WHOLE": group.kind.whole,
         "ALIGNMENT": ALIGNMENT if group.kind.aligned and aligned else 1,
-        "NUM_ROWS": kernels.HALF_ELEMENTS // group.kind.width,
+        "LINES": kernels.HALF_ELEMENTS // group.kind.width,
         "WIDTH": group.kind.width,
         "TILES": kernels.TILES,
         **kernels.LAUNCH_OPTIONS,

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from packlight.numerics import formats
 from packlight.numerics.formats import BLOCK_ELEMENTS, MomentFormat, moment_formats
-from packlight.numerics.gpu_kernels import HALF_ELEMENTS, TILES, TYPES, VECTOR_ELEMENTS
+from packlight.numerics.gpu_kernels import HALF_ELEMENTS, TILES, TYPES
 from packlight.numerics.moments import Moment
 from packlight.numerics.rounding import ERROR_DTYPES
 
-# The widest load of a thread: tensors whose addresses and sizes are multiples of it go faster.
+# The widest load of a thread: tensors whose addresses are multiples of it go faster.
 ALIGNMENT = 16
 # Addresses that keep changing would fill the memory with tables.
 MAX_TABLE_BYTES = 2**25
@@ -75,13 +75,15 @@ class Kind(NamedTuple):
         second: coding of exp_avg_sq; "" for none.
         width: elements of half a block.
         matrix: "" for scales of blocks alone; "strips" for matrices of whole blocks a row; "blocks" for others.
-        aligned: whether addresses and sizes are multiples of ALIGNMENT.
+        whole: whether the last block is whole.
+        aligned: whether addresses are multiples of ALIGNMENT.
     """
 
     first: str
     second: str
     width: int
     matrix: str
+    whole: bool
     aligned: bool
 
 
@@ -94,8 +96,8 @@ class Group:
         members: their places in the call.
         tensors: int64, (members, 16).
         owners: int32, (programs,).
-        vectors: int64, (row and column vectors of matrices, 5).
-        vector_owners: int32, (programs,).
+        vectors: int64, (row and column vectors of matrices, 4).
+        num_vectors: how many.
         num_maxima: elements of all those vectors.
         gradients: tables by the addresses in them.
     """
@@ -105,14 +107,14 @@ class Group:
     tensors: Tensor
     owners: Tensor
     vectors: Tensor
-    vector_owners: Tensor
+    num_vectors: int
     num_maxima: int
     gradients: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
         """Return the tables but for those of gradients."""
-        return self.tensors, self.owners, self.vectors, self.vector_owners
+        return self.tensors, self.owners, self.vectors
 
 
 class Plan(NamedTuple):
@@ -203,8 +205,9 @@ def _suits(call: Call, index: int, moments: tuple[Moment, ...]) -> bool:
 def _kind(moments: tuple[Moment, ...], row: list[int]) -> Kind:
     numel, addresses, num_columns = row[2], (*row[:2], *row[5:13]), row[14]
     matrix = ("blocks" if num_columns % BLOCK_ELEMENTS else "strips") if num_columns else ""
-    aligned = all(each % ALIGNMENT == 0 for each in (numel, *addresses))
-    return Kind(*CODINGS[tuple(moment.format for moment in moments)], matrix, aligned)
+    aligned = all(address % ALIGNMENT == 0 for address in addresses)
+    codings = CODINGS[tuple(moment.format for moment in moments)]
+    return Kind(*codings, matrix, whole=numel % BLOCK_ELEMENTS == 0, aligned=aligned)
 
 
 def _row(call: Call, index: int, moments: tuple[Moment, ...]) -> list[int]:
@@ -227,20 +230,20 @@ def _address(tensor: Tensor | None) -> int:
 def _group(kind: Kind, rows: dict[int, list[int]], device: torch.device) -> Group:
     num_programs = [_num_programs(kind, row) for row in rows.values()]
     vectors: list[list[int]] = []
-    first_program = start = first_of_vector = 0
+    first_program = start = 0
     for row, programs in zip(rows.values(), num_programs, strict=True):
         row[4], row[15] = first_program, start
         first_program += programs
         for address, length, is_column in ((row[11], row[13], 0), (row[12], row[14], 1)) if kind.matrix else ():
-            vectors.append([address, length, start, first_of_vector, is_column])
-            start, first_of_vector = start + length, first_of_vector + math.ceil(length / VECTOR_ELEMENTS)
+            vectors.append([address, length, start, is_column])
+            start += length
     return Group(
         kind,
         tuple(rows),
         _on_device(_flat(rows.values()), device),
         _owners(num_programs, device),
         _on_device(_flat(vectors), device),
-        _owners([math.ceil(vector[1] / VECTOR_ELEMENTS) for vector in vectors], device),
+        len(vectors),
         start,
     )
 

@@ -201,7 +201,8 @@ def _block_scales(moment: Moment, start: int, values: Tensor, *, span: float) ->
     """Return the largest magnitude of each block, as it is stored, and span divided by it (0 where it is tiny)."""
     scale = _as_blocks(moment, values).abs().amax(1)
     if moment.format.scale_dtype == torch.bfloat16:
-        scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)  # up: no ratio exceeds 1
+        up = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)  # no ratio exceeds 1
+        scale = torch.where(scale.isnan(), scale, up)  # one whose bits are all set would become a zero
     spans = torch.full_like(scale, span)
     return scale, torch.where(scale >= SMALLEST_SCALE, spans / scale, 0.0)
 

@@ -34,6 +34,9 @@ from packlight.numerics.moments import UNKNOWN_COLUMN, UNKNOWN_ROW, Moment
 
 # Row and column maxima outside of this range have no use as divisors.
 SMALLEST_MAXIMUM, LARGEST_MAXIMUM = 1e-30, 1e30
+# A column that was tiny one step before and is not now has the largest quotient of its blocks, and what is small in
+# them is rounded up to a level of it. So no divisor is smaller than the largest by more than this.
+MAXIMA_RANGE = 64.0
 
 Gradients = Callable[[], Iterable[tuple[int, Tensor]]]
 
@@ -173,7 +176,9 @@ class Matrix(Blocks):
 
 
 def _usable(maxima: Tensor, otherwise: float) -> Tensor:
-    return torch.where((maxima >= SMALLEST_MAXIMUM) & (maxima <= LARGEST_MAXIMUM), maxima, otherwise)
+    usable = (maxima >= SMALLEST_MAXIMUM) & (maxima <= LARGEST_MAXIMUM)
+    least = torch.where(usable, maxima, 0.0).amax() / MAXIMA_RANGE
+    return torch.where(usable, torch.maximum(maxima, least), otherwise)
 
 
 class Rank1:
@@ -249,11 +254,13 @@ class Factored:
     def load(self, start: int, stop: int) -> Tensor:
         """Return a range of the product of the means."""
         inner, columns = math.prod(self.moment.shape[-2:]), self.moment.shape[-1]
+        first, last = start // columns, -(-stop // columns)
+        matrix = torch.arange(first, last, device=self.row.device) // (inner // columns)
+        mean = self.row.mean(-1).reshape(-1)[matrix]
+        share = torch.where(mean == 0, 0.0, self.row.view(-1)[first:last] / torch.where(mean == 0, 1.0, mean))
         offsets = torch.arange(start, stop, device=self.row.device)
-        row = offsets // columns
-        mean = self.row.mean(-1).reshape(-1)[offsets // inner]
-        share = torch.where(mean == 0, 0.0, self.row.view(-1)[row] / torch.where(mean == 0, 1.0, mean))
-        return share * self.col.view(-1)[offsets // inner * columns + offsets % columns]
+        spread = share[offsets // columns - first]
+        return spread * self.col.view(-1)[offsets // inner * columns + offsets % columns]
 
     def store(self, start: int, value: Tensor, root: Tensor, *, key: int | None) -> None:
         """Everything is stored already."""

@@ -9,6 +9,9 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# A root of zero times an infinite factor would be a NaN.
+LARGEST_FP32 = 2.0**127
+
 
 def _fp32(value: float) -> float:
     try:
@@ -114,7 +117,7 @@ class AdamWSettings:
             root_beta2=math.sqrt(self.beta2),
             gradient_to_root=math.sqrt(1 - self.beta2) * folded,
             decay=1 - self.lr * self.weight_decay if self.decoupled else 1.0,
-            root_to_denom=correction1 / (self.lr * math.sqrt(correction2)) if self.lr else 0.0,
+            root_to_denom=min(correction1 / math.sqrt(correction2) / self.lr, LARGEST_FP32) if self.lr else 0.0,
             denom_eps=self.eps * correction1 / self.lr if self.lr else math.inf,
             coefficient=coefficient,
             l2=l2,
