@@ -408,7 +408,8 @@ INLINE void encode(uint8_t* codes, uint8_t* power, void* scales, const float* x,
     }
 }
 
-// Steps 1 to 4. ADAMW: two moments; else SGD's momentum buffer alone.
+// Steps 1 to 4. ADAMW: two moments; else SGD's momentum buffer alone. EDGE: blocks that are short or in two rows, and
+// AdamW's rare L2 weight decay, whose branch would cost the others a tenth.
 template <class T, int KIND, bool ADAMW, bool STOCHASTICALLY, bool EDGE>
 INLINE void step_block(const Block<T>& at, const Numbers& n, const SGDNumbers& sgd, const Parameters& how,
                        uint32_t key, const Tables& tables, const Divisors& by, Values& values) {
@@ -446,8 +447,8 @@ INLINE void step_block(const Block<T>& at, const Numbers& n, const SGDNumbers& s
         for (int e = k; e < BLOCK; e += HALF) {
             Floats p = with_error(loaded(at.param + e), at.error, e, at.param, how);
             Floats g = loaded(at.grad + e);
-            if (!ADAMW || l2 != 0) g = g * coefficient;
-            if (l2 != 0) g = g + p * l2;
+            if (!ADAMW || (EDGE && l2 != 0)) g = g * coefficient;
+            if ((!ADAMW || EDGE) && l2 != 0) g = g + p * l2;
             Floats m;
             if constexpr (FOUR_BITS<KIND>) m = looked_up(book, e < HALF ? m_codes : m_codes >> 4) * m_unit[0];
             if constexpr (KIND == FP8) m = loaded(values.m + e) * m_unit[0];
@@ -651,7 +652,7 @@ void run_task(const Call& call, const Task& task, Matrix* matrix, Columns& colum
             at.row = b * BLOCK / item.columns, at.column = b * BLOCK % item.columns;
             at.in_row = (int)std::min<int64_t>(BLOCK, item.columns - at.column);
         }
-        if (at.length == BLOCK && at.in_row == BLOCK) {
+        if (at.length == BLOCK && at.in_row == BLOCK && (!ADAMW || call.adamw.l2 == 0)) {
             for (int i = 0; i < BLOCK; i += 64 / (int)sizeof(T)) {
                 __builtin_prefetch(at.param + PREFETCH_ELEMENTS + i, 1);
                 __builtin_prefetch(at.grad + PREFETCH_ELEMENTS + i, 0);
