@@ -11,6 +11,7 @@ One call does all parameters of one device, dtype and step. The states are flat 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,14 +102,14 @@ def _(*args: object) -> None:
 
 
 @adamw_step.register_kernel("cuda")
-def _adamw_step_cuda(*args: object) -> None:
+def _adamw_step_cuda(*args: Any) -> None:
     from packlight.numerics import gpu  # imports Triton, which machines without a GPU lack
 
     gpu.adamw_step(*args)
 
 
 @sgd_step.register_kernel("cuda")
-def _sgd_step_cuda(*args: object) -> None:
+def _sgd_step_cuda(*args: Any) -> None:
     from packlight.numerics import gpu
 
     gpu.sgd_step(*args)
@@ -131,7 +132,7 @@ def _slots(
     if name in ERROR_DTYPES and params[0].dtype == torch.bfloat16 and len(errors) != len(params):
         raise ValueError(
             f"{len(params)} bf16 parameters came with {len(errors)} tensors of error bits, one each was wanted: "
-            f"rounding {name!r} needs them. Choose the rounding when the optimiser is built, or load a checkpoint into one."
+            f"rounding {name!r} needs them. Choose the rounding when the optimiser is built."
         )
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         shape = tuple(param.shape)

@@ -81,7 +81,8 @@ class Converter:
         """
         moments = self.moments if set(state) - {"step", "param_error"} else ()
         if saved_format is None:
-            portable = {"step": 1.0, **self.read_state(state, shape=param.shape)}  # SGD's states do not count
+            # torch and bitsandbytes count no steps of SGD: it has had one at least.
+            portable: dict[str, Any] = {"step": 1.0, **self.read_state(state, shape=param.shape)}
             compact: State = from_portable(
                 portable, state_format=state_format, moments=self.moments, device=param.device
             )

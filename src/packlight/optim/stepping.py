@@ -152,7 +152,7 @@ def _numbers(
     if step.device.type == "cuda":
         from packlight.numerics import gpu  # imports Triton, which machines without a GPU lack
 
-        on_device = gpu.adamw_numbers if isinstance(settings, AdamWSettings) else gpu.sgd_numbers
+        on_device: Any = gpu.adamw_numbers if isinstance(settings, AdamWSettings) else gpu.sgd_numbers
         scalars = (None if value is None else torch.as_tensor(value, device=step.device) for value in (lr, coefficient))
         numbers: Tensor = on_device(settings, step=step, **dict(zip(("lr", "coefficient"), scalars, strict=True)))
         return numbers
