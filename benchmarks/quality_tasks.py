@@ -244,9 +244,9 @@ def held_out_digit_loss(model: nn.Module, *, num_draws: int = 32) -> float:
 TASKS = {
     task.name: task
     for task in (
-        Task("bytes", ByteModel, byte_loss, held_out_byte_loss, num_steps=300, lr=2e-3),
+        Task("bytes", ByteModel, byte_loss, held_out_byte_loss, num_steps=300, lr=6e-3),
         Task("minilm", MaskedWords, word_loss, held_out_word_loss, num_steps=100, lr=5e-4),
-        Task("digits", DigitsNet, digit_loss, held_out_digit_loss, num_steps=400, lr=2e-3),
+        Task("digits", DigitsNet, digit_loss, held_out_digit_loss, num_steps=400, lr=8e-3),
     )
 }
 

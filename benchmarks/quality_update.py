@@ -1,23 +1,22 @@
 """How far the update of a low-bit AdamW is from the exact one, on real gradients and with accumulated errors.
 
 A language model is trained by an fp32 AdamW, and 100 of its gradients are kept. An exact and a low-bit optimiser then
-get them, both from zero states, or both from the exact moments of the steps before ("warm", as after resuming: now
-beta2 is close to 1 in earnest, and a change of v in one step is far below half a code). A low-bit step t decodes the
-moments of step t - 1, uses them in fp32,
+get them. They start from zero states, or from the exact moments of the steps before ("warm", as after resuming: now
+a step changes v by far less than a code). A low-bit step t decodes the moments of step t - 1, uses them in fp32,
 
     m = b1 decode(m') + (1 - b1) g          v = b2 decode(v') + (1 - b2) g^2
     u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-and encodes m and v only after that, so the error in u is what 1, 2, ..., t - 1 earlier roundings have left. With u* the
-exact update, over the elements of all tensors that are stored in the format:
+and encodes m and v only after that, so the error in u is what the t - 1 roundings before have left. With u* the exact
+update, over all elements of all tensors that formats store in few bits:
 
     error = |u - u*| / |u*|      gain = <u, u*> / <u*, u*>      (means over the last ten steps)
 
 Three of them: u of the low-bit m and the exact v ("exp_avg"), of the exact m and the low-bit v ("exp_avg_sq"), and the
 update that the optimiser really did ("both"): its parameters are zero before each step and lr is 1. The format is given
-as one name, so what it does with embeddings is in the figures (4bit keeps them in 8 bits). The moments are
-read through the optimiser's portable state_dict, which is public. `factored` alone applies v as it is stored after the
-step, so its v is read then.
+as one name, so what it does with embeddings is in the figures (4bit keeps them in 8 bits). The moments are read through
+the optimiser's portable state_dict, which is public. `factored` alone applies v as it is stored after the step, so its
+v is read then.
 """
 
 import functools
@@ -56,6 +55,17 @@ class Stream:
     steps: list[Tensor]
     first: int
     warm: dict[float, Moments]
+
+    def only(self, part: str) -> "Stream":
+        """Return the gradients of the tensors whose name contains a text."""
+
+        def cut(flat: Tensor) -> Tensor:
+            named = zip(self.shapes, self.split(flat), strict=True)
+            return torch.cat([tensor.flatten() for name, tensor in named if part in name])
+
+        shapes = {name: shape for name, shape in self.shapes.items() if part in name}
+        warm = {beta2: (cut(exp_avg), cut(exp_avg_sq)) for beta2, (exp_avg, exp_avg_sq) in self.warm.items()}
+        return Stream(shapes, [cut(flat) for flat in self.steps], self.first, warm)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return a flat vector's tensors."""
@@ -154,7 +164,7 @@ def gradients(model: ByteModel, *, first: int, num_steps: int = 100, seed: int =
 
 
 def figures(
-    stream: Stream, state_format: str, *, beta2: float = 0.999, warm: bool = False, seed: int = 0
+    stream: Stream, state_format: str, *, beta2: float = 0.999, warm: bool = False, rounds: int = 1, seed: int = 0
 ) -> dict[str, Figure]:
     """Measure a format's update on a stream of gradients.
 
@@ -163,6 +173,7 @@ def figures(
         state_format: a format's name or `ZERO_MAP`.
         beta2: decay of the second moment, one of `BETAS2`.
         warm: start from the exact moments of the steps before the stream, not from zeros.
+        rounds: how often the stream's gradients are given.
         seed: of stochastic rounding.
 
     Returns:
@@ -171,13 +182,13 @@ def figures(
     exact, first = (stream.warm[beta2], stream.first) if warm else ((torch.zeros_like(stream.steps[0]),) * 2, 0)
     optimizer = _optimizer_with(exact, stream, state_format, step=first, seed=seed, beta2=beta2)
     stored, seen = _stored_moments(optimizer), []
-    for step, grad in enumerate(stream.steps, first + 1):
+    for step, grad in enumerate(stream.steps * rounds, first + 1):
         exact, used = (_new_moments(moments, grad, beta2) for moments in (exact, stored))
         done = _step(optimizer, stream.split(grad))
         stored = _stored_moments(optimizer)
         if state_format == "factored":
             used = (used[0], stored[1])
-        if step > first + len(stream.steps) - LAST_STEPS:
+        if step > first + rounds * len(stream.steps) - LAST_STEPS:
             update = functools.partial(_update, step=step, beta2=beta2)
             updates = {"exp_avg": update(used[0], exact[1]), "exp_avg_sq": update(exact[0], used[1]), "both": done}
             seen.append({name: _figure(each, update(*exact)) for name, each in updates.items()})

@@ -72,6 +72,7 @@ def adamw_step(slots: Sequence[Slot], numbers: AdamWNumbers, *, stochastic: bool
         library.packlight_adamw_step(*_arguments(batch, numbers), *how, flags, _threads(batch))
     for slot in slots:
         if library is None or not _suits(slot):
+            _warn_slow(_slow_reason(slot))
             exp_avg, exp_avg_sq = slot.moments
             reference.adamw_step(
                 slot.param,
@@ -99,6 +100,7 @@ def sgd_step(slots: Sequence[Slot], numbers: SGDNumbers) -> None:
         library.packlight_sgd_step(*_arguments(batch, numbers), *how, _threads(batch))
     for slot in slots:
         if library is None or not _suits(slot):
+            _warn_slow(_slow_reason(slot))
             reference.sgd_step(
                 slot.param,
                 slot.grad,
@@ -117,7 +119,7 @@ def compiled() -> ctypes.CDLL | None:
     except (CompilerMissing, CompilerFailed) as error:
         warnings.warn(
             f"packlight's CPU kernels could not be compiled, so optimiser steps on low-bit states run in plain "
-            f"PyTorch, about 20 times slower. Install a C++ compiler, or set CXX to one. {error}",
+            f"PyTorch, about 50 times slower. Install a C++ compiler, or set CXX to one. {error}",
             stacklevel=2,
         )
         return None
@@ -126,6 +128,28 @@ def compiled() -> ctypes.CDLL | None:
     library.packlight_sgd_step.argtypes = [pointer, ctypes.c_int64, pointer, pointer, *[integer] * 3]
     library.packlight_adamw_step.restype = library.packlight_sgd_step.restype = None
     return library
+
+
+def _slow_reason(slot: Slot) -> str | None:
+    """Return what keeps a parameter from the compiled kernels, if its user may not know."""
+    if slot.param.dtype not in DTYPES:
+        return f"parameters of {slot.param.dtype}"
+    if slot.grad.dtype != slot.param.dtype:
+        return f"gradients of {slot.grad.dtype} for parameters of {slot.param.dtype}"
+    if not slot.param.is_contiguous() or not slot.grad.is_contiguous():
+        return "parameters or gradients that are not contiguous (channels_last, transposed or expanded)"
+    return None
+
+
+@functools.cache
+def _warn_slow(reason: str | None) -> None:
+    """Say once for each reason that steps are slow."""
+    if reason is not None and compiled() is not None:
+        warnings.warn(
+            f"the compiled optimiser step does not take {reason}; these are updated in plain PyTorch, "
+            "about 50 times slower. Make them contiguous fp32 or bf16, or leave them to torch.optim.",
+            stacklevel=2,
+        )
 
 
 def _suits(slot: Slot) -> bool:

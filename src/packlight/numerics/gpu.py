@@ -27,7 +27,7 @@ from packlight.numerics.moments import Moment
 from packlight.numerics.noise import key_at
 from packlight.numerics.reference import Noise
 from packlight.numerics.rounding import Rounding, RoundingName
-from packlight.numerics.settings import AdamWNumbers, AdamWSettings, SGDNumbers, SGDSettings
+from packlight.numerics.settings import LARGEST_FP32, AdamWNumbers, AdamWSettings, SGDNumbers, SGDSettings
 
 
 def adamw_step(
@@ -116,7 +116,7 @@ def adamw_numbers(
         "root_beta2": math.sqrt(settings.beta2),
         "gradient_to_root": math.sqrt(1 - settings.beta2) * folded,
         "decay": 1 - rate * settings.weight_decay if settings.decoupled else 1.0,
-        "root_to_denom": torch.where(rate != 0, correction1 / (rate * correction2.sqrt()), 0.0),
+        "root_to_denom": torch.where(rate != 0, (correction1 / correction2.sqrt() / rate).clamp(max=LARGEST_FP32), 0.0),
         "denom_eps": torch.where(rate != 0, settings.eps * correction1 / rate, math.inf),
         "coefficient": scale,
         "l2": l2,

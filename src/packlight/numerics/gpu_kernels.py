@@ -276,7 +276,7 @@ def _moment(row: tl.tensor, CODING: tl.constexpr, WIDTH: tl.constexpr, ALIGNMENT
 def _tiles(
     row: tl.tensor, MATRIX: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr
 ) -> tl.tuple:
-    """Return a program's first line (of half blocks, or of the matrix), its first column, and how many tiles it does."""
+    """Return a program's first line (of half blocks, or of the matrix), first column and number of tiles."""
     program = tl.program_id(0) - tl.load(row + 4)
     if MATRIX == "strips":
         num_strips, num_lines = tl.load(row + 14) >> 7, tl.load(row + 13)

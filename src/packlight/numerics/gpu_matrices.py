@@ -62,14 +62,14 @@ def load_maxima(row: tl.tensor, line: tl.tensor, place: tl.tuple, strip: tl.tupl
         element of the low and of the high half.
     """
     if MATRIX == "":
-        result = (0, 0), (0, 0), 0
+        result = (line, line), (line, line), line
     elif MATRIX == "strips":
         rows, _, num_rows, _ = _vectors(row, MATRIX)
         old = tl.load(rows + line, line < num_rows, other=1.0)[None, :]
         inverse = tl.div_rn(1.0, tl.load(rows + num_rows + line, line < num_rows, other=1.0))[None, :]
         low, high, low_inverse, high_inverse = strip
         lesser = tl.minimum(old, low), tl.minimum(old, high)
-        result = lesser, (tl.maximum(inverse, low_inverse), tl.maximum(inverse, high_inverse)), 0
+        result = lesser, (tl.maximum(inverse, low_inverse), tl.maximum(inverse, high_inverse)), line
     else:
         start, base, index, _, _, _, _ = place
         _, _, num_rows, num_columns = _vectors(row, MATRIX)

@@ -64,7 +64,7 @@ class Call(NamedTuple):
     @property
     def device(self) -> torch.device:
         """Return where the parameters are."""
-        return self.params[0].device
+        return self.numbers.device
 
 
 class Kind(NamedTuple):

@@ -138,9 +138,32 @@ def _slots(
         shape = tuple(param.shape)
         formats = moment_formats(state_format, shape) if state_format else ()
         moments = tuple(_moment(each, shape, tensors) for each in formats[: 1 if first_only else 2])
-        how = Rounding(name, errors[index] if errors else None)
+        if grad.shape != param.shape:
+            raise ValueError(f"a gradient of shape {tuple(grad.shape)} came for a parameter of shape {shape}")
+        how = Rounding(name, _error(param, errors, index))
         yield Slot(param, grad, moments, how, key_at(seeds[index], number))
 
 
 def _moment(moment_format: MomentFormat, shape: tuple[int, ...], tensors: Iterator[Tensor]) -> Moment:
-    return Moment(moment_format, shape, {suffix: next(tensors) for suffix in moment_format.tensors(shape)})
+    """Take a moment's tensors; kernels get their addresses, so nothing but these shapes and dtypes may pass."""
+    moment = {}
+    for suffix, (size, dtype) in moment_format.tensors(shape).items():
+        tensor = moment[suffix] = next(tensors)
+        if tensor.shape != size or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"a state tensor {suffix!r} of {tensor.dtype}, shape {tuple(tensor.shape)} came for a parameter of "
+                f"shape {shape}, contiguous {dtype}, shape {size} was wanted. "
+                "Remove the parameter's state after changing its shape, and leave states to load_state_dict."
+            )
+    return Moment(moment_format, shape, moment)
+
+
+def _error(param: Tensor, errors: Sequence[Tensor], index: int) -> Tensor | None:
+    if not errors:
+        return None
+    if errors[index].numel() != param.numel():
+        raise ValueError(
+            f"error bits of {errors[index].numel()} elements came for a parameter of shape {tuple(param.shape)}. "
+            "Remove the parameter's state after changing its shape."
+        )
+    return errors[index]

@@ -187,7 +187,7 @@ def decode(moment: Moment, *, device: torch.device | str | None = None) -> Tenso
     Returns:
         fp32, the moment's shape: the values.
     """
-    values = torch.empty(moment.shape, device=moment.device if device is None else device)
+    values = torch.empty(moment.shape, dtype=torch.float32, device=moment.device if device is None else device)
     second = second_moment(moment)
     for start, stop in _chunks(moment):
         values.view(-1)[start:stop] = second.load(start, stop)

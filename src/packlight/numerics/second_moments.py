@@ -290,8 +290,8 @@ class Maxima:
 
     def __init__(self, moment: Moment, shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self.outer = torch.zeros(shape[0], device=moment.device)
-        self.inner = torch.zeros(math.prod(shape[1:]), device=moment.device)
+        self.outer = torch.zeros(shape[0], dtype=torch.float32, device=moment.device)
+        self.inner = torch.zeros(math.prod(shape[1:]), dtype=torch.float32, device=moment.device)
 
     def add(self, values: Tensor, start: int) -> None:
         """Pad a range with zeros to whole rows, and take them in."""

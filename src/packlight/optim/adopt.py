@@ -45,6 +45,7 @@ from packlight.optim.state import (
     init_state,
     nbytes,
     state_bytes,
+    step_device,
     to_portable,
 )
 from packlight.optim.stepping import Entry, Scalars, check_dense, run
@@ -168,7 +169,9 @@ class Adoption:
 
     def _entry(self, param: Tensor, grad: Tensor, seed: int) -> Entry:
         state = self._state_of(param)
-        self._history[param] = hash((self._history.get(param, int(state["step"])), self._num_calls))
+        if param not in self._history:
+            self._history[param] = int(state["step"])
+        self._history[param] = hash((self._history[param], self._num_calls))
         return Entry(param, grad, state, state.state_format, "nearest", seed, self._history[param])
 
     def _state_of(self, param: Tensor) -> CompactState:
@@ -178,6 +181,8 @@ class Adoption:
         return self._adopt_state(param, init_state(param, self._formats[param]))
 
     def _adopt_state(self, param: Tensor, state: State) -> CompactState:
+        state["step"] = state["step"].to(step_device(param))
+        self._history.pop(param, None)
         compact = CompactState(state, param.shape, self._formats[param])
         self._optimizer.state[param] = compact
         return compact

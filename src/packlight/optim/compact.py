@@ -99,6 +99,7 @@ class CompactOptimizer(Optimizer):
     def step(self, closure: None = None, *, clip_coefficient: Tensor | float | None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float], *, clip_coefficient: Tensor | float | None = None) -> float: ...
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(
         self, closure: Callable[[], float] | None = None, *, clip_coefficient: Tensor | float | None = None
@@ -129,6 +130,7 @@ class CompactOptimizer(Optimizer):
             self._run(group, params, scalars)
         return loss
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def update(self, param: Tensor) -> None:
         """Do one step for one of the parameters, which has a gradient."""
@@ -168,7 +170,7 @@ class CompactOptimizer(Optimizer):
         states = {
             index: self.converter.portable(self.state[param], param, state_format, self.moments(group))
             for index, param, state_format, group in self._indexed(state_dict["param_groups"])
-            if param in self.state
+            if self.state.get(param)
         }
         groups = [self.converter.portable_group(group) for group in state_dict["param_groups"]]
         return {**state_dict, "state": states, "param_groups": groups}
@@ -249,6 +251,7 @@ class CompactOptimizer(Optimizer):
         state: State = self.state[param]
         if not _has_all(state, moments):
             state = init_state(param, state_format, moments=moments, rounding=rounding) | _error_of(state)
+            self._history.pop(param, None)
         self.state[param] = state
         if param not in self._history:
             self._history[param] = int(state["step"])
@@ -268,7 +271,7 @@ class CompactOptimizer(Optimizer):
                 yield index, param, state_format, group
 
     def _bytes_of(self, param: Tensor, state_format: str, group: Mapping[str, Any]) -> int:
-        if param in self.state:
+        if self.state.get(param):
             return nbytes(self.state[param])
         if not param.requires_grad:
             return 0

@@ -74,7 +74,9 @@ def run(
     """
     batches: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        key = (entry.param.device, entry.param.dtype, entry.state_format, entry.rounding, entry.history)
+        step = entry.state["step"]
+        number = entry.history if step.device.type == "cuda" else int(step)  # on the host it can be looked at
+        key = (entry.param.device, entry.param.dtype, entry.state_format, entry.rounding, number)
         batches.setdefault(key, []).append(entry)
     for batch in batches.values():
         _run_batch(batch, settings, scalars, lr)
@@ -129,19 +131,23 @@ def _run_batch(
     torch._foreach_add_(steps, 1)
     numbers = _numbers(settings, first.state["step"], scalars.coefficient, lr)
     operator = operators.adamw_step if adamw else operators.sgd_step
-    operator(
-        [entry.param for entry in batch],
-        [entry.grad for entry in batch],
-        [entry.state[key] for entry in batch for key in _keys(entry.state_format, entry.param.shape, moments)],
-        [entry.state["param_error"] for entry in batch if "param_error" in entry.state],
-        numbers,
-        first.state["step"],
-        skipped,
-        [entry.seed for entry in batch],
-        first.state_format,
-        isinstance(settings, AdamWSettings) and settings.beta2 >= MIN_STOCHASTIC_BETA2,
-        first.rounding,
-    )
+    try:
+        operator(
+            [entry.param for entry in batch],
+            [entry.grad for entry in batch],
+            [entry.state[key] for entry in batch for key in _keys(entry.state_format, entry.param.shape, moments)],
+            [entry.state["param_error"] for entry in batch if "param_error" in entry.state],
+            numbers,
+            first.state["step"],
+            skipped,
+            [entry.seed for entry in batch],
+            first.state_format,
+            isinstance(settings, AdamWSettings) and settings.beta2 >= MIN_STOCHASTIC_BETA2,
+            first.rounding,
+        )
+    except ValueError:
+        torch._foreach_sub_(steps, 1)
+        raise
     if skipped is not None:
         torch._foreach_sub_(steps, [(skipped != 0).float()] * len(steps))
 
