@@ -142,7 +142,7 @@ def _starts(steps: int) -> list[Start]:
     early, late = streams
     return [
         Start("step 0", early),
-        Start(f"warm at {FIRST_STEP}", late, warm=True),
+        Start(f"warm at {FIRST_STEP}", late, warm=True, betas2=BETAS2[:1]),
         Start(f"zero at {FIRST_STEP}", late, bounded=False),
         Start(f"warm, {LONG_ROUNDS} times", late.only("blocks.1"), warm=True, rounds=LONG_ROUNDS, betas2=BETAS2[:1]),
     ]

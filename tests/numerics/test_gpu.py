@@ -1,8 +1,8 @@
 """The Triton kernels against the reference, bit for bit.
 
-Without a GPU, Triton's interpreter runs them on CPU tensors. It has to be asked for by an environment variable
-before Triton is imported, so each check runs in a process of its own: `python tests/numerics/test_gpu.py NAME`.
-With a GPU the same checks also run compiled, against the reference on the CPU.
+With a GPU, the checks run there, against the reference on the CPU. Without one, Triton's interpreter runs them on
+CPU tensors. It has to be asked for by an environment variable before Triton is imported, so each check has a
+process of its own: `TRITON_INTERPRET=1 python tests/numerics/test_gpu.py NAME`.
 """
 
 import importlib.util
@@ -341,6 +341,7 @@ def run_alone(name: str, **variables: str) -> None:
 
 
 @needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU")
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_the_interpreter(name: str) -> None:
     run_alone(name, TRITON_INTERPRET="1")

@@ -37,7 +37,7 @@ struct BFloat16 { uint16_t bits; };
 constexpr int LANES = 16, BLOCK = 128, HALF = 64, GROUP = 32, GROUPS = BLOCK / GROUP;
 constexpr int64_t TASK_BLOCKS = 512;            // 64 Ki elements: far more than it takes to hand out a task
 constexpr int PREFETCH_ELEMENTS = 512;          // four blocks ahead: about the latency of memory
-constexpr float SMALLEST_SCALE = 1.17549435e-38f;
+constexpr float SMALLEST_SCALE = 0x1p-118f;
 constexpr float ROUNDING = 8388608.f;           // 2^23: x + it has the integer nearest to x in its lowest bits
 constexpr float LEVEL_SLACK = 1.f - 1.f / 65536;
 constexpr float MAXIMA_RANGE = 64.f;

@@ -26,8 +26,8 @@ from packlight.numerics.chunks import write
 from packlight.numerics.formats import MomentFormat
 from packlight.numerics.noise import uniforms
 
-# A scale below the smallest normal number has no finite reciprocal.
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+# Below it 256 / scale would not be finite.
+SMALLEST_SCALE = 2.0**-118
 # Levels of a root are counted against a number just below 16 or 256, so that rounding never makes one more.
 LEVEL_SLACK = 2.0**-16
 # What rows and columns without a usable maximum are divided by: the other's maximum decides, or neither.

@@ -169,10 +169,9 @@ class Adoption:
 
     def _entry(self, param: Tensor, grad: Tensor, seed: int) -> Entry:
         state = self._state_of(param)
-        if param not in self._history:
-            self._history[param] = int(state["step"])
-        self._history[param] = hash((self._history[param], self._num_calls))
-        return Entry(param, grad, state, state.state_format, "nearest", seed, self._history[param])
+        history = self._history[param] if param in self._history else int(state["step"])
+        self._history[param] = history = hash((history, self._num_calls))
+        return Entry(param, grad, state, state.state_format, "nearest", seed, history)
 
     def _state_of(self, param: Tensor) -> CompactState:
         state = self._optimizer.state.get(param)

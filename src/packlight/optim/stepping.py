@@ -159,8 +159,7 @@ def _numbers(
         from packlight.numerics import gpu  # imports Triton, which machines without a GPU lack
 
         on_device: Any = gpu.adamw_numbers if isinstance(settings, AdamWSettings) else gpu.sgd_numbers
-        scalars = (None if value is None else torch.as_tensor(value, device=step.device) for value in (lr, coefficient))
-        numbers: Tensor = on_device(settings, step=step, **dict(zip(("lr", "coefficient"), scalars, strict=True)))
+        numbers: Tensor = on_device(settings, step=step, lr=lr, coefficient=coefficient)
         return numbers
     scaled = settings if coefficient is None else replace(settings, coefficient=float(coefficient))
     return torch.tensor(scaled.numbers(float(step)), dtype=torch.float32)
