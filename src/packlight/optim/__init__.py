@@ -9,7 +9,7 @@ Example:
     >>> from packlight.optim import AdamW
     >>> model = torch.nn.Linear(512, 512)
     >>> AdamW(model.named_parameters(), lr=1e-3).state_bytes()
-    278536
+    290824
 """
 
 from packlight.optim.adamw import Adam, AdamW
