@@ -59,6 +59,7 @@ class AdamW(CompactOptimizer):
             fp32, bf16 or fp16, or formats by name for parameters without names.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(256, 256)
         >>> optimizer = AdamW(model.named_parameters(), lr=1e-2)
         >>> model(torch.ones(1, 256)).sum().backward()
