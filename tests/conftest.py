@@ -1,5 +1,6 @@
 """Fixtures that every test shares: a fresh seed, and the check that a test leaves nothing behind."""
 
+import gc
 import os
 import random
 import tempfile
@@ -14,6 +15,8 @@ from torch.nn.modules import module as torch_module
 from torch.optim import optimizer as torch_optimizer
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from packlight.planner.timeline import existing_tensors
 
 #: What may stay behind, with the reason.
 ALLOWED_VARIABLES = {
@@ -31,6 +34,8 @@ ALLOWED_FILES = (
     "__pycache__",
 )
 ALLOWED_THREADS = {"tqdm_monitor"}  # tqdm's, one for the life of the process
+
+MAX_TENSOR_BYTES = 2**20  # what a library keeps for itself, such as tables
 
 SEED_VARIABLE = "PACKLIGHT_TEST_SEED"
 SEED = int(os.environ.get(SEED_VARIABLE, random.SystemRandom().randrange(2**31)))
@@ -64,6 +69,16 @@ def private_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def keeps_no_tensors(private_temporary_folder: None) -> Iterator[None]:
+    """Fail where a file's tests leave large tensors alive, say in a cache: later tests would count them as used."""
+    before = tensor_bytes()
+    yield
+    left_bytes = tensor_bytes() - before
+    if left_bytes > MAX_TENSOR_BYTES:
+        pytest.fail(f"this file's tests left {left_bytes} bytes of tensors alive", pytrace=False)
+
+
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(private_temporary_folder: None) -> Iterator[None]:
     """Fail a test after which a thread, a variable, a hook, a mode, a process group or a file is left."""
@@ -73,6 +88,14 @@ def leaves_nothing_behind(private_temporary_folder: None) -> Iterator[None]:
     left = sorted(observe() - others) + changed_variables(variables)
     if left:
         pytest.fail("the test left behind or changed: " + ", ".join(left), pytrace=False)
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors that Python holds on the CPU and on a GPU."""
+    gc.collect()
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    held = (tensor.untyped_storage() for device in devices for tensor in existing_tensors(device))
+    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
 
 
 def observe() -> set[str]:

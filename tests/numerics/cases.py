@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from packlight.numerics import AdamWSettings, Moment, SGDSettings, cpu, moment_formats, reference, zero_moment
-from packlight.numerics.cpu import Slot
+from packlight.numerics.call import Slot
 from packlight.numerics.noise import key_at, seed_of
 from packlight.numerics.reference import Noise
 from packlight.numerics.rounding import ERROR_DTYPES, Rounding, RoundingName

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from packlight.numerics import AdamWSettings, SGDSettings, moment_formats, operators, zero_moment
+from packlight.numerics.call import MUTATED
 from packlight.numerics.noise import seed_of
 from packlight.numerics.rounding import ERROR_DTYPES
 from tests.numerics.cases import Trained, adamw, same, sgd
@@ -181,5 +182,5 @@ def test_fake_tensors_go_through_without_a_step(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_registered_operator_is_what_the_module_calls_by_that_name(name: str) -> None:
     schema = operator(name).default._schema
-    assert [each.name for each in schema.arguments if each.alias_info is not None] == list(operators.MUTATED)
+    assert [each.name for each in schema.arguments if each.alias_info is not None] == list(MUTATED)
     assert callable(getattr(operators, name))

@@ -40,7 +40,7 @@ constexpr int PREFETCH_ELEMENTS = 512;          // four blocks ahead: about the 
 constexpr float SMALLEST_SCALE = 0x1p-118f;
 constexpr float ROUNDING = 8388608.f;           // 2^23: x + it has the integer nearest to x in its lowest bits
 constexpr float LEVEL_SLACK = 1.f - 1.f / 65536;
-constexpr float MAXIMA_RANGE = 64.f;
+constexpr float MAXIMA_RANGE = 64.f, MAXIMA_SLACK = 1.4f;
 constexpr float SMALLEST_MAXIMUM = 1e-30f, LARGEST_MAXIMUM = 1e30f, UNKNOWN_ROW = 1.f, UNKNOWN_COLUMN = 1e30f;
 constexpr uint32_t MULTIPLIER_1 = 0x7feb352du, MULTIPLIER_2 = 0x846ca68bu, WEYL = 0x9e3779b9u;
 constexpr uint32_t PARAMETER_STREAM = 0x5bd1e995u;
@@ -187,9 +187,9 @@ INLINE Words words(uint64_t offset, uint32_t key) {
     Words x = LANE * MULTIPLIER_1 + ((uint32_t)offset * MULTIPLIER_1 + (uint32_t)(offset >> 32) * WEYL + key);
     return (x ^ x >> 15) * MULTIPLIER_2;
 }
-INLINE Floats uniform(Words word, bool second_half) {
-    Words bits = second_half ? word << 7 & 0x7fff80u : word >> 9;
-    return (Floats)(bits | 0x3f800000u) - 1.f;
+INLINE Floats uniform(Words word, bool second_half, float least = 0.f) {  // between least and least + 1
+    Words bits = second_half ? (word << 7 & 0x7fff80u) | 0x3f800040u : word >> 9 | 0x3f800001u;
+    return (Floats)bits - (1.f - least);
 }
 
 // ---- parameters
@@ -241,12 +241,9 @@ INLINE Words nearest(Floats scaled, Ints low, Ints high) {
     return (Words)(border - (scaled > as_floats(border)));
 }
 
-template <bool STOCHASTICALLY> INLINE Words root_code(Floats levels, Floats random) {
-    levels = larger(levels, splat(1.f));
-    if (!STOCHASTICALLY) return (Words)(levels + (ROUNDING - 1.f));
-    Floats whole = floor(levels);
-    Ints above = (levels - whole) * (levels + whole) > random * (whole + whole + 1.f);
-    return (Words)((Ints)(whole + (ROUNDING - 1.f)) - above);
+template <bool STOCHASTICALLY> INLINE Words root_code(Floats levels, Words random, bool second_half) {
+    if (STOCHASTICALLY) levels = levels + uniform(random, second_half, -.5f);
+    return (Words)(larger(levels, splat(1.f)) + (ROUNDING - 1.f));
 }
 
 INLINE float inverse(float scale, float span) { return scale >= SMALLEST_SCALE ? span / scale : 0.f; }
@@ -377,8 +374,8 @@ INLINE void encode(uint8_t* codes, uint8_t* power, void* scales, const float* x,
             if constexpr (SECOND) {
                 Words random = {};
                 if (STOCHASTICALLY) random = words(offset + k, key);
-                first = root_code<STOCHASTICALLY>(a, uniform(random, false));
-                second = root_code<STOCHASTICALLY>(b, uniform(random, true));
+                first = root_code<STOCHASTICALLY>(a, random, false);
+                second = root_code<STOCHASTICALLY>(b, random, true);
             } else {
                 first = nearest(a, low, high);
                 second = nearest(b, low, high);
@@ -392,7 +389,7 @@ INLINE void encode(uint8_t* codes, uint8_t* power, void* scales, const float* x,
             if constexpr (SECOND) {
                 Words random = {};
                 if (STOCHASTICALLY) random = words(offset + (e & ~HALF), key);
-                store(codes + e, narrowed(root_code<STOCHASTICALLY>(a, uniform(random, e >= HALF)) & 255u));
+                store(codes + e, narrowed(root_code<STOCHASTICALLY>(a, random, e >= HALF) & 255u));
             } else {
                 Floats y = a * 254.f / (as_floats(magnitude(a)) + 1.f);
                 Words level = (Words)(y + 1.5f * ROUNDING);  // the nearest integer, negative ones as well, in its low bits
@@ -555,8 +552,9 @@ struct Matrix {
             if (usable(as_float(most[i]))) least = std::max(least, as_float(most[i]) / MAXIMA_RANGE);
         for (size_t i = 0; i < n; i++) {
             float now = as_float(most[i]);
-            maxima[i] = maxima[n + i];
-            maxima[n + i] = usable(now) ? std::max(now, least) : unknown;
+            float next = usable(now) ? std::max(now, least) : unknown, used = maxima[n + i];
+            maxima[i] = used;
+            maxima[n + i] = next > used * MAXIMA_SLACK || used > next * MAXIMA_SLACK ? next : used;
         }
     }
 };

@@ -13,18 +13,14 @@ import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from packlight.numerics import reference
 from packlight.numerics.books import NORMAL_FLOAT, expanded_tables
+from packlight.numerics.call import Slot
 from packlight.numerics.compiler import CompilerFailed, CompilerMissing, load
 from packlight.numerics.formats import MomentFormat
-from packlight.numerics.moments import Moment
-from packlight.numerics.reference import Noise
-from packlight.numerics.rounding import Rounding, RoundingName
+from packlight.numerics.rounding import RoundingName
 from packlight.numerics.settings import AdamWNumbers, SGDNumbers
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -32,24 +28,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 ROUNDINGS: tuple[RoundingName, ...] = ("nearest", "stochastic", "master24", "master32")
 # The fastest way to hand out a few thousand elements is not to.
 SERIAL_ELEMENTS = 2**15
-
-
-class Slot(NamedTuple):
-    """One parameter's step.
-
-    Attributes:
-        param: the parameter; changed in place.
-        grad: its gradient.
-        moments: exp_avg and exp_avg_sq, a momentum buffer or nothing; changed in place.
-        rounding: how the parameter is rounded.
-        key: of its random bits.
-    """
-
-    param: Tensor
-    grad: Tensor
-    moments: tuple[Moment, ...]
-    rounding: Rounding
-    key: int
 
 
 class _Tables(ctypes.Structure):
@@ -73,16 +51,7 @@ def adamw_step(slots: Sequence[Slot], numbers: AdamWNumbers, *, stochastic: bool
     for slot in slots:
         if library is None or not _suits(slot):
             _warn_slow(_slow_reason(slot))
-            exp_avg, exp_avg_sq = slot.moments
-            reference.adamw_step(
-                slot.param,
-                slot.grad,
-                exp_avg=exp_avg,
-                exp_avg_sq=exp_avg_sq,
-                numbers=numbers,
-                noise=Noise(slot.key, stochastic),
-                rounding=slot.rounding,
-            )
+            slot.adamw_step(numbers, stochastic=stochastic)
 
 
 def sgd_step(slots: Sequence[Slot], numbers: SGDNumbers) -> None:
@@ -101,14 +70,7 @@ def sgd_step(slots: Sequence[Slot], numbers: SGDNumbers) -> None:
     for slot in slots:
         if library is None or not _suits(slot):
             _warn_slow(_slow_reason(slot))
-            reference.sgd_step(
-                slot.param,
-                slot.grad,
-                momentum_buffer=slot.moments[0] if slot.moments else None,
-                numbers=numbers,
-                noise=Noise(slot.key, False),
-                rounding=slot.rounding,
-            )
+            slot.sgd_step(numbers)
 
 
 @functools.cache

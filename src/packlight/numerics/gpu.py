@@ -13,76 +13,45 @@ With TRITON_INTERPRET=1 in the environment everything here runs on CPU tensors, 
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from packlight.numerics import gpu_kernels as kernels
-from packlight.numerics import reference
 from packlight.numerics.books import NORMAL_FLOAT, expanded_tables
-from packlight.numerics.gpu_tables import ALIGNMENT, Call, Group, Plan, gradients_of, moments_of, plan_of
-from packlight.numerics.moments import Moment
-from packlight.numerics.noise import key_at
-from packlight.numerics.reference import Noise
-from packlight.numerics.rounding import Rounding, RoundingName
+from packlight.numerics.call import Call, Slot
+from packlight.numerics.gpu_tables import ALIGNMENT, Group, Plan, gradients_of, plan_of
 from packlight.numerics.settings import LARGEST_FP32, AdamWNumbers, AdamWSettings, SGDNumbers, SGDSettings
 
 
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Tensor],
-    errors: Sequence[Tensor],
-    numbers: Tensor,
-    step: Tensor,
-    found_inf: Tensor | None,
-    seeds: Sequence[int],
-    state_format: str,
-    stochastic: bool,
-    rounding: str,
-) -> None:
-    """Do one AdamW step on many parameters, in place; the arguments are those of `operators.adamw_step`."""
-    call = Call(params, grads, states, errors, numbers, step, found_inf, seeds, state_format, stochastic, rounding)
+def adamw_step(*args: Any) -> None:
+    """Do one AdamW step on many parameters, in place; the arguments are the fields of `Call`."""
+    call = Call(*args)
     plan = plan_of(call, num_moments=2)
     with _current_device(call.device):
         for group in plan.groups:
             maxima = torch.zeros(group.num_maxima, dtype=torch.int32, device=call.device)
-            what = {"SECOND": group.kind.second, "MATRIX": group.kind.matrix, "STOCHASTIC": stochastic}
+            what = {"SECOND": group.kind.second, "MATRIX": group.kind.matrix, "STOCHASTIC": call.stochastic}
             kernels.adamw_kernel[(group.owners.numel(),)](**_arguments(call, group), maxima=maxima, **what)
             if group.num_vectors:
                 kernels.rotate_kernel[(group.num_vectors,)](
-                    group.vectors, maxima, found_inf, kernels.VECTOR_ELEMENTS, **kernels.VECTOR_LAUNCH_OPTIONS
+                    group.vectors, maxima, call.found_inf, kernels.VECTOR_ELEMENTS, **kernels.VECTOR_LAUNCH_OPTIONS
                 )
-    for param, grad, (exp_avg, exp_avg_sq), noise, how in _others(call, plan, num_moments=2):
-        moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        constants = AdamWNumbers(*numbers.tolist())
-        reference.adamw_step(param, grad, **moments, numbers=constants, noise=noise, rounding=how)
+    for slot in _others(call, plan, num_moments=2):
+        slot.adamw_step(AdamWNumbers(*call.numbers.tolist()), stochastic=call.stochastic)
 
 
-def sgd_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Tensor],
-    errors: Sequence[Tensor],
-    numbers: Tensor,
-    step: Tensor,
-    found_inf: Tensor | None,
-    seeds: Sequence[int],
-    state_format: str,
-    stochastic: bool,
-    rounding: str,
-) -> None:
-    """Do one step of SGD with momentum on many parameters, in place; the arguments are `operators.sgd_step`'s."""
-    call = Call(params, grads, states, errors, numbers, step, found_inf, seeds, state_format, stochastic, rounding)
+def sgd_step(*args: Any) -> None:
+    """Do one step of SGD with momentum on many parameters, in place; the arguments are the fields of `Call`."""
+    call = Call(*args)
     plan = plan_of(call, num_moments=1)
     with _current_device(call.device):
         for group in plan.groups:
             kernels.sgd_kernel[(group.owners.numel(),)](**_arguments(call, group))
-    for param, grad, moments, noise, how in _others(call, plan, num_moments=1):
-        buffer, constants = (*moments, None)[0], SGDNumbers(*numbers.tolist())
-        reference.sgd_step(param, grad, momentum_buffer=buffer, numbers=constants, noise=noise, rounding=how)
+    for slot in _others(call, plan, num_moments=1):
+        slot.sgd_step(SGDNumbers(*call.numbers.tolist()))
 
 
 def adamw_numbers(
@@ -207,15 +176,9 @@ def _tables(coding: str, device: torch.device) -> tuple[Tensor | None, Tensor | 
     return None, None, None
 
 
-def _others(
-    call: Call, plan: Plan, *, num_moments: int
-) -> Iterator[tuple[Tensor, Tensor, tuple[Moment, ...], Noise, Rounding]]:
-    """Yield what the reference takes, for the parameters that it does."""
-    if not plan.others or (call.found_inf is not None and float(call.found_inf) != 0):
-        return
-    name: RoundingName = call.rounding  # type: ignore[assignment]
-    moments, step = list(moments_of(call, num_moments=num_moments)), int(call.step)
-    for index in plan.others:
-        noise = Noise(key_at(call.seeds[index], step), call.stochastic)
-        how = Rounding(name, call.errors[index] if call.errors else None)
-        yield call.params[index], call.grads[index], moments[index], noise, how
+def _others(call: Call, plan: Plan, *, num_moments: int) -> list[Slot]:
+    """Return the parameters that the reference does."""
+    if not plan.others or call.is_skipped():
+        return []
+    slots = call.slots(num_moments)
+    return [slots[index] for index in plan.others]

@@ -32,6 +32,7 @@ from packlight.numerics import noise
 
 _MULTIPLIER_1, _MULTIPLIER_2 = tl.constexpr(noise.MULTIPLIER_1), tl.constexpr(noise.MULTIPLIER_2)
 _WEYL = tl.constexpr(noise.WEYL)
+_FIRST_UNIFORM, _SECOND_UNIFORM = tl.constexpr(noise.FIRST_UNIFORM), tl.constexpr(noise.SECOND_UNIFORM)
 _MAGNITUDE, _INFINITY = tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000)
 # Added to a number below 2^22, it leaves the nearest integer (of two the even one) in the lowest bits.
 _ROUNDER, _ROUNDER_BITS = tl.constexpr(1.5 * 2**23), tl.constexpr(0x4B400000)
@@ -110,10 +111,10 @@ def words(place: tl.tuple, key: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def uniforms(word: tl.tensor, STOCHASTIC: tl.constexpr) -> tl.tuple:
-    """Return the numbers in [0, 1) of both halves, or zeros."""
+    """Return the numbers between 0 and 1 of both halves, or zeros."""
     if STOCHASTIC:
-        low = ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1
-        high = (((word & 0xFFFF) << 7) | 0x3F800000).to(tl.float32, bitcast=True) - 1
+        low = ((word >> 9) | _FIRST_UNIFORM).to(tl.float32, bitcast=True) - 1
+        high = (((word & 0xFFFF) << 7) | _SECOND_UNIFORM).to(tl.float32, bitcast=True) - 1
     else:
         low, high = 0.0, 0.0
     return low, high
@@ -182,16 +183,9 @@ def book_codes(ratio: tl.tensor, cells: tl.tensor) -> tl.tensor:
 @triton.jit
 def root_codes(level: tl.tensor, uniform: tl.tensor, STOCHASTIC: tl.constexpr) -> tl.tensor:
     """Return the codes of square roots in units of a level."""
-    level = tl.where(level > 1, level, 1.0)
     if STOCHASTIC:
-        integer = nearest(level)
-        over = number_of(integer) > level
-        floor = number_of(integer - over.to(tl.int32))
-        above = (level - floor) * (level + floor) > uniform * (floor + floor + 1)
-        code = integer - over.to(tl.int32) - 1 + above.to(tl.int32)
-    else:
-        code = nearest(level - 1)
-    return code
+        level = level + (uniform - 0.5)
+    return nearest(tl.where(level > 1, level, 1.0) - 1)
 
 
 @triton.jit

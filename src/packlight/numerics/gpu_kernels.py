@@ -31,7 +31,7 @@ from packlight.numerics import gpu_moments as stored
 from packlight.numerics.gpu_codes import float_of, key_at, offsets_of, read_parameter, words, write_parameter
 from packlight.numerics.moments import UNKNOWN_COLUMN, UNKNOWN_ROW
 from packlight.numerics.noise import PARAMETER_STREAM
-from packlight.numerics.second_moments import LARGEST_MAXIMUM, MAXIMA_RANGE, SMALLEST_MAXIMUM
+from packlight.numerics.second_moments import LARGEST_MAXIMUM, MAXIMA_RANGE, MAXIMA_SLACK, SMALLEST_MAXIMUM
 
 # Of a tile: four elements of each half a thread, so that all loads and stores have one layout. The interpreter
 # takes as long for a tile of any size.
@@ -48,8 +48,7 @@ VECTOR_LAUNCH_OPTIONS = {"num_warps": 8, "num_stages": 1}
 _NUM_FIELDS, _NUM_VECTOR_FIELDS = tl.constexpr(16), tl.constexpr(4)
 _PARAMETER_STREAM = tl.constexpr(PARAMETER_STREAM)
 _SMALLEST_MAXIMUM, _LARGEST_MAXIMUM = tl.constexpr(SMALLEST_MAXIMUM), tl.constexpr(LARGEST_MAXIMUM)
-_MAXIMA_RANGE = tl.constexpr(MAXIMA_RANGE)
-_MAXIMA_RANGE = tl.constexpr(MAXIMA_RANGE)
+_MAXIMA_RANGE, _MAXIMA_SLACK = tl.constexpr(MAXIMA_RANGE), tl.constexpr(MAXIMA_SLACK)
 _UNKNOWN_ROW, _UNKNOWN_COLUMN = tl.constexpr(UNKNOWN_ROW), tl.constexpr(UNKNOWN_COLUMN)
 
 
@@ -183,7 +182,9 @@ def rotate_kernel(vectors: tl.tensor, maxima: tl.tensor, found_inf: tl.tensor, S
         last = tl.load(pointer + length + index, index < length, other=0.0)
         new = float_of(tl.load(maxima + index, index < length, other=0))
         tl.store(pointer + index, last, index < length)
-        tl.store(pointer + length + index, tl.where(_usable(new), tl.maximum(new, least), unknown), index < length)
+        following = tl.where(_usable(new), tl.maximum(new, least), unknown)
+        changed = (following > last * _MAXIMA_SLACK) | (last > following * _MAXIMA_SLACK)
+        tl.store(pointer + length + index, tl.where(changed, following, last), index < length)
 
 
 @triton.jit

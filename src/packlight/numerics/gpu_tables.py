@@ -12,7 +12,7 @@ instead of copies, are not found again outside of it, and live on for the graph'
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from packlight.numerics import formats
-from packlight.numerics.formats import BLOCK_ELEMENTS, MomentFormat, moment_formats
+from packlight.numerics.call import Call
+from packlight.numerics.formats import BLOCK_ELEMENTS, MomentFormat
 from packlight.numerics.gpu_kernels import HALF_ELEMENTS, TILES, TYPES
 from packlight.numerics.moments import Moment
 from packlight.numerics.rounding import ERROR_DTYPES
@@ -44,27 +45,6 @@ CODINGS: dict[tuple[MomentFormat, ...], tuple[str, str, int]] = {
     (formats.EXPANDED_SIGNED,): ("expanded", "", 64),
     (formats.EXPANDED_SIGNED, formats.EXPANDED): ("expanded", "expanded", 64),
 }
-
-
-class Call(NamedTuple):
-    """The arguments of an operator; see `operators`."""
-
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    states: Sequence[Tensor]
-    errors: Sequence[Tensor]
-    numbers: Tensor
-    step: Tensor
-    found_inf: Tensor | None
-    seeds: Sequence[int]
-    state_format: str
-    stochastic: bool
-    rounding: str
-
-    @property
-    def device(self) -> torch.device:
-        """Return where the parameters are."""
-        return self.numbers.device
 
 
 class Kind(NamedTuple):
@@ -167,15 +147,6 @@ def gradients_of(call: Call, group: Group) -> tuple[Tensor, bool]:
     return table, all(address % ALIGNMENT == 0 for address in addresses)
 
 
-def moments_of(call: Call, *, num_moments: int) -> Iterator[tuple[Moment, ...]]:
-    """Yield the moments of each parameter of a call."""
-    tensors = iter(call.states)
-    for param in call.params:
-        shape = tuple(param.shape)
-        chosen = moment_formats(call.state_format, shape)[:num_moments] if call.state_format else ()
-        yield tuple(Moment(each, shape, {suffix: next(tensors) for suffix in each.tensors(shape)}) for each in chosen)
-
-
 def _signature(tensor: Tensor) -> tuple[object, ...]:
     return tensor.dtype, tensor.device, tensor.shape, tensor.is_contiguous()
 
@@ -183,7 +154,7 @@ def _signature(tensor: Tensor) -> tuple[object, ...]:
 def _new_plan(call: Call, num_moments: int) -> Plan:
     groups: dict[Kind, dict[int, list[int]]] = {}
     others = []
-    for index, moments in enumerate(moments_of(call, num_moments=num_moments)):
+    for index, moments in enumerate(call.moments(num_moments)):
         if not _suits(call, index, moments):
             others.append(index)
         elif call.params[index].numel():

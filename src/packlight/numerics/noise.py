@@ -23,6 +23,8 @@ WEYL = 0x9E3779B9
 MASK = 0xFFFFFFFF
 # Bit 6 of an offset tells which half of its word an element gets.
 PAIR_DISTANCE = 64
+# Bits of the number 1 and of half a step above it: random bits go into the mantissa.
+FIRST_UNIFORM, SECOND_UNIFORM = 0x3F800001, 0x3F800040
 # Parameters are rounded with other bits than their moments.
 PARAMETER_STREAM = 0x5BD1E995
 
@@ -107,7 +109,7 @@ def halves(key: int, start: int, stop: int, *, device: torch.device) -> Tensor:
 
 
 def uniforms(key: int, start: int, stop: int, *, device: torch.device) -> Tensor:
-    """Return a random number in [0, 1) for each element start:stop, of 16 or 23 bits.
+    """Return a random number between 0 and 1 for each element start:stop, of 16 or 22 bits.
 
     Args:
         key: what `key_at` gave.
@@ -116,9 +118,11 @@ def uniforms(key: int, start: int, stop: int, *, device: torch.device) -> Tensor
         device: where the numbers are wanted.
 
     Returns:
-        fp32, (stop - start,): multiples of 2^-23 (high halves, the whole word) or 2^-16 (low halves).
+        fp32, (stop - start,): odd multiples of 2^-23 (first halves, from the whole word) or 2^-17 (second halves),
+        so that they lie evenly around 1/2.
     """
     offsets = torch.arange(start, stop, dtype=torch.int64, device=device)
     word = words(key, start, stop, device=device)
-    bits = torch.where((offsets & PAIR_DISTANCE) != 0, (word & 0xFFFF) << 7, word >> 9)
-    return (bits | 0x3F800000).to(torch.int32).view(torch.float32) - 1
+    second = (offsets & PAIR_DISTANCE) != 0
+    bits = torch.where(second, (word & 0xFFFF) << 7 | SECOND_UNIFORM, word >> 9 | FIRST_UNIFORM)
+    return bits.to(torch.int32).view(torch.float32) - 1

@@ -37,6 +37,9 @@ SMALLEST_MAXIMUM, LARGEST_MAXIMUM = 1e-30, 1e30
 # A column that was tiny one step before and is not now has the largest quotient of its blocks, and what is small in
 # them is rounded up to a level of it. So no divisor is smaller than the largest by more than this.
 MAXIMA_RANGE = 64.0
+# A divisor that changes takes every root of its row off its level, and each rounding adds noise that the moment
+# remembers for 1 / (1 - beta2) steps. So it stays as long as it is within this factor of the maximum.
+MAXIMA_SLACK = 1.4
 
 Gradients = Callable[[], Iterable[tuple[int, Tensor]]]
 
@@ -162,8 +165,11 @@ class Matrix(Blocks):
 
     def finish(self) -> None:
         """Keep the new maxima for the next step, and those that were used for decoding."""
-        self.rows[0], self.cols[0] = self.rows[1].clone(), self.cols[1].clone()
-        self.use(*self.maxima.of_axes())
+        row, column = self.maxima.of_axes()
+        for vectors, maxima, unknown in ((self.rows, row, UNKNOWN_ROW), (self.cols, column, UNKNOWN_COLUMN)):
+            used, following = vectors[1].clone(), _usable(maxima, unknown)
+            changed = (following > used * MAXIMA_SLACK) | (used > following * MAXIMA_SLACK)
+            vectors[0], vectors[1] = used, torch.where(changed, following, used)
 
     def use(self, row: Tensor, column: Tensor) -> None:
         """Take maxima for the next time that something is stored."""

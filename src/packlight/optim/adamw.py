@@ -88,20 +88,25 @@ class AdamW(CompactOptimizer):
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         own = {"state_format": state_format, "seed": seed, "bf16_rounding": bf16_rounding}
-        _check(options | {"amsgrad": amsgrad})
+        self.check(options | own | {"amsgrad": amsgrad})
         super().__init__(params, options | own, release_gradients=release_gradients)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with their own options and state format if they have any.
-
-        Args:
-            param_group: `params` and any options, as in torch.optim.Optimizer; also `state_format`.
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise where an option is out of its range.
 
         Raises:
-            ValueError: as the constructor does; the group is not added then.
+            ValueError: also for amsgrad.
         """
-        _check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        if options.get("amsgrad"):
+            raise ValueError(
+                "amsgrad=True came, amsgrad=False was wanted: its third moment only ever grows, so rounding up would "
+                "accumulate, and it has no compact format. Leave amsgrad out, or use torch.optim.AdamW."
+            )
+        super().check(options)
+        beta1, beta2 = options["betas"]
+        check_range("betas[0]", beta1, low=0.0, below=1.0)
+        check_range("betas[1]", beta2, low=0.0, below=1.0)
+        check_range("eps", options["eps"], low=0.0)
 
     def settings(self, group: Mapping[str, Any]) -> AdamWSettings:
         """Return the hyper-parameters of a param group."""
@@ -121,15 +126,3 @@ class Adam(AdamW):
         if len(args) < 4:
             options.setdefault("weight_decay", 0.0)
         super().__init__(params, *args, **options)
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    if options.get("amsgrad"):
-        raise ValueError(
-            "amsgrad=True came, amsgrad=False was wanted: its third moment only ever grows, so rounding up would "
-            "accumulate, and it has no compact format. Leave amsgrad out, or use torch.optim.AdamW."
-        )
-    beta1, beta2 = options["betas"]
-    check_range("betas[0]", beta1, low=0.0, below=1.0)
-    check_range("betas[1]", beta2, low=0.0, below=1.0)
-    check_range("eps", options["eps"], low=0.0)

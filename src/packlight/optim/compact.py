@@ -40,7 +40,6 @@ class CompactOptimizer(Optimizer):
 
     # GradScaler hands `grad_scale` and `found_inf` to an optimiser that says so, instead of unscaling itself.
     _step_supports_amp_scaling = True
-    torch_options: ClassVar[Mapping[str, Any]]
     converter: ClassVar[Converter]
     _release: Release | None
 
@@ -48,7 +47,7 @@ class CompactOptimizer(Optimizer):
         self._forget()
         if release_gradients:
             self._release = Release(self.update)
-        check_options(defaults)
+        self.check(defaults)
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -63,6 +62,20 @@ class CompactOptimizer(Optimizer):
         self._history: dict[Tensor, int] = {}
         self._places: dict[Tensor, tuple[dict[str, Any], int, str]] = {}
         self._num_calls = 0
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise where an option is out of its range.
+
+        Args:
+            options: of a param group, complete.
+
+        Raises:
+            ValueError: a negative learning rate or weight decay, or an unknown rounding.
+        """
+        check_range("lr", options["lr"], low=0.0)
+        check_range("weight_decay", options["weight_decay"], low=0.0)
+        if options["bf16_rounding"] not in ROUNDINGS:
+            raise ValueError(f"bf16_rounding={options['bf16_rounding']!r} came, one of {ROUNDINGS} was wanted")
 
     def settings(self, group: Mapping[str, Any]) -> AdamWSettings | SGDSettings:
         """Return the hyper-parameters of a param group."""
@@ -81,10 +94,10 @@ class CompactOptimizer(Optimizer):
         Raises:
             ValueError: as the constructor does; the group is not added then.
         """
+        self.check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_options(group)
             for param in group["params"]:
                 check_dtype(param.dtype)
             group["state_formats"] = _formats_by_parameter(group)
@@ -286,18 +299,6 @@ def _has_all(state: State, moments: Sequence[str]) -> bool:
 
 def _error_of(state: State) -> State:
     return {key: value for key, value in state.items() if key == "param_error"}
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise where an option that both optimisers have is out of its range.
-
-    Raises:
-        ValueError: a negative learning rate or weight decay, or an unknown rounding.
-    """
-    check_range("lr", options["lr"], low=0.0)
-    check_range("weight_decay", options["weight_decay"], low=0.0)
-    if options["bf16_rounding"] not in ROUNDINGS:
-        raise ValueError(f"bf16_rounding={options['bf16_rounding']!r} came, one of {ROUNDINGS} was wanted")
 
 
 def check_range(name: str, value: float | Tensor, *, low: float, below: float = float("inf")) -> None:

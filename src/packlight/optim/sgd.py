@@ -18,7 +18,7 @@ from packlight.optim.checkpoint import Converter
 from packlight.optim.compact import CompactOptimizer, check_range
 from packlight.optim.foreign import momentum_options, portable_momentum
 from packlight.optim.policy import StateFormatChoice
-from packlight.optim.state import MOMENTUM
+from packlight.optim.state import MOMENTUM, host_lr
 
 # What torch.optim.SGD's param groups hold besides ours; a portable state_dict has them.
 TORCH_OPTIONS: Mapping[str, Any] = {"foreach": None, "differentiable": False, "fused": None}
@@ -72,20 +72,21 @@ class SGD(CompactOptimizer):
         options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         own = {"state_format": state_format, "seed": seed, "bf16_rounding": bf16_rounding}
         options |= {"nesterov": nesterov, "maximize": maximize}
-        _check(options)
         super().__init__(params, options | own, release_gradients=release_gradients)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with their own options and state format if they have any.
-
-        Args:
-            param_group: `params` and any options, as in torch.optim.Optimizer; also `state_format`.
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise where an option is out of its range.
 
         Raises:
-            ValueError: as the constructor does; the group is not added then.
+            ValueError: also for Nesterov's momentum without momentum, or with dampening.
         """
-        _check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        super().check(options)
+        check_range("momentum", options["momentum"], low=0.0)
+        if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+            raise ValueError(
+                f"nesterov=True came with momentum={options['momentum']} and dampening={options['dampening']}, "
+                "a momentum above 0 and no dampening was wanted"
+            )
 
     def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the momentum buffer's name, or nothing without momentum."""
@@ -93,21 +94,11 @@ class SGD(CompactOptimizer):
 
     def settings(self, group: Mapping[str, Any]) -> SGDSettings:
         """Return the hyper-parameters of a param group."""
-        lr = group["lr"]
         return SGDSettings(
-            lr=0.0 if isinstance(lr, Tensor) and lr.device.type == "cuda" else float(lr),
+            lr=host_lr(group),
             momentum=float(group["momentum"]),
             dampening=float(group["dampening"]),
             weight_decay=float(group["weight_decay"]),
             nesterov=bool(group["nesterov"]),
             maximize=bool(group["maximize"]),
-        )
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    check_range("momentum", options["momentum"], low=0.0)
-    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
-        raise ValueError(
-            f"nesterov=True came with momentum={options['momentum']} and dampening={options['dampening']}, "
-            "a momentum above 0 and no dampening was wanted"
         )

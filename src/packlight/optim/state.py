@@ -195,28 +195,31 @@ def error_dtype(dtype: torch.dtype, rounding: str) -> torch.dtype | None:
     return ERROR_DTYPES.get(rounding) if dtype == torch.bfloat16 else None
 
 
-def group_settings(group: Mapping[str, Any], *, coefficient: float = 1.0) -> AdamWSettings:
+def group_settings(group: Mapping[str, Any]) -> AdamWSettings:
     """Return the hyper-parameters that a param group of AdamW or Adam holds.
 
     Args:
         group: the param group; without `decoupled_weight_decay` it is AdamW's.
-        coefficient: what gradients have to be multiplied by.
 
     Returns:
-        The hyper-parameters as floats; an lr on a GPU is 0 here, since reading it would wait for the device.
+        The hyper-parameters as floats, the learning rate as `host_lr` has it.
     """
     beta1, beta2 = group["betas"]
-    lr = group["lr"]
     return AdamWSettings(
-        lr=0.0 if isinstance(lr, Tensor) and lr.device.type == "cuda" else float(lr),
+        lr=host_lr(group),
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
         maximize=bool(group["maximize"]),
         decoupled=bool(group.get("decoupled_weight_decay", True)),
-        coefficient=coefficient,
     )
+
+
+def host_lr(group: Mapping[str, Any]) -> float:
+    """Return a group's learning rate; 0 for one on a GPU, which kernels read there: reading it here would wait."""
+    lr = group["lr"]
+    return 0.0 if isinstance(lr, Tensor) and lr.device.type == "cuda" else float(lr)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

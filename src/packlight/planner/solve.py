@@ -4,7 +4,8 @@ torch's own choices are all or nothing, or a fraction that nobody can relate to 
 kept or recomputed: look at where the peak stands, and recompute the block that spares the most bytes there for each
 second it costs; among equals the earliest, whose bytes live longest. Repeat until the peak fits and a little further,
 then take back every choice that turns out not to be needed. This is done for each state format, and the fastest
-result is taken. Every step is judged by the whole line of events (`cost.py`), never by the sum of what was spared.
+result is taken, the exact one where that costs no time. Every step is judged by the whole line of events (`cost.py`),
+never by the sum of what was spared.
 """
 
 import math
@@ -120,14 +121,16 @@ def _decide(step: Profile, budget: Budget, *, exact: bool) -> Plan | int:
     found = [result for optimizer in formats if (result := _fit(costs, optimizer, allowed_bytes)) is not None]
     if not found:
         return smallest_budget_bytes
-    recomputed, optimizer, cost = min(found, key=lambda result: result[2].seconds)
+    plain = costs.price((), formats[0])
+    # Lossy states are not chosen for speed alone: a plan as fast as the training as it is counts as no slower than any.
+    recomputed, optimizer, cost = min(found, key=lambda result: max(result[2].seconds, plain.seconds))
     return Plan(
         device=step.device,
         budget_bytes=budget.device_bytes,
         exact=exact,
         choices=_choices(costs, recomputed),
         state_formats=dict(optimizer.formats) if optimizer else {},
-        estimate=_estimate(cost, costs.price((), formats[0])),
+        estimate=_estimate(cost, plain),
         smallest_budget_bytes=smallest_budget_bytes,
         notes=step.notes,
     )

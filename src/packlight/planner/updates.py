@@ -15,7 +15,7 @@ from torch import nn
 from packlight.numerics.formats import moment_formats
 from packlight.optim.adopt import can_adopt
 from packlight.optim.policy import format_of
-from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes
+from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes, step_device
 from packlight.optim.stepping import update
 from packlight.planner.fake import FakeLine
 from packlight.planner.timeline import flat_tensors
@@ -110,8 +110,8 @@ def _low_bit(
 ) -> OptimizerCost:
     """Cost the optimisers with states in a low-bit format, without making these; small parameters stay as they are."""
     large = {name: at for name, at in stepped.items() if formats[name] != "fp32"}
-    step_bytes = 0 if line.device_type == "cpu" else STEP_BYTES  # the step counter stays on the CPU
-    num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) - step_bytes for name, at in large.items())
+    num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) for name, at in large.items())
+    num_bytes -= STEP_BYTES * sum(step_device(at).type != line.device_type for at in large.values())
     settings_of = fake_optimizers[0].param_groups[0]
     update_bytes = max((_update_bytes(LOW_BIT, at, settings_of, line) for at in _largest(large)), default=0)
     for fake in large.values():
