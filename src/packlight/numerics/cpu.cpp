@@ -88,9 +88,15 @@ INLINE Ints splat(int32_t x) { return x - Ints{}; }
 INLINE Floats as_floats(Ints x) { return (Floats)x; }
 INLINE float as_float(int32_t x) { float y; memcpy(&y, &x, 4); return y; }
 INLINE int32_t as_int(float x) { int32_t y; memcpy(&y, &x, 4); return y; }
+#ifdef __AVX512F__  // of a NaN and a number, whichever comes second
+INLINE Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#else
 INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 INLINE Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+#endif
 INLINE Ints magnitude(Floats x) { return (Ints)x & 0x7fffffff; }
 INLINE Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
@@ -140,6 +146,22 @@ INLINE Bytes narrowed(Words x) {
 #endif
 }
 
+INLINE Words widened(Shorts x) {
+#ifdef __AVX512F__
+    return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return __builtin_convertvector(x, Words);
+#endif
+}
+
+INLINE Shorts halved(Words x) {  // the low halves
+#ifdef __AVX512F__
+    return (Shorts)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return __builtin_convertvector(x, Shorts);
+#endif
+}
+
 // A table of 16, by the lowest four bits of an index.
 INLINE Floats looked_up(Floats table, Words index) {
 #ifdef __AVX512F__
@@ -176,7 +198,7 @@ INLINE Floats gathered(const float* table, Ints index) {
 template <class V, class T> INLINE V load(const T* at) { V x; memcpy(&x, at, sizeof x); return x; }
 template <class V, class T> INLINE void store(T* at, V x) { memcpy(at, &x, sizeof x); }
 INLINE Floats loaded(const float* at) { return load<Floats>(at); }
-INLINE Floats loaded(const BFloat16* at) { return (Floats)(__builtin_convertvector(load<Shorts>(at), Words) << 16); }
+INLINE Floats loaded(const BFloat16* at) { return (Floats)(widened(load<Shorts>(at)) << 16); }
 
 const Floats LEVELS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
 const Words LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -194,6 +216,15 @@ INLINE Floats uniform(Words word, bool second_half, float least = 0.f) {  // bet
 
 // ---- parameters
 
+// `rounded` where x is finite; arithmetic sets the highest bit of a NaN's 23, so it remains one when cut off.
+INLINE Words finite_or(Floats x, Words rounded, Words otherwise) {
+#ifdef __AVX512DQ__
+    return (Words)_mm512_mask_mov_epi32((__m512i)rounded, _mm512_fpclass_ps_mask((__m512)x, 0x99), (__m512i)otherwise);
+#else
+    return ((Words)x & 0x7f800000u) == 0x7f800000u ? otherwise : rounded;
+#endif
+}
+
 struct Parameters { int rounding; uint32_t key; };
 
 INLINE Floats with_error(Floats x, const void*, int64_t, const float*, const Parameters&) { return x; }
@@ -203,7 +234,7 @@ INLINE Floats with_error(Floats x, const void* error, int64_t at, const BFloat16
         return (Floats)((Ints)x + ((Ints)(bytes << 24) >> 16));
     }
     if (how.rounding == MASTER32) {
-        Words shorts = __builtin_convertvector(load<Shorts>((const uint16_t*)error + at), Words);
+        Words shorts = widened(load<Shorts>((const uint16_t*)error + at));
         return (Floats)((Ints)x + ((Ints)(shorts << 16) >> 16));
     }
     return x;
@@ -226,11 +257,10 @@ INLINE void put(BFloat16* at, Floats x, void* error, int64_t e, uint64_t offset,
             rest = (rest > 127 ? splat(127) : rest) & finite;
             store((uint8_t*)error + e, narrowed((Words)rest));
         } else {
-            store((uint16_t*)error + e, __builtin_convertvector((Words)(rest & finite), Shorts));
+            store((uint16_t*)error + e, halved((Words)(rest & finite)));
         }
     }
-    Words kept = (bits & 0x7f800000u) == 0x7f800000u ? bits | ((bits & 0x7fffffu) != 0 ? 0x400000u - Words{} : Words{}) : rounded;
-    store(at, __builtin_convertvector(kept >> 16, Shorts));
+    store(at, halved(finite_or(x, rounded, bits) >> 16));
 }
 
 // ---- codes
