@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packlight.numerics import AdamWSettings, SGDSettings, compiler, cpu, decode, reference
+from packlight.numerics import AdamWSettings, SGDSettings, call, compiler, cpu, decode, reference
 from packlight.numerics.rounding import RoundingName
 from tests.numerics.cases import (
     COMPILED,
@@ -61,7 +61,7 @@ def both(
 
 def only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the compiled step call the reference no more."""
-    monkeypatch.setattr(cpu, "reference", None)
+    monkeypatch.setattr(call, "reference", None)
 
 
 # The same bits
@@ -256,8 +256,8 @@ def test_dtypes_and_roundings_share_a_call(seed: int) -> None:
 
 
 def test_a_call_without_parameters_does_nothing() -> None:
-    cpu.adamw_step([], DECOUPLED.numbers(1), stochastic=True)
-    cpu.sgd_step([], NESTEROV.numbers(1))
+    cpu.adamw_step([], cpu.plan_of_slots([]), DECOUPLED.numbers(1), stochastic=True)
+    cpu.sgd_step([], cpu.plan_of_slots([]), NESTEROV.numbers(1))
 
 
 # Bytes, and the want of a compiler

@@ -4,22 +4,26 @@ The compiled library does all parameters of a call in one parallel region. It ta
 parameters; fp16 ones, other strides, and the published formats (paper4bit, factored), which exist to compare
 with, go through the reference one by one.
 
-A record per parameter is 16 integers (see `Item` in cpu.cpp); ctypes copies a flat list of them much faster than
-it fills structures.
+A record per parameter is 16 integers (see `Item` in cpu.cpp). Records are made at the first step and found again by
+the addresses in them.
 """
 
 import ctypes
 import functools
 import warnings
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from packlight.numerics.books import NORMAL_FLOAT, expanded_tables
-from packlight.numerics.call import Slot
+from packlight.numerics.call import Call, Slot
 from packlight.numerics.compiler import CompilerFailed, CompilerMissing, load
 from packlight.numerics.formats import MomentFormat
+from packlight.numerics.noise import key_at
 from packlight.numerics.rounding import RoundingName
 from packlight.numerics.settings import AdamWNumbers, SGDNumbers
 
@@ -28,49 +32,153 @@ DTYPES = (torch.float32, torch.bfloat16)
 ROUNDINGS: tuple[RoundingName, ...] = ("nearest", "stochastic", "master24", "master32")
 # The fastest way to hand out a few thousand elements is not to.
 SERIAL_ELEMENTS = 2**15
+# Addresses that keep changing would fill the memory with plans.
+MAX_PLANS = 256
+# Of an item: what a plan that is found again has not.
+NUM_FIELDS, GRAD_FIELD, KEY_FIELD = 16, 1, 14
+
+
+class Batch(NamedTuple):
+    """Parameters of one dtype and rounding that one call of the library does.
+
+    Attributes:
+        members: their places among the parameters that came.
+        items: 16 integers a member: `Item` in cpu.cpp.
+        is_bf16: whether they are bf16; fp32 otherwise.
+        rounding: index in ROUNDINGS.
+        num_elements: of all of them.
+    """
+
+    members: tuple[int, ...]
+    items: "array[int]"
+    is_bf16: bool
+    rounding: int
+    num_elements: int
+
+    def adamw_step(self, library: ctypes.CDLL, numbers: AdamWNumbers, *, stochastic: bool) -> None:
+        """Do one AdamW step."""
+        flags = self.is_bf16, self.rounding, stochastic, self._threads()
+        library.packlight_adamw_step(*self._arguments(numbers), *flags)
+
+    def sgd_step(self, library: ctypes.CDLL, numbers: SGDNumbers) -> None:
+        """Do one step of SGD."""
+        library.packlight_sgd_step(*self._arguments(numbers), self.is_bf16, self.rounding, self._threads())
+
+    def _threads(self) -> int:
+        return 1 if self.num_elements <= SERIAL_ELEMENTS else torch.get_num_threads()
+
+    def _arguments(
+        self, numbers: AdamWNumbers | SGDNumbers
+    ) -> tuple[int, int, ctypes.Array[ctypes.c_float], "ctypes._CArgObject"]:
+        return (
+            self.items.buffer_info()[0],
+            len(self.members),
+            (ctypes.c_float * len(numbers))(*numbers),
+            ctypes.byref(_tables()),
+        )
+
+
+class Plan(NamedTuple):
+    """How parameters are done: batches of them by the library, the others by the reference."""
+
+    batches: tuple[Batch, ...]
+    others: tuple[int, ...]
 
 
 class _Tables(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("values", "cells", "expanded", "borders", "limits"))
 
 
-def adamw_step(slots: Sequence[Slot], numbers: AdamWNumbers, *, stochastic: bool) -> None:
+_plans: dict[tuple[object, ...], Plan] = {}
+
+
+def plan_of(call: Call, *, num_moments: int) -> Plan:
+    """Return how a call's parameters are done, with the addresses of its gradients and the keys of its step.
+
+    What was checked and found out once is kept under the addresses of parameters and states, as torch's own bookkeeping
+    for a tensor costs about as much as the step of a small one.
+
+    Args:
+        call: the arguments, on the CPU.
+        num_moments: of each parameter.
+
+    Raises:
+        ValueError: as `Call.moments`.
+    """
+    pairs = (*call.params, *call.grads)
+    key = (
+        *(num_moments, call.state_format, call.rounding, *call.seeds),
+        *map(Tensor.data_ptr, (*call.params, *call.states, *call.errors)),
+        *map(Tensor.numel, (*call.states, *call.errors)),
+        *map(Tensor.size, pairs),
+        *map(Tensor.is_contiguous, pairs),
+        *[each.dtype for each in pairs],
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        plan = plan_of_slots(call.slots(num_moments))
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    step = int(call.step)
+    addresses, seeds = list(map(Tensor.data_ptr, call.grads)), call.seeds
+    for batch in plan.batches:
+        batch.items[GRAD_FIELD::NUM_FIELDS] = array("q", [addresses[at] for at in batch.members])
+        batch.items[KEY_FIELD::NUM_FIELDS] = array("q", [key_at(seeds[at], step) for at in batch.members])
+    return plan
+
+
+def plan_of_slots(slots: Sequence[Slot]) -> Plan:
+    """Return how parameters are done."""
+    batches: dict[tuple[bool, int], list[int]] = {}
+    others = []
+    for at, slot in enumerate(slots):
+        if compiled() is None or not _suits(slot):
+            others.append(at)
+        elif slot.param.numel():
+            how = slot.param.dtype == torch.bfloat16, ROUNDINGS.index(slot.rounding.name)
+            batches.setdefault(how, []).append(at)
+    found = (
+        Batch(
+            tuple(members),
+            array("q", [field for at in members for field in _fields(slots[at])]),
+            *how,
+            sum(slots[at].param.numel() for at in members),
+        )
+        for how, members in batches.items()
+    )
+    return Plan(tuple(found), tuple(others))
+
+
+def adamw_step(slots: Sequence[Slot], plan: Plan, numbers: AdamWNumbers, *, stochastic: bool) -> None:
     """Do one AdamW step on many parameters, in place.
 
     Args:
-        slots: the parameters, on the CPU, of any dtypes.
+        slots: the parameters, on the CPU, of any dtypes; looked at only where the reference does them.
+        plan: how they are done.
         numbers: the constants of this step.
         stochastic: round second moments at random.
     """
-    library = compiled()
-    fast = [slot for slot in slots if library is not None and _suits(slot)]
-    for batch in _batches(fast):
-        assert library is not None
-        how, flags = (batch[0].param.dtype == torch.bfloat16, ROUNDINGS.index(batch[0].rounding.name)), stochastic
-        library.packlight_adamw_step(*_arguments(batch, numbers), *how, flags, _threads(batch))
-    for slot in slots:
-        if library is None or not _suits(slot):
-            _warn_slow(_slow_reason(slot))
-            slot.adamw_step(numbers, stochastic=stochastic)
+    for batch in plan.batches:
+        batch.adamw_step(_library(), numbers, stochastic=stochastic)
+    for at in plan.others:
+        _warn_slow(_slow_reason(slots[at]))
+        slots[at].adamw_step(numbers, stochastic=stochastic)
 
 
-def sgd_step(slots: Sequence[Slot], numbers: SGDNumbers) -> None:
+def sgd_step(slots: Sequence[Slot], plan: Plan, numbers: SGDNumbers) -> None:
     """Do one step of SGD with momentum on many parameters, in place.
 
     Args:
-        slots: the parameters, on the CPU, of any dtypes.
+        slots: the parameters, on the CPU, of any dtypes; looked at only where the reference does them.
+        plan: how they are done.
         numbers: the constants of this step.
     """
-    library = compiled()
-    fast = [slot for slot in slots if library is not None and _suits(slot)]
-    for batch in _batches(fast):
-        assert library is not None
-        how = batch[0].param.dtype == torch.bfloat16, ROUNDINGS.index(batch[0].rounding.name)
-        library.packlight_sgd_step(*_arguments(batch, numbers), *how, _threads(batch))
-    for slot in slots:
-        if library is None or not _suits(slot):
-            _warn_slow(_slow_reason(slot))
-            slot.sgd_step(numbers)
+    for batch in plan.batches:
+        batch.sgd_step(_library(), numbers)
+    for at in plan.others:
+        _warn_slow(_slow_reason(slots[at]))
+        slots[at].sgd_step(numbers)
 
 
 @functools.cache
@@ -89,6 +197,12 @@ def compiled() -> ctypes.CDLL | None:
     library.packlight_adamw_step.argtypes = [pointer, ctypes.c_int64, pointer, pointer, *[integer] * 4]
     library.packlight_sgd_step.argtypes = [pointer, ctypes.c_int64, pointer, pointer, *[integer] * 3]
     library.packlight_adamw_step.restype = library.packlight_sgd_step.restype = None
+    return library
+
+
+def _library() -> ctypes.CDLL:
+    library = compiled()
+    assert library is not None
     return library
 
 
@@ -131,26 +245,6 @@ def _kind(moment_format: MomentFormat) -> int | None:
         four_bits = 2 if moment_format.scale == "matrix" else 1
         return four_bits if moment_format.bits == 4 else 3
     return {"fp32": 0, "softsign": 3, "expanded": 4}.get(moment_format.coding)
-
-
-def _batches(slots: Sequence[Slot]) -> list[list[Slot]]:
-    batches: dict[tuple[torch.dtype, RoundingName], list[Slot]] = {}
-    for slot in slots:
-        if slot.param.numel():
-            batches.setdefault((slot.param.dtype, slot.rounding.name), []).append(slot)
-    return list(batches.values())
-
-
-def _threads(batch: Sequence[Slot]) -> int:
-    return 1 if sum(slot.param.numel() for slot in batch) <= SERIAL_ELEMENTS else torch.get_num_threads()
-
-
-def _arguments(
-    batch: Sequence[Slot], numbers: AdamWNumbers | SGDNumbers
-) -> tuple[ctypes.Array[ctypes.c_int64], int, ctypes.Array[ctypes.c_float], "ctypes._CArgObject"]:
-    fields = [field for slot in batch for field in _fields(slot)]
-    items = (ctypes.c_int64 * len(fields))(*fields)
-    return items, len(batch), (ctypes.c_float * len(numbers))(*numbers), ctypes.byref(_tables())
 
 
 def _fields(slot: Slot) -> list[int]:

@@ -7,17 +7,20 @@ in place. One call does all parameters of one device, dtype and step; `call.Call
     torch.ops.packlight.adamw_step    torch.ops.packlight.sgd_step
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from packlight.numerics import cpu
 from packlight.numerics.call import MUTATED, SCHEMA, Call
 from packlight.numerics.settings import AdamWNumbers, SGDNumbers
 
 
-@torch.library.custom_op("packlight::adamw_step", mutates_args=MUTATED, device_types="cpu", schema=SCHEMA)
-def adamw_step(*args: Any) -> None:
+def _adamw_step_cpu(*args: Any) -> None:
     """Do one AdamW step on many parameters, in place.
 
     Args:
@@ -28,11 +31,12 @@ def adamw_step(*args: Any) -> None:
     """
     call = Call(*args)
     if not call.is_skipped():
-        cpu.adamw_step(call.slots(2), AdamWNumbers(*call.numbers.tolist()), stochastic=call.stochastic)
+        plan = cpu.plan_of(call, num_moments=2)
+        slots, numbers = call.slots(2) if plan.others else [], AdamWNumbers(*call.numbers.tolist())
+        cpu.adamw_step(slots, plan, numbers, stochastic=call.stochastic)
 
 
-@torch.library.custom_op("packlight::sgd_step", mutates_args=MUTATED, device_types="cpu", schema=SCHEMA)
-def sgd_step(*args: Any) -> None:
+def _sgd_step_cpu(*args: Any) -> None:
     """Do one step of SGD with momentum on many parameters, in place.
 
     Args:
@@ -43,7 +47,16 @@ def sgd_step(*args: Any) -> None:
     """
     call = Call(*args)
     if not call.is_skipped():
-        cpu.sgd_step(call.slots(1), SGDNumbers(*call.numbers.tolist()))
+        plan = cpu.plan_of(call, num_moments=1)
+        cpu.sgd_step(call.slots(1) if plan.others else [], plan, SGDNumbers(*call.numbers.tolist()))
+
+
+adamw_step: CustomOpDef = torch.library.custom_op(
+    "packlight::adamw_step", _adamw_step_cpu, mutates_args=MUTATED, device_types="cpu", schema=SCHEMA
+)
+sgd_step: CustomOpDef = torch.library.custom_op(
+    "packlight::sgd_step", _sgd_step_cpu, mutates_args=MUTATED, device_types="cpu", schema=SCHEMA
+)
 
 
 @adamw_step.register_fake
@@ -64,3 +77,33 @@ def _sgd_step_cuda(*args: Any) -> None:
     from packlight.numerics import gpu
 
     gpu.sgd_step(*args)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+_DIRECT: dict[Any, Callable[..., None]] = {
+    (adamw_step, "cpu"): _adamw_step_cpu,
+    (sgd_step, "cpu"): _sgd_step_cpu,
+    (adamw_step, "cuda"): _adamw_step_cuda,
+    (sgd_step, "cuda"): _sgd_step_cuda,
+}
+
+
+def run(operator: Any, call: Call) -> None:
+    """Call an operator, and its kernel at once where nobody listens.
+
+    The dispatcher's bookkeeping of an operator takes longer than the step of a small parameter.
+
+    Args:
+        operator: `adamw_step` or `sgd_step`.
+        call: its arguments.
+
+    Raises:
+        ValueError: a gradient, state or tensor of error bits does not belong to its parameter.
+    """
+    direct = _DIRECT.get((operator, call.device.type))
+    listens = _get_current_dispatch_mode() is not None or torch.is_grad_enabled()
+    if direct is None or listens or not _PLAIN.issuperset(map(type, (*call.params, *call.grads))):
+        operator(*call)
+    else:
+        direct(*call)
+        torch.autograd.graph.increment_version((*call.params, *call.states, *call.errors))

@@ -17,6 +17,7 @@ frees it; then `step` only closes the round.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -29,10 +30,29 @@ from packlight.numerics.settings import AdamWSettings, SGDSettings
 from packlight.optim.checkpoint import Converter
 from packlight.optim.policy import format_of
 from packlight.optim.release import Release
-from packlight.optim.state import State, check_dtype, init_state, nbytes, state_bytes
+from packlight.optim.state import State, check_dtype, init_state, nbytes, state_bytes, state_keys
 from packlight.optim.stepping import Entry, Scalars, check_dense, run
 
 ROUNDINGS = ("stochastic", "nearest", "master24", "master32")
+
+
+@dataclass
+class Known:
+    """What an optimiser knows of a parameter besides its state.
+
+    Attributes:
+        param: the parameter.
+        group: its param group.
+        state_format: of its state.
+        seed: of its random bits.
+        history: equal for parameters that went through the same steps; None before the first.
+    """
+
+    param: Tensor
+    group: dict[str, Any]
+    state_format: str
+    seed: int
+    history: int | None = None
 
 
 class CompactOptimizer(Optimizer):
@@ -59,8 +79,7 @@ class CompactOptimizer(Optimizer):
 
     def _forget(self) -> None:
         self._release = None
-        self._history: dict[Tensor, int] = {}
-        self._places: dict[Tensor, tuple[dict[str, Any], int, str]] = {}
+        self._known: dict[int, Known] = {}
         self._num_calls = 0
 
     def check(self, options: Mapping[str, Any]) -> None:
@@ -104,7 +123,7 @@ class CompactOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._places.clear()
+        self._known.clear()
         if self._release is not None:
             self._release.watch(group["params"])
 
@@ -147,9 +166,8 @@ class CompactOptimizer(Optimizer):
     @torch.no_grad()
     def update(self, param: Tensor) -> None:
         """Do one step for one of the parameters, which has a gradient."""
-        group, _, _ = self._place(param)
         self._num_calls += 1
-        self._run(group, self._dense([param]), Scalars())
+        self._run(self._known_of(param).group, self._dense([param]), Scalars())
 
     def state_bytes(self) -> int:
         """Return the exact bytes of the states, also before the first step.
@@ -215,8 +233,7 @@ class CompactOptimizer(Optimizer):
                 for key in before.keys() - group.keys() | {"state_formats", "bf16_rounding"}:
                     group[key] = before[key]
             self.state.update(taken)
-            self._history.clear()
-            self._places.clear()
+            self._known.clear()
 
         hooks = (
             self.register_load_state_dict_pre_hook(take),
@@ -247,29 +264,35 @@ class CompactOptimizer(Optimizer):
         return found
 
     def _run(self, group: dict[str, Any], params: Sequence[tuple[Tensor, Tensor]], scalars: Scalars) -> None:
-        run([self._entry(*pair) for pair in params], self.settings(group), scalars, lr=group["lr"])
+        moments, rounding = self.moments(group), group["bf16_rounding"]
+        entries = [self._entry(self._known_of(param), grad, moments, rounding) for param, grad in params]
+        run(entries, self.settings(group), scalars, lr=group["lr"])
 
-    def _place(self, param: Tensor) -> tuple[dict[str, Any], int, str]:
-        """Return a parameter's group, its place among all parameters, and its format."""
-        if param not in self._places:
+    def _known_of(self, param: Tensor) -> Known:
+        """Return what is known of a parameter, by its identity: a tensor's hash takes longer."""
+        known = self._known.get(id(param))
+        if known is None or known.param is not param:
             placed = [(one, group) for group in self.param_groups for one in _parameters(group)]
-            self._places = {
-                each: (group, index, state_format) for index, ((each, state_format), group) in enumerate(placed)
+            histories = {id(each.param): each.history for each in self._known.values()}
+            self._known = {
+                id(each): Known(each, group, state_format, seed_of(group["seed"], index), histories.get(id(each)))
+                for index, ((each, state_format), group) in enumerate(placed)
             }
-        return self._places[param]
+            known = self._known[id(param)]
+        return known
 
-    def _entry(self, param: Tensor, grad: Tensor) -> Entry:
-        group, index, state_format = self._place(param)
-        rounding, moments, seed = group["bf16_rounding"], self.moments(group), seed_of(group["seed"], index)
+    def _entry(self, known: Known, grad: Tensor, moments: tuple[str, ...], rounding: str) -> Entry:
+        param, state_format = known.param, known.state_format if moments else ""
         state: State = self.state[param]
-        if not _has_all(state, moments):
-            state = init_state(param, state_format, moments=moments, rounding=rounding) | _error_of(state)
-            self._history.pop(param, None)
-        self.state[param] = state
-        if param not in self._history:
-            self._history[param] = int(state["step"])
-        self._history[param] = hash((self._history[param], self._num_calls))
-        return Entry(param, grad, state, state_format if moments else "", rounding, seed, self._history[param])
+        keys = state_keys(state_format, param.shape, moments)
+        if not ("step" in state and all(map(state.__contains__, keys))) and not _has_all(state, moments):
+            fresh = init_state(param, known.state_format, moments=moments, rounding=rounding)
+            state = self.state[param] = fresh | _error_of(state)
+            known.history = None
+        if known.history is None:
+            known.history = int(state["step"])
+        known.history = hash((known.history, self._num_calls))
+        return Entry(param, grad, state, state_format, rounding, known.seed, known.history)
 
     def _scalars(self, clip_coefficient: Tensor | float | None) -> Scalars:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

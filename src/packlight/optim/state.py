@@ -17,6 +17,7 @@ Source: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 
 section 3, appendix D.1.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -99,6 +100,19 @@ def init_state(
     if error is not None:
         state["param_error"] = torch.zeros(param.numel(), dtype=error, device=param.device)
     return state
+
+
+@functools.cache
+def state_keys(state_format: str, shape: tuple[int, ...], moments: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the keys of a state's moments, in the order of the kernels.
+
+    Args:
+        state_format: a format's name.
+        shape: the parameter's shape.
+        moments: the moments' names.
+    """
+    formats = zip(moments, moment_formats(state_format, shape) if moments else (), strict=False)
+    return tuple(moment_key(name, suffix) for name, each in formats for suffix in each.tensors(shape))
 
 
 def stored_moments(

@@ -9,7 +9,6 @@ Parameters whose steps went through the same calls have the same number whatever
 told apart by a history of calls, not by the number.
 """
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 
 from packlight.numerics import operators
-from packlight.numerics.formats import moment_formats
+from packlight.numerics.call import Call
 from packlight.numerics.settings import AdamWSettings, SGDSettings
-from packlight.optim.state import MOMENTS, MOMENTUM, State, moment_key
+from packlight.optim.state import MOMENTS, MOMENTUM, State, state_keys
 
 # Source: Li et al. 2023, table 1, and our own measurements (benchmarks/quality.py): above it a step changes a
 # second moment by less than half a code, and nearest rounding stalls.
@@ -130,12 +129,11 @@ def _run_batch(
     steps = [entry.state["step"] for entry in batch]
     torch._foreach_add_(steps, 1)
     numbers = _numbers(settings, first.state["step"], scalars.coefficient, lr)
-    operator = operators.adamw_step if adamw else operators.sgd_step
     try:
-        operator(
+        call = Call(
             [entry.param for entry in batch],
             [entry.grad for entry in batch],
-            [entry.state[key] for entry in batch for key in _keys(entry.state_format, entry.param.shape, moments)],
+            [entry.state[key] for entry in batch for key in state_keys(entry.state_format, entry.param.shape, moments)],
             [entry.state["param_error"] for entry in batch if "param_error" in entry.state],
             numbers,
             first.state["step"],
@@ -145,7 +143,8 @@ def _run_batch(
             isinstance(settings, AdamWSettings) and settings.beta2 >= MIN_STOCHASTIC_BETA2,
             first.rounding,
         )
-    except ValueError:
+        operators.run(operators.adamw_step if adamw else operators.sgd_step, call)
+    except (ValueError, KeyError):
         torch._foreach_sub_(steps, 1)
         raise
     if skipped is not None:
@@ -163,10 +162,3 @@ def _numbers(
         return numbers
     scaled = settings if coefficient is None else replace(settings, coefficient=float(coefficient))
     return torch.tensor(scaled.numbers(float(step)), dtype=torch.float32)
-
-
-@functools.cache
-def _keys(state_format: str, shape: tuple[int, ...], moments: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the state's keys in the operators' order."""
-    formats = zip(moments, moment_formats(state_format, shape) if moments else (), strict=False)
-    return tuple(moment_key(name, suffix) for name, each in formats for suffix in each.tensors(shape))
