@@ -220,6 +220,7 @@ def test_closure_is_called_once_with_gradients_and_hooks_run_around_the_step() -
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "amsgrad": (lambda: AdamW(gpt().parameters(), amsgrad=True), "amsgrad=False"),  # type: ignore[arg-type]
+    "differentiable": (lambda: AdamW(gpt().parameters(), differentiable=True), "differentiable"),  # type: ignore[arg-type]
     "amsgrad of a group": (lambda: AdamW([{"params": gpt().parameters(), "amsgrad": True}]), "amsgrad=False"),
     "complex": (lambda: AdamW([torch.zeros(3, dtype=torch.complex64)]), "complex64"),
     "double": (lambda: Adam([torch.zeros(3, dtype=torch.float64)]), "float64"),

@@ -16,10 +16,10 @@ from torch.optim.optimizer import ParamsT
 
 from packlight.numerics.settings import AdamWSettings
 from packlight.optim.checkpoint import Converter
-from packlight.optim.compact import CompactOptimizer, check_range
+from packlight.optim.compact import CompactOptimizer
 from packlight.optim.foreign import group_options, portable_state
 from packlight.optim.policy import StateFormatChoice
-from packlight.optim.state import MOMENTS, group_settings
+from packlight.optim.state import MOMENTS, check_range, group_settings
 
 # What torch.optim.AdamW's param groups hold besides ours; a portable state_dict has them.
 TORCH_OPTIONS: Mapping[str, Any] = {
@@ -44,6 +44,9 @@ class AdamW(CompactOptimizer):
         weight_decay: decoupled decay per unit of lr.
         amsgrad: only False; it is here because it is torch's sixth positional argument.
         maximize: ascend instead of descend.
+        foreach, fused, capturable: torch's choices among its implementations; without effect here, since a step
+            is one kernel for many parameters, and on a GPU it reads its numbers there.
+        differentiable: only False: a step on codes has no gradient.
         state_format: a format's name ("4bit", "8bit", "fp8", "fp32", "paper4bit", "factored"), a mapping from
             every parameter's name to one, or a callable that gets a parameter's name and returns one. Named
             once for all, "4bit", "8bit" and "fp8" leave 1-D tensors in fp32, and "4bit" keeps embeddings (told
@@ -55,8 +58,8 @@ class AdamW(CompactOptimizer):
             the gradient. Not with accumulation, clipping by norm or a GradScaler.
 
     Raises:
-        ValueError: an unknown format, a hyper-parameter out of range, amsgrad, a parameter dtype that is not
-            fp32, bf16 or fp16, or formats by name for parameters without names.
+        ValueError: an unknown format, a hyper-parameter out of range, amsgrad, differentiable, a parameter dtype
+            that is not fp32, bf16 or fp16, or formats by name for parameters without names.
 
     Example:
         >>> import torch
@@ -81,6 +84,10 @@ class AdamW(CompactOptimizer):
         amsgrad: Literal[False] = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: Literal[False] = False,
+        fused: bool | None = None,
         state_format: StateFormatChoice = "4bit",
         seed: int = 0,
         bf16_rounding: Literal["stochastic", "nearest", "master24", "master32"] = "stochastic",
@@ -88,7 +95,7 @@ class AdamW(CompactOptimizer):
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         own = {"state_format": state_format, "seed": seed, "bf16_rounding": bf16_rounding}
-        self.check(options | own | {"amsgrad": amsgrad})
+        self.check(options | own | {"amsgrad": amsgrad, "differentiable": differentiable})
         super().__init__(params, options | own, release_gradients=release_gradients)
 
     def check(self, options: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from packlight.numerics.settings import AdamWSettings, SGDSettings
 from packlight.optim.checkpoint import Converter
 from packlight.optim.policy import format_of
 from packlight.optim.release import Release
-from packlight.optim.state import State, check_dtype, init_state, nbytes, state_bytes, state_keys
+from packlight.optim.state import State, check_dtype, check_range, init_state, nbytes, state_bytes, state_keys
 from packlight.optim.stepping import Entry, Scalars, check_dense, run
 
 ROUNDINGS = ("stochastic", "nearest", "master24", "master32")
@@ -89,8 +89,13 @@ class CompactOptimizer(Optimizer):
             options: of a param group, complete.
 
         Raises:
-            ValueError: a negative learning rate or weight decay, or an unknown rounding.
+            ValueError: differentiable, a negative learning rate or weight decay, or an unknown rounding.
         """
+        if options.get("differentiable"):
+            raise ValueError(
+                "differentiable=True came, False was wanted: parameters and states are rounded to codes, which has no "
+                "gradient. Leave it out, or use torch.optim's optimiser."
+            )
         check_range("lr", options["lr"], low=0.0)
         check_range("weight_decay", options["weight_decay"], low=0.0)
         if options["bf16_rounding"] not in ROUNDINGS:
@@ -322,20 +327,6 @@ def _has_all(state: State, moments: Sequence[str]) -> bool:
 
 def _error_of(state: State) -> State:
     return {key: value for key, value in state.items() if key == "param_error"}
-
-
-def check_range(name: str, value: float | Tensor, *, low: float, below: float = float("inf")) -> None:
-    """Raise where a number is out of its range; a tensor on a GPU is not looked at.
-
-    Raises:
-        ValueError: it is.
-    """
-    if isinstance(value, Tensor) and value.device.type == "cuda":
-        return
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} of shape {tuple(value.shape)} came, a number or a tensor of one element was wanted")
-    if not low <= float(value) < below:
-        raise ValueError(f"{name}={float(value)} came, a number from {low} up to below {below} was wanted")
 
 
 def _holds(state: Mapping[str, Any] | None) -> bool:

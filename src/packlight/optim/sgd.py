@@ -15,10 +15,10 @@ from torch.optim.optimizer import ParamsT
 
 from packlight.numerics.settings import SGDSettings
 from packlight.optim.checkpoint import Converter
-from packlight.optim.compact import CompactOptimizer, check_range
+from packlight.optim.compact import CompactOptimizer
 from packlight.optim.foreign import momentum_options, portable_momentum
 from packlight.optim.policy import StateFormatChoice
-from packlight.optim.state import MOMENTUM, host_lr
+from packlight.optim.state import MOMENTUM, check_range, host_lr
 
 # What torch.optim.SGD's param groups hold besides ours; a portable state_dict has them.
 TORCH_OPTIONS: Mapping[str, Any] = {"foreach": None, "differentiable": False, "fused": None}
@@ -35,14 +35,16 @@ class SGD(CompactOptimizer):
         weight_decay: the L2 factor added to the gradient.
         nesterov: look ahead by one step of momentum.
         maximize: ascend instead of descend.
+        foreach, fused: torch's choices among its implementations; without effect, as in `AdamW`.
+        differentiable: only False, as in `AdamW`.
         state_format: as in `AdamW`; the buffer is stored as the format's first moment.
         seed: of the random bits for stochastic rounding of bf16 parameters.
         bf16_rounding: as in `AdamW`.
         release_gradients: as in `AdamW`.
 
     Raises:
-        ValueError: an unknown format, a hyper-parameter out of range, a parameter dtype that is not fp32, bf16 or
-            fp16, or formats by name for parameters without names.
+        ValueError: an unknown format, a hyper-parameter out of range, differentiable, a parameter dtype that is not
+            fp32, bf16 or fp16, or formats by name for parameters without names.
 
     Example:
         >>> import torch
@@ -64,6 +66,9 @@ class SGD(CompactOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: Literal[False] = False,
+        fused: bool | None = None,
         state_format: StateFormatChoice = "4bit",
         seed: int = 0,
         bf16_rounding: Literal["stochastic", "nearest", "master24", "master32"] = "stochastic",
@@ -72,6 +77,7 @@ class SGD(CompactOptimizer):
         options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         own = {"state_format": state_format, "seed": seed, "bf16_rounding": bf16_rounding}
         options |= {"nesterov": nesterov, "maximize": maximize}
+        self.check(options | own | {"differentiable": differentiable})
         super().__init__(params, options | own, release_gradients=release_gradients)
 
     def check(self, options: Mapping[str, Any]) -> None:

@@ -236,6 +236,20 @@ def host_lr(group: Mapping[str, Any]) -> float:
     return 0.0 if isinstance(lr, Tensor) and lr.device.type == "cuda" else float(lr)
 
 
+def check_range(name: str, value: float | Tensor, *, low: float, below: float = float("inf")) -> None:
+    """Raise where a number is out of its range; a tensor on a GPU is not looked at.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(value, Tensor) and value.device.type == "cuda":
+        return
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} of shape {tuple(value.shape)} came, a number or a tensor of one element was wanted")
+    if not low <= float(value) < below:
+        raise ValueError(f"{name}={float(value)} came, a number from {low} up to below {below} was wanted")
+
+
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise where the formats do not take parameters of that dtype.
 
