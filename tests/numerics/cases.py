@@ -91,7 +91,7 @@ def adamw(
     numbers = settings.numbers(step)
     if engine == "cpu":
         slots = [each.slot(grad, step) for each, grad in zip(trained, grads, strict=True)]
-        cpu.adamw_step(slots, cpu.plan_of_slots(slots), numbers, stochastic=stochastic)
+        cpu.adamw_step(slots, numbers, plan=cpu.plan_of_slots(slots), stochastic=stochastic)
         return
     for each, grad in zip(trained, grads, strict=True):
         exp_avg, exp_avg_sq = each.moments
@@ -112,7 +112,7 @@ def sgd(
     numbers = settings.numbers(step)
     if engine == "cpu":
         slots = [each.slot(grad, step) for each, grad in zip(trained, grads, strict=True)]
-        cpu.sgd_step(slots, cpu.plan_of_slots(slots), numbers)
+        cpu.sgd_step(slots, numbers, plan=cpu.plan_of_slots(slots))
         return
     for each, grad in zip(trained, grads, strict=True):
         buffer = each.moments[0] if each.moments else None

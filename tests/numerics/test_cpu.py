@@ -256,8 +256,8 @@ def test_dtypes_and_roundings_share_a_call(seed: int) -> None:
 
 
 def test_a_call_without_parameters_does_nothing() -> None:
-    cpu.adamw_step([], cpu.plan_of_slots([]), DECOUPLED.numbers(1), stochastic=True)
-    cpu.sgd_step([], cpu.plan_of_slots([]), NESTEROV.numbers(1))
+    cpu.adamw_step([], DECOUPLED.numbers(1), plan=cpu.plan_of_slots([]), stochastic=True)
+    cpu.sgd_step([], NESTEROV.numbers(1), plan=cpu.plan_of_slots([]))
 
 
 # Bytes, and the want of a compiler

@@ -119,10 +119,13 @@ class Call(NamedTuple):
         tensors = iter(self.states)
         for param, grad in zip(self.params, self.grads, strict=True):
             shape = tuple(param.shape)
-            if grad.shape != param.shape:
-                raise ValueError(f"a gradient of shape {tuple(grad.shape)} came for a parameter of shape {shape}")
+            if grad.shape != param.shape or grad.device != param.device:
+                raise ValueError(
+                    f"a gradient of shape {tuple(grad.shape)} on {grad.device} came for a parameter of shape {shape} "
+                    f"on {param.device}, the same ones were wanted"
+                )
             chosen = moment_formats(self.state_format, shape)[:num_moments] if self.state_format else ()
-            yield tuple(_moment(each, shape, tensors) for each in chosen)
+            yield tuple(_moment(each, param, tensors) for each in chosen)
 
     def slots(self, num_moments: int) -> list[Slot]:
         """Return the parameters one by one; waits for the device to know the step's number.
@@ -147,28 +150,34 @@ class Call(NamedTuple):
         ]
 
     def _check_errors(self) -> None:
-        wanted = ERROR_DTYPES.get(self.rounding) if self.params and self.params[0].dtype == torch.bfloat16 else None
-        if wanted is not None and len(self.errors) != len(self.params):
+        bf16 = bool(self.params) and self.params[0].dtype == torch.bfloat16
+        wanted = ERROR_DTYPES.get(self.rounding) if bf16 else None
+        if len(self.errors) != (0 if wanted is None else len(self.params)):
             raise ValueError(
-                f"{len(self.params)} bf16 parameters came with {len(self.errors)} tensors of error bits, one each was "
-                f"wanted: rounding {self.rounding!r} needs them. Choose the rounding when the optimiser is built."
+                f"{len(self.params)} parameters came with {len(self.errors)} tensors of error bits for rounding "
+                f"{self.rounding!r}; bf16 ones have one each under {', '.join(ERROR_DTYPES)}, and none otherwise. "
+                "Choose the rounding when the optimiser is built."
             )
         for param, error in zip(self.params, self.errors, strict=False):
-            if error.numel() != param.numel():
+            if (error.numel(), error.dtype, error.device) != (param.numel(), wanted, param.device) or (
+                not error.is_contiguous()
+            ):
                 raise ValueError(
-                    f"error bits of {error.numel()} elements came for a parameter of shape {tuple(param.shape)}. "
-                    "Remove the parameter's state after changing its shape."
+                    f"error bits of {error.numel()} elements, {error.dtype}, on {error.device} came for a parameter "
+                    f"of shape {tuple(param.shape)} on {param.device}, contiguous {wanted} were wanted. Remove the "
+                    "parameter's state after changing its shape, and load states after moving the model."
                 )
 
 
-def _moment(moment_format: MomentFormat, shape: tuple[int, ...], tensors: Iterator[Tensor]) -> Moment:
-    moment = {}
+def _moment(moment_format: MomentFormat, param: Tensor, tensors: Iterator[Tensor]) -> Moment:
+    moment, shape = {}, tuple(param.shape)
     for suffix, (size, dtype) in moment_format.tensors(shape).items():
         tensor = moment[suffix] = next(tensors)
-        if tensor.shape != size or tensor.dtype != dtype or not tensor.is_contiguous():
+        if (tensor.shape, tensor.dtype, tensor.device) != (size, dtype, param.device) or not tensor.is_contiguous():
             raise ValueError(
-                f"a state tensor {suffix!r} of {tensor.dtype}, shape {tuple(tensor.shape)} came for a parameter of "
-                f"shape {shape}, contiguous {dtype}, shape {size} was wanted. "
-                "Remove the parameter's state after changing its shape, and leave states to load_state_dict."
+                f"a state tensor {suffix!r} of {tensor.dtype}, shape {tuple(tensor.shape)}, on {tensor.device} came "
+                f"for a parameter of shape {shape} on {param.device}, contiguous {dtype}, shape {size} was wanted. "
+                "Remove the parameter's state after changing its shape or its device, and leave states to "
+                "load_state_dict."
             )
     return Moment(moment_format, shape, moment)

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import warnings
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +32,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 ROUNDINGS: tuple[RoundingName, ...] = ("nearest", "stochastic", "master24", "master32")
 # The fastest way to hand out a few thousand elements is not to.
 SERIAL_ELEMENTS = 2**15
-# Addresses that keep changing would fill the memory with plans.
-MAX_PLANS = 256
+# Addresses that keep changing would fill the memory with plans: 128 bytes a record.
+MAX_ITEMS = 2**16
 # Of an item: what a plan that is found again has not.
 NUM_FIELDS, GRAD_FIELD, KEY_FIELD = 16, 1, 14
 
@@ -54,6 +54,13 @@ class Batch(NamedTuple):
     is_bf16: bool
     rounding: int
     num_elements: int
+
+    def with_fields(self, fields: Mapping[int, list[int]]) -> "Batch":
+        """Return a copy with other values in some fields: another thread may be reading this one's."""
+        items = self.items[:]
+        for field, values in fields.items():
+            items[field::NUM_FIELDS] = array("q", values)
+        return self._replace(items=items)
 
     def adamw_step(self, library: ctypes.CDLL, numbers: AdamWNumbers, *, stochastic: bool) -> None:
         """Do one AdamW step."""
@@ -84,6 +91,11 @@ class Plan(NamedTuple):
     batches: tuple[Batch, ...]
     others: tuple[int, ...]
 
+    @property
+    def num_items(self) -> int:
+        """Return how many records it has, at least 1."""
+        return 1 + sum(len(batch.members) for batch in self.batches)
+
 
 class _Tables(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("values", "cells", "expanded", "borders", "limits"))
@@ -105,27 +117,37 @@ def plan_of(call: Call, *, num_moments: int) -> Plan:
     Raises:
         ValueError: as `Call.moments`.
     """
-    pairs = (*call.params, *call.grads)
+    kept = (*call.params, *call.states, *call.errors)
+    every = (*kept, *call.grads)
     key = (
         *(num_moments, call.state_format, call.rounding, *call.seeds),
-        *map(Tensor.data_ptr, (*call.params, *call.states, *call.errors)),
-        *map(Tensor.numel, (*call.states, *call.errors)),
-        *map(Tensor.size, pairs),
-        *map(Tensor.is_contiguous, pairs),
-        *[each.dtype for each in pairs],
+        *map(Tensor.data_ptr, kept),
+        *map(Tensor.numel, every),
+        *map(Tensor.is_contiguous, every),
+        *map(Tensor.size, (*call.params, *call.grads)),
+        *[each.dtype for each in every],
+        *[each.is_cpu for each in every],
     )
     plan = _plans.get(key)
     if plan is None:
         plan = plan_of_slots(call.slots(num_moments))
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
         _plans[key] = plan
+        while sum(each.num_items for each in _plans.values()) > MAX_ITEMS and len(_plans) > 1:
+            del _plans[next(iter(_plans))]
     step = int(call.step)
     addresses, seeds = list(map(Tensor.data_ptr, call.grads)), call.seeds
-    for batch in plan.batches:
-        batch.items[GRAD_FIELD::NUM_FIELDS] = array("q", [addresses[at] for at in batch.members])
-        batch.items[KEY_FIELD::NUM_FIELDS] = array("q", [key_at(seeds[at], step) for at in batch.members])
-    return plan
+    return Plan(
+        tuple(
+            batch.with_fields(
+                {
+                    GRAD_FIELD: [addresses[at] for at in batch.members],
+                    KEY_FIELD: [key_at(seeds[at], step) for at in batch.members],
+                }
+            )
+            for batch in plan.batches
+        ),
+        plan.others,
+    )
 
 
 def plan_of_slots(slots: Sequence[Slot]) -> Plan:
@@ -150,13 +172,13 @@ def plan_of_slots(slots: Sequence[Slot]) -> Plan:
     return Plan(tuple(found), tuple(others))
 
 
-def adamw_step(slots: Sequence[Slot], plan: Plan, numbers: AdamWNumbers, *, stochastic: bool) -> None:
+def adamw_step(slots: Sequence[Slot], numbers: AdamWNumbers, *, plan: Plan, stochastic: bool) -> None:
     """Do one AdamW step on many parameters, in place.
 
     Args:
         slots: the parameters, on the CPU, of any dtypes; looked at only where the reference does them.
-        plan: how they are done.
         numbers: the constants of this step.
+        plan: how they are done.
         stochastic: round second moments at random.
     """
     for batch in plan.batches:
@@ -166,19 +188,36 @@ def adamw_step(slots: Sequence[Slot], plan: Plan, numbers: AdamWNumbers, *, stoc
         slots[at].adamw_step(numbers, stochastic=stochastic)
 
 
-def sgd_step(slots: Sequence[Slot], plan: Plan, numbers: SGDNumbers) -> None:
+def sgd_step(slots: Sequence[Slot], numbers: SGDNumbers, *, plan: Plan) -> None:
     """Do one step of SGD with momentum on many parameters, in place.
 
     Args:
         slots: the parameters, on the CPU, of any dtypes; looked at only where the reference does them.
-        plan: how they are done.
         numbers: the constants of this step.
+        plan: how they are done.
     """
     for batch in plan.batches:
         batch.sgd_step(_library(), numbers)
     for at in plan.others:
         _warn_slow(_slow_reason(slots[at]))
         slots[at].sgd_step(numbers)
+
+
+def count(steps: Sequence[Tensor], amount: int) -> bool:
+    """Add to step counters, in place.
+
+    Args:
+        steps: fp32, 0-dim, on the CPU.
+        amount: what is added.
+
+    Returns:
+        Whether there is a library that did it.
+    """
+    library = compiled()
+    if library is not None:
+        addresses = array("q", map(Tensor.data_ptr, steps))
+        library.packlight_count(addresses.buffer_info()[0], len(addresses), amount)
+    return library is not None
 
 
 @functools.cache
@@ -189,13 +228,15 @@ def compiled() -> ctypes.CDLL | None:
     except (CompilerMissing, CompilerFailed) as error:
         warnings.warn(
             f"packlight's CPU kernels could not be compiled, so optimiser steps on low-bit states run in plain "
-            f"PyTorch, about 50 times slower. Install a C++ compiler, or set CXX to one. {error}",
+            f"PyTorch, many times slower. Install a C++ compiler, or set CXX to one. {error}",
             stacklevel=2,
         )
         return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.packlight_adamw_step.argtypes = [pointer, ctypes.c_int64, pointer, pointer, *[integer] * 4]
     library.packlight_sgd_step.argtypes = [pointer, ctypes.c_int64, pointer, pointer, *[integer] * 3]
+    library.packlight_count.argtypes = [pointer, ctypes.c_int64, ctypes.c_float]
+    library.packlight_count.restype = None
     library.packlight_adamw_step.restype = library.packlight_sgd_step.restype = None
     return library
 
@@ -223,7 +264,7 @@ def _warn_slow(reason: str | None) -> None:
     if reason is not None and compiled() is not None:
         warnings.warn(
             f"the compiled optimiser step does not take {reason}; these are updated in plain PyTorch, "
-            "about 50 times slower. Make them contiguous fp32 or bf16, or leave them to torch.optim.",
+            "many times slower. Make them contiguous fp32 or bf16, or leave them to torch.optim.",
             stacklevel=2,
         )
 

@@ -26,9 +26,8 @@ from packlight.numerics.gpu_tables import ALIGNMENT, Group, Plan, gradients_of, 
 from packlight.numerics.settings import LARGEST_FP32, AdamWNumbers, AdamWSettings, SGDNumbers, SGDSettings
 
 
-def adamw_step(*args: Any) -> None:
-    """Do one AdamW step on many parameters, in place; the arguments are the fields of `Call`."""
-    call = Call(*args)
+def adamw_step(call: Call) -> None:
+    """Do one AdamW step on many parameters, in place."""
     plan = plan_of(call, num_moments=2)
     with _current_device(call.device):
         for group in plan.groups:
@@ -43,9 +42,8 @@ def adamw_step(*args: Any) -> None:
         slot.adamw_step(AdamWNumbers(*call.numbers.tolist()), stochastic=call.stochastic)
 
 
-def sgd_step(*args: Any) -> None:
-    """Do one step of SGD with momentum on many parameters, in place; the arguments are the fields of `Call`."""
-    call = Call(*args)
+def sgd_step(call: Call) -> None:
+    """Do one step of SGD with momentum on many parameters, in place."""
     plan = plan_of(call, num_moments=1)
     with _current_device(call.device):
         for group in plan.groups:

@@ -163,7 +163,7 @@ def sgd_kernel(
 
 @triton.jit
 def rotate_kernel(vectors: tl.tensor, maxima: tl.tensor, found_inf: tl.tensor, SIZE: tl.constexpr) -> None:
-    """Keep the row and column maxima that were used for encoding, and take over the new ones; a vector a program."""
+    """Keep the divisors of this step for decoding, and take over maxima that have moved; a vector a program."""
     if _is_set(found_inf):
         return
     vector = vectors + tl.program_id(0) * _NUM_VECTOR_FIELDS

@@ -118,7 +118,8 @@ def plan_of(call: Call, *, num_moments: int) -> Plan:
     Returns:
         The plan.
     """
-    key = (num_moments, call.state_format, call.rounding, *call.seeds, *map(_signature, (*call.params, *call.grads)))
+    every = (*call.params, *call.grads, *call.states, *call.errors)
+    key = (num_moments, call.state_format, call.rounding, *call.seeds, *map(_signature, every))
     addresses = tuple(each.data_ptr() for each in (*call.params, *call.states, *call.errors))
     plan = _plans.get((key, addresses))
     if plan is None:

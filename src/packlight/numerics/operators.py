@@ -7,7 +7,7 @@ in place. One call does all parameters of one device, dtype and step; `call.Call
     torch.ops.packlight.adamw_step    torch.ops.packlight.sgd_step
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def _adamw_step_cpu(*args: Any) -> None:
     if not call.is_skipped():
         plan = cpu.plan_of(call, num_moments=2)
         slots, numbers = call.slots(2) if plan.others else [], AdamWNumbers(*call.numbers.tolist())
-        cpu.adamw_step(slots, plan, numbers, stochastic=call.stochastic)
+        cpu.adamw_step(slots, numbers, plan=plan, stochastic=call.stochastic)
 
 
 def _sgd_step_cpu(*args: Any) -> None:
@@ -48,7 +48,7 @@ def _sgd_step_cpu(*args: Any) -> None:
     call = Call(*args)
     if not call.is_skipped():
         plan = cpu.plan_of(call, num_moments=1)
-        cpu.sgd_step(call.slots(1) if plan.others else [], plan, SGDNumbers(*call.numbers.tolist()))
+        cpu.sgd_step(call.slots(1) if plan.others else [], SGDNumbers(*call.numbers.tolist()), plan=plan)
 
 
 adamw_step: CustomOpDef = torch.library.custom_op(
@@ -69,14 +69,14 @@ def _(*args: object) -> None:
 def _adamw_step_cuda(*args: Any) -> None:
     from packlight.numerics import gpu  # imports Triton, which machines without a GPU lack
 
-    gpu.adamw_step(*args)
+    gpu.adamw_step(Call(*args))
 
 
 @sgd_step.register_kernel("cuda")
 def _sgd_step_cuda(*args: Any) -> None:
     from packlight.numerics import gpu
 
-    gpu.sgd_step(*args)
+    gpu.sgd_step(Call(*args))
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -101,9 +101,26 @@ def run(operator: Any, call: Call) -> None:
         ValueError: a gradient, state or tensor of error bits does not belong to its parameter.
     """
     direct = _DIRECT.get((operator, call.device.type))
-    listens = _get_current_dispatch_mode() is not None or torch.is_grad_enabled()
+    # A negative view (of a conjugate's imaginary part) is a flag that only the dispatcher minds.
+    lazy = any(map(Tensor.is_neg, call.grads))
+    listens = lazy or _get_current_dispatch_mode() is not None or torch.is_grad_enabled()
     if direct is None or listens or not _PLAIN.issuperset(map(type, (*call.params, *call.grads))):
         operator(*call)
     else:
         direct(*call)
         torch.autograd.graph.increment_version((*call.params, *call.states, *call.errors))
+
+
+def count(steps: Sequence[Tensor], amount: int) -> None:
+    """Add to step counters, in place; on the CPU torch takes longer for that than for a small parameter's step.
+
+    Args:
+        steps: fp32, 0-dim, all on one device.
+        amount: what is added.
+    """
+    listens = _get_current_dispatch_mode() is not None or not _PLAIN.issuperset(map(type, steps))
+    plain = not listens and {(each.device.type, each.dtype) for each in steps} == {("cpu", torch.float32)}
+    if plain and cpu.count(steps, amount):
+        torch.autograd.graph.increment_version(steps)
+    else:
+        torch._foreach_add_(list(steps), amount)

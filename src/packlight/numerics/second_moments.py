@@ -4,10 +4,10 @@ A block is scaled alone, so it can be encoded as soon as it is updated. Rows and
 are known when the whole tensor is. Formats differ in how they deal with that:
 
     Blocks    scales of blocks alone; one pass
-    Matrix    a root is divided by the least of its row's and its column's largest root *one step before*, then
-              by the largest quotient in its block. Old maxima only even out the block, and the block scale is
+    Matrix    a root is divided by the least of its row's and its column's largest root *as known one step before*,
+              then by the largest quotient in its block. Old maxima only even out the block, and the block scale is
               exact, so one pass does, nothing is clipped, and each element is still coded relative to its row
-              and column
+              and column. A known maximum stays for as long as it is within MAXIMA_SLACK of the true one
     Rank1     algorithm 4 of Li et al.: maxima per axis of the new moment; two passes over gradients and codes
     Factored  means per row and column; a pass for the means, then one for the update
 
@@ -35,7 +35,8 @@ from packlight.numerics.moments import UNKNOWN_COLUMN, UNKNOWN_ROW, Moment
 # Row and column maxima outside of this range have no use as divisors.
 SMALLEST_MAXIMUM, LARGEST_MAXIMUM = 1e-30, 1e30
 # A column that was tiny one step before and is not now has the largest quotient of its blocks, and what is small in
-# them is rounded up to a level of it. So no divisor is smaller than the largest by more than this.
+# them is rounded up to a level of it. So no divisor is smaller than the largest by more than this; with the slack of
+# both, by 64 * 1.4 ** 2, about 125.
 MAXIMA_RANGE = 64.0
 # A divisor that changes takes every root of its row off its level, and each rounding adds noise that the moment
 # remembers for 1 / (1 - beta2) steps. So it stays as long as it is within this factor of the maximum.
@@ -141,7 +142,7 @@ class Blocks:
 
 
 class Matrix(Blocks):
-    """Blocks of roots that are divided by the row and column maxima of one step before."""
+    """Blocks of roots that are divided by row and column maxima known before the step."""
 
     def __init__(self, moment: Moment) -> None:
         super().__init__(moment)
@@ -164,7 +165,7 @@ class Matrix(Blocks):
         super().store(start, value, root * inverse, key=key)
 
     def finish(self) -> None:
-        """Keep the new maxima for the next step, and those that were used for decoding."""
+        """Take over maxima that have moved away from the divisors, and keep the divisors of this step for decoding."""
         row, column = self.maxima.of_axes()
         for vectors, maxima, unknown in ((self.rows, row, UNKNOWN_ROW), (self.cols, column, UNKNOWN_COLUMN)):
             used, following = vectors[1].clone(), _usable(maxima, unknown)

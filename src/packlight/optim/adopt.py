@@ -17,8 +17,7 @@ state_dict() shows managed states as torch's own (fp32 exp_avg, exp_avg_sq, step
 before torch casts them to the parameter's dtype. A deep copy or a pickle of the optimiser has no hooks, so
 its states are torch's own too.
 
-Source: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023 (arXiv 2309.01507), for
-the formats.
+Source of the formats: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023, arXiv 2309.01507.
 """
 
 import weakref
@@ -48,7 +47,7 @@ from packlight.optim.state import (
     step_device,
     to_portable,
 )
-from packlight.optim.stepping import Entry, Scalars, check_dense, run
+from packlight.optim.stepping import Entry, Scalars, check_dense, run, tensors_of
 
 _adopted: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
@@ -171,7 +170,8 @@ class Adoption:
         state = self._state_of(param)
         history = self._history[param] if param in self._history else int(state["step"])
         self._history[param] = history = hash((history, self._num_calls))
-        return Entry(param, grad, state, state.state_format, "nearest", seed, history)
+        tensors = tensors_of(state, state.state_format, param.shape)
+        return Entry(param, grad, state, tensors, state.state_format, "nearest", seed, history)
 
     def _state_of(self, param: Tensor) -> CompactState:
         state = self._optimizer.state.get(param)

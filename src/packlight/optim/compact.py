@@ -17,7 +17,6 @@ frees it; then `step` only closes the round.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -30,29 +29,19 @@ from packlight.numerics.settings import AdamWSettings, SGDSettings
 from packlight.optim.checkpoint import Converter
 from packlight.optim.policy import format_of
 from packlight.optim.release import Release
-from packlight.optim.state import State, check_dtype, check_range, init_state, nbytes, state_bytes, state_keys
-from packlight.optim.stepping import Entry, Scalars, check_dense, run
+from packlight.optim.state import (
+    State,
+    check_dtype,
+    check_range,
+    check_unmade,
+    init_state,
+    nbytes,
+    state_bytes,
+    state_keys,
+)
+from packlight.optim.stepping import Entry, Known, Scalars, check_dense, run
 
 ROUNDINGS = ("stochastic", "nearest", "master24", "master32")
-
-
-@dataclass
-class Known:
-    """What an optimiser knows of a parameter besides its state.
-
-    Attributes:
-        param: the parameter.
-        group: its param group.
-        state_format: of its state.
-        seed: of its random bits.
-        history: equal for parameters that went through the same steps; None before the first.
-    """
-
-    param: Tensor
-    group: dict[str, Any]
-    state_format: str
-    seed: int
-    history: int | None = None
 
 
 class CompactOptimizer(Optimizer):
@@ -128,7 +117,6 @@ class CompactOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._known.clear()
         if self._release is not None:
             self._release.watch(group["params"])
 
@@ -172,7 +160,11 @@ class CompactOptimizer(Optimizer):
     def update(self, param: Tensor) -> None:
         """Do one step for one of the parameters, which has a gradient."""
         self._num_calls += 1
-        self._run(self._known_of(param).group, self._dense([param]), Scalars())
+        group = self._known_of(param).group
+        if not any(group is each for each in self.param_groups):
+            self._known = {}
+            group = self._known_of(param).group
+        self._run(group, self._dense([param]), Scalars())
 
     def state_bytes(self) -> int:
         """Return the exact bytes of the states, also before the first step.
@@ -269,8 +261,8 @@ class CompactOptimizer(Optimizer):
         return found
 
     def _run(self, group: dict[str, Any], params: Sequence[tuple[Tensor, Tensor]], scalars: Scalars) -> None:
-        moments, rounding = self.moments(group), group["bf16_rounding"]
-        entries = [self._entry(self._known_of(param), grad, moments, rounding) for param, grad in params]
+        moments = self.moments(group)
+        entries = [self._entry(self._known_of(param), grad, group, moments) for param, grad in params]
         run(entries, self.settings(group), scalars, lr=group["lr"])
 
     def _known_of(self, param: Tensor) -> Known:
@@ -280,24 +272,35 @@ class CompactOptimizer(Optimizer):
             placed = [(one, group) for group in self.param_groups for one in _parameters(group)]
             histories = {id(each.param): each.history for each in self._known.values()}
             self._known = {
-                id(each): Known(each, group, state_format, seed_of(group["seed"], index), histories.get(id(each)))
+                id(each): Known(each, group, state_format, index, histories.get(id(each)))
                 for index, ((each, state_format), group) in enumerate(placed)
             }
-            known = self._known[id(param)]
+            known = self._known.get(id(param))
+        if known is None:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} came that is in no param group any more; "
+                "build the optimiser anew instead of taking groups out of it"
+            )
         return known
 
-    def _entry(self, known: Known, grad: Tensor, moments: tuple[str, ...], rounding: str) -> Entry:
+    def _entry(self, known: Known, grad: Tensor, group: dict[str, Any], moments: tuple[str, ...]) -> Entry:
         param, state_format = known.param, known.state_format if moments else ""
+        rounding, seed = group["bf16_rounding"], group["seed"]
+        if known.seeds is None or known.seeds[0] != seed:
+            known.seeds = seed, seed_of(seed, known.index)
         state: State = self.state[param]
-        keys = state_keys(state_format, param.shape, moments)
-        if not ("step" in state and all(map(state.__contains__, keys))) and not _has_all(state, moments):
+        if known.moments is not moments:
+            known.moments, known.keys = moments, state_keys(state_format, param.shape, moments)
+        if not ("step" in state and all(map(state.__contains__, known.keys))):
+            check_unmade(state, param, moments, state_format=state_format)
             fresh = init_state(param, known.state_format, moments=moments, rounding=rounding)
             state = self.state[param] = fresh | _error_of(state)
-            known.history = None
+            known.history, known.keys = None, state_keys(state_format, param.shape, moments)
+        tensors = tuple([state[key] for key in known.keys])
         if known.history is None:
             known.history = int(state["step"])
         known.history = hash((known.history, self._num_calls))
-        return Entry(param, grad, state, state_format, rounding, known.seed, known.history)
+        return Entry(param, grad, state, tensors, state_format, rounding, known.seeds[1], known.history)
 
     def _scalars(self, clip_coefficient: Tensor | float | None) -> Scalars:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -318,11 +321,6 @@ class CompactOptimizer(Optimizer):
             return 0
         rounding = group["bf16_rounding"]
         return state_bytes(param.shape, param.dtype, state_format, moments=self.moments(group), rounding=rounding)
-
-
-def _has_all(state: State, moments: Sequence[str]) -> bool:
-    """Tell whether a state has every moment: an SGD's momentum may be switched on later."""
-    return bool(state) and all(any(key.startswith(name) for key in state) for name in moments)
 
 
 def _error_of(state: State) -> State:

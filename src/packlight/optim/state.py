@@ -263,6 +263,33 @@ def check_dtype(dtype: torch.dtype) -> None:
         )
 
 
+def check_unmade(state: State, param: Tensor, moments: Sequence[str], *, state_format: str) -> None:
+    """Raise where a state that is to be made anew is there already, in another format.
+
+    An SGD's momentum may be switched on later, so a state may lack moments.
+
+    Args:
+        state: what is there.
+        param: whose it is.
+        moments: the names of the moments that it is to have.
+        state_format: the format that it is to have.
+
+    Raises:
+        ValueError: it has all moments.
+    """
+    if state and all(any(_belongs(key, name) for key in state) for name in moments):
+        raise ValueError(
+            f"a state with {', '.join(state)} came for a parameter of shape {tuple(param.shape)}, which format "
+            f"{state_format!r} does not have. Remove the parameter's state after changing its shape, and leave states "
+            "to load_state_dict."
+        )
+
+
+def _belongs(key: str, name: str) -> bool:
+    """Tell whether a state's key is a moment's: exp_avg_codes is exp_avg's, exp_avg_sq_codes is not."""
+    return key == name or (key.startswith(f"{name}_") and not key.startswith(f"{name}_sq"))
+
+
 def nbytes(state: Mapping[str, Any]) -> int:
     """Return the bytes of all tensors of a state.
 

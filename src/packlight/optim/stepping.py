@@ -10,7 +10,7 @@ told apart by a history of calls, not by the number.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from packlight.numerics import operators
 from packlight.numerics.call import Call
 from packlight.numerics.settings import AdamWSettings, SGDSettings
-from packlight.optim.state import MOMENTS, MOMENTUM, State, state_keys
+from packlight.optim.state import MOMENTS, State, state_keys
 
 # Source: Li et al. 2023, table 1, and our own measurements (benchmarks/quality.py): above it a step changes a
 # second moment by less than half a code, and nearest rounding stalls.
@@ -33,6 +33,7 @@ class Entry(NamedTuple):
         param: the parameter.
         grad: its gradient.
         state: its compact state.
+        tensors: those of the state's moments, in the order of `state_keys`.
         state_format: the name of the state's format; "" for SGD without momentum.
         rounding: how the parameter is rounded.
         seed: of its random bits.
@@ -42,10 +43,36 @@ class Entry(NamedTuple):
     param: Tensor
     grad: Tensor
     state: State
+    tensors: tuple[Tensor, ...]
     state_format: str
     rounding: str
     seed: int
     history: int
+
+
+@dataclass
+class Known:
+    """What an optimiser knows of a parameter besides its state.
+
+    Attributes:
+        param: the parameter.
+        group: its param group.
+        state_format: of its state.
+        index: its place among all parameters.
+        history: equal for parameters that went through the same steps; None before the first.
+        seeds: the group's seed, and the parameter's own that comes of it.
+        moments: the names of its state's moments when `keys` were found.
+        keys: of its state's tensors, in the order of the kernels.
+    """
+
+    param: Tensor
+    group: dict[str, Any]
+    state_format: str
+    index: int
+    history: int | None = None
+    seeds: tuple[int, int] | None = None
+    moments: tuple[str, ...] | None = None
+    keys: tuple[str, ...] = ()
 
 
 class Scalars(NamedTuple):
@@ -73,9 +100,10 @@ def run(
     """
     batches: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
+        param = entry.param
         step = entry.state["step"]
-        number = entry.history if step.device.type == "cuda" else int(step)  # on the host it can be looked at
-        key = (entry.param.device, entry.param.dtype, entry.state_format, entry.rounding, number)
+        number = entry.history if step.is_cuda else int(step)  # on the host it can be looked at
+        key = (param.device, param.dtype, entry.state_format, entry.rounding, number)
         batches.setdefault(key, []).append(entry)
     for batch in batches.values():
         _run_batch(batch, settings, scalars, lr)
@@ -98,7 +126,13 @@ def update(
         ValueError: the gradient is sparse.
     """
     check_dense(grad)
-    run([Entry(param, grad, state, state_format, "nearest", seed, 0)], settings, Scalars(), lr=settings.lr)
+    tensors = tensors_of(state, state_format, param.shape)
+    run([Entry(param, grad, state, tensors, state_format, "nearest", seed, 0)], settings, Scalars(), lr=settings.lr)
+
+
+def tensors_of(state: State, state_format: str, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Return the tensors of AdamW's moments in the order of the kernels."""
+    return tuple(state[key] for key in state_keys(state_format, shape, MOMENTS))
 
 
 def check_dense(grad: Tensor) -> None:
@@ -119,7 +153,6 @@ def _run_batch(
 ) -> None:
     first = batch[0]
     adamw = isinstance(settings, AdamWSettings)
-    moments = MOMENTS if adamw else MOMENTUM if first.state_format else ()
     found_inf = scalars.found_inf
     skipped = None if found_inf is None else found_inf.to(first.param.device, torch.float32).reshape(())
     if first.param.device.type != "cuda" and skipped is not None:
@@ -127,13 +160,13 @@ def _run_batch(
             return
         skipped = None
     steps = [entry.state["step"] for entry in batch]
-    torch._foreach_add_(steps, 1)
+    operators.count(steps, 1)
     numbers = _numbers(settings, first.state["step"], scalars.coefficient, lr)
     try:
         call = Call(
             [entry.param for entry in batch],
             [entry.grad for entry in batch],
-            [entry.state[key] for entry in batch for key in state_keys(entry.state_format, entry.param.shape, moments)],
+            [tensor for entry in batch for tensor in entry.tensors],
             [entry.state["param_error"] for entry in batch if "param_error" in entry.state],
             numbers,
             first.state["step"],
@@ -144,8 +177,8 @@ def _run_batch(
             first.rounding,
         )
         operators.run(operators.adamw_step if adamw else operators.sgd_step, call)
-    except (ValueError, KeyError):
-        torch._foreach_sub_(steps, 1)
+    except ValueError:
+        operators.count(steps, -1)
         raise
     if skipped is not None:
         torch._foreach_sub_(steps, [(skipped != 0).float()] * len(steps))
