@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from packlight.numerics import reference
+from packlight.numerics.call import Call
 from packlight.numerics.formats import matrix_view, moment_formats
 from packlight.numerics.moments import Moment, zero_moment
 from packlight.numerics.noise import key_at, seed_of
@@ -126,7 +127,7 @@ class Run:
         numbers = torch.tensor(self.settings.numbers(self.step), device=self.device)
         at = torch.tensor(float(self.step), device=self.device)
         model, how = self.model, (self.seeds, self.state_format, self.stochastic, self.rounding)
-        step(model.params, grads, model.states(), model.errors, numbers, at, found_inf, *how)
+        step(Call(model.params, grads, model.states(), model.errors, numbers, at, found_inf, *how))
 
     def by_reference(self, grads: Sequence[Tensor]) -> None:
         numbers, model = self.settings.numbers(self.step), self.expected

@@ -69,9 +69,9 @@ class MomentFormat:
         coding: what a code stands for (see the module).
         scale: "block": the largest magnitude in each block of `block_elements` in row-major order (the last
             block may be shorter); "matrix": blocks, after division by the least of the element's row and
-            column maxima, as known one step before (see `second_moments`); "rank1": one vector of maxima per axis, and an element's scale is
-            the least of its vectors' entries; "factored": a row and a column vector over the last two axes;
-            "none": no scale.
+            column maxima, as known one step before (see `second_moments`); "rank1": one vector of maxima per
+            axis, and an element's scale is the least of its vectors' entries; "factored": a row and a column
+            vector over the last two axes; "none": no scale.
         bits: bits of one code.
         block_elements: elements per block scale.
         book: the code values, where the coding is "book".
