@@ -664,7 +664,7 @@ template <class T, int KIND> struct Short {
 template <class T, int KIND, bool ADAMW, bool STOCHASTICALLY>
 void run_task(const Call& call, const Task& task, Matrix* matrix, Columns& columns) {
     const Item& item = call.items[task.item];
-    const int error_bytes = call.rounding == MASTER24 ? 1 : call.rounding == MASTER32 ? 2 : 0;
+    const int error_bytes = !item.error ? 0 : call.rounding == MASTER24 ? 1 : call.rounding == MASTER32 ? 2 : 0;
     const Parameters how{call.rounding, (uint32_t)item.key};
     Divisors by{};
     constexpr bool MATRIX = KIND == BITS4_MATRIX && ADAMW;
