@@ -89,8 +89,8 @@ def test_no_two_parameters_gradients_are_alive_at_once() -> None:
     def record(_: Tensor) -> None:
         alive.append(sum(param.grad.nbytes for param in params if param.grad is not None))
 
-    for param in params:  # registered first, they run before the optimiser's
-        param.register_post_accumulate_grad_hook(record)
+    # Registered first, they run before the optimiser's.
+    hooks = [param.register_post_accumulate_grad_hook(record) for param in params]
     optimizer = AdamW(params, release_gradients=True)
     for step in range(2):
         loss_of(net, step).backward()
@@ -98,6 +98,8 @@ def test_no_two_parameters_gradients_are_alive_at_once() -> None:
     assert len(alive) == 2 * len(params)
     assert sorted(alive) == sorted(2 * [param.nbytes for param in params])
     assert max(alive) < sum(param.nbytes for param in params) / 4
+    for hook in hooks:
+        hook.remove()  # torch does not show it to the garbage collector, and it holds the parameters
 
 
 def test_second_backward_before_the_step_is_refused() -> None:
