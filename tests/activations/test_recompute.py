@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from packlight.activations.blocks import find_blocks
-from packlight.activations.recompute import MAX_COPIED_ELEMENTS, is_recomputing, recompute
+from packlight.activations.buffers import MAX_COPIED_ELEMENTS, is_recomputing
+from packlight.activations.recompute import recompute
 from packlight.planner.timeline import Timeline
 from tests.cases import CASES, Case, ConvNet, digits
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from packlight.activations.recompute import MAX_COPIED_ELEMENTS, recompute
+from packlight.activations.buffers import MAX_COPIED_ELEMENTS
+from packlight.activations.recompute import recompute
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.fake import lstm_workspace_bytes
 from packlight.planner.loop import Call, Seen

@@ -2,53 +2,28 @@
 
 `torch.utils.checkpoint` does this for a function that the user wraps. Two things are missing for a model that nobody
 edits: it must be put around blocks that exist already and come off again without a trace, and a block with side
-effects must have them once. The idea: the block's `forward` is replaced on the instance (its hooks stay outside, as
-they would around the block), and buffers that the forward changes (running statistics of batch norm) are put back to
-their earlier values for the second run and to their present ones after it.
+effects must have them once (`buffers.py`). The idea: the block's `forward` is replaced on the instance; its hooks stay
+outside, as they would around the block.
 
 Layers that follow transformers' `GradientCheckpointingLayer` protocol bring their own switch, which also keeps the
 key-value cache from being filled twice; there the switch is used. Technique: Chen et al. 2016, arXiv 1604.06174.
 """
 
 import functools
-import random
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from packlight.activations.blocks import Block, find_blocks
+from packlight.activations.buffers import MAX_COPIED_ELEMENTS, Buffers
 
-MAX_COPIED_ELEMENTS = 2**16
-"""Buffers up to this size are copied at every call of a recomputed block."""
-
-_state = threading.local()
-_Slot = tuple[dict[str, torch.Tensor | None], tuple[int, str], torch.Tensor]
-
-
-def is_recomputing() -> bool:
-    """Tell whether this thread is running a block's forward for the second time."""
-    return getattr(_state, "depth", 0) > 0
-
-
-def drawn_state() -> tuple[Any, ...]:
-    """Return the state of the random generators that are not torch's: Python's own, and numpy's where it is loaded."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), numpy.random.get_state() if numpy else None
-
-
-def set_drawn_state(state: tuple[Any, ...]) -> None:
-    """Put those generators into a state that `drawn_state` returned."""
-    random.setstate(state[0])
-    if state[1] is not None:
-        sys.modules["numpy"].random.set_state(state[1])
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+"""Makes the contexts of a block's first and second run, anew for each call."""
 
 
 class Recomputation:
@@ -72,7 +47,13 @@ class Recomputation:
         self.remove()
 
 
-def recompute(model: nn.Module, blocks: Iterable[str] | None = None) -> Recomputation:
+def recompute(
+    model: nn.Module,
+    blocks: Iterable[str] | None = None,
+    *,
+    keep_results_of: Collection[Any] = (),
+    around: Callable[[str], Contexts] | None = None,
+) -> Recomputation:
     """Recompute blocks of a model in backward instead of keeping what they save.
 
     Losses and gradients stay bit-equal where the forward is deterministic for a fixed random state.
@@ -80,6 +61,9 @@ def recompute(model: nn.Module, blocks: Iterable[str] | None = None) -> Recomput
     Args:
         model: the model; changed in place.
         blocks: paths of blocks as `find_blocks` names them; None for all of them.
+        keep_results_of: operators, such as `torch.ops.aten.addmm.default`, that do not run again: their results are
+            kept. Backward can go through such a block once (torch's selective checkpointing).
+        around: returns, by a block's path, what makes the contexts that its two runs have besides.
 
     Returns:
         A handle whose `remove()` undoes it; it works as a context manager too.
@@ -101,13 +85,15 @@ def recompute(model: nn.Module, blocks: Iterable[str] | None = None) -> Recomput
     twice = [path for path in wanted if _is_recomputed(model.get_submodule(known[path].module_path))]
     if twice:
         raise ValueError(f"block {twice[0]!r} is recomputed already; remove() that handle first")
+    selective = [functools.partial(create_selective_checkpoint_contexts, list(keep_results_of))] * bool(keep_results_of)
     undo = []
-    runs: dict[str, list[Block]] = {}
+    runs: dict[str, list[tuple[Block, list[Contexts]]]] = {}
     for block in (known[path] for path in wanted):
+        others = [*([around(block.path)] if around else []), *selective]
         if block.start is None:
-            undo.append(_recompute_module(model.get_submodule(block.module_path)))
+            undo.append(_recompute_module(model.get_submodule(block.module_path), others))
         else:
-            runs.setdefault(block.module_path, []).append(block)
+            runs.setdefault(block.module_path, []).append((block, others))
     undo += [_recompute_runs(model.get_submodule(path), parts) for path, parts in runs.items()]
     return Recomputation(undo)
 
@@ -124,7 +110,7 @@ def recomputes_itself(module: nn.Module) -> bool:
 
 def copied_buffers(*modules: nn.Module) -> list[torch.Tensor]:
     """Return the buffers that a recomputed call of these modules copies, and its second run once more."""
-    return [buffer for _, _, buffer in _Buffers(*modules).slots() if buffer.numel() <= MAX_COPIED_ELEMENTS]
+    return [buffer for _, _, buffer in Buffers(*modules).slots() if buffer.numel() <= MAX_COPIED_ELEMENTS]
 
 
 def _is_recomputed(module: nn.Module) -> bool:
@@ -132,15 +118,15 @@ def _is_recomputed(module: nn.Module) -> bool:
     return any(isinstance(value, ours) for value in module.__dict__.values())
 
 
-def _recompute_module(module: nn.Module) -> Callable[[], None]:
+def _recompute_module(module: nn.Module, others: Sequence[Contexts]) -> Callable[[], None]:
     if not follows_protocol(module):
-        return _replace(module, forward=_Recomputed(module))
-    return _replace(module, gradient_checkpointing=True, _gradient_checkpointing_func=_ProtocolFunction(module))
+        return _replace(module, forward=_Recomputed(module, others))
+    return _replace(module, gradient_checkpointing=True, _gradient_checkpointing_func=_ProtocolFunction(module, others))
 
 
-def _recompute_runs(module: nn.Module, runs: Sequence[Block]) -> Callable[[], None]:
+def _recompute_runs(module: nn.Module, runs: Sequence[tuple[Block, list[Contexts]]]) -> Callable[[], None]:
     assert isinstance(module, nn.Sequential)
-    return _replace(module, forward=_RecomputedRuns(module, [(run.start or 0, run.stop or 0) for run in runs]))
+    return _replace(module, forward=_RecomputedRuns(module, runs))
 
 
 def _replace(module: nn.Module, **values: object) -> Callable[[], None]:
@@ -159,15 +145,15 @@ def _replace(module: nn.Module, **values: object) -> Callable[[], None]:
 class _Recomputed:
     """Stands in for a module's `forward`; a copy or a pickle of the module gets the plain forward."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, others: Sequence[Contexts]) -> None:
         self._module = module
         self._own = "forward" in module.__dict__  # not the class's
         self._forward = module.forward
-        self._buffers = _Buffers(module)
+        self._contexts = _joined(Buffers(module).contexts, *others)
         functools.update_wrapper(self, self._forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _run(self._forward, self._buffers, *args, **kwargs)
+        return _run(self._forward, self._contexts, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (functools.partial, (self._forward,)) if self._own else (getattr, (self._module, "forward"))
@@ -176,13 +162,13 @@ class _Recomputed:
 class _ProtocolFunction:
     """What a `GradientCheckpointingLayer` calls to run its own forward; a copy or pickle is torch's checkpoint."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._buffers = _Buffers(module)
+    def __init__(self, module: nn.Module, others: Sequence[Contexts]) -> None:
+        self._contexts = _joined(Buffers(module).contexts, *others)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         if isinstance(function, functools.partial):  # the layer's keyword arguments are hidden in it
-            return _run(function.func, self._buffers, *function.args, *args, **function.keywords)
-        return _run(function, self._buffers, *args)
+            return _run(function.func, self._contexts, *function.args, *args, **function.keywords)
+        return _run(function, self._contexts, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (functools.partial, (checkpoint,), (checkpoint, (), {"use_reentrant": False}, None))
@@ -191,18 +177,21 @@ class _ProtocolFunction:
 class _RecomputedRuns:
     """Stands in for the `forward` of an `nn.Sequential` of which some runs of layers are recomputed."""
 
-    def __init__(self, module: nn.Sequential, runs: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, module: nn.Sequential, runs: Sequence[tuple[Block, list[Contexts]]]) -> None:
         self._module = module
-        self._runs = {start: (stop, _Buffers(*list(module)[start:stop])) for start, stop in runs}
+        self._runs: dict[int, tuple[int, Contexts]] = {}
+        for run, others in runs:
+            layers = list(module)[run.start : run.stop]
+            self._runs[run.start or 0] = run.stop or 0, _joined(Buffers(*layers).contexts, *others)
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, value: Any) -> Any:
         layers = list(self._module)
         position = 0
         while position < len(layers):
-            stop, buffers = self._runs.get(position, (position + 1, None))
+            stop, contexts = self._runs.get(position, (position + 1, None))
             run = functools.partial(_chain, layers[position:stop])
-            value = run(value) if buffers is None else _run(run, buffers, value)
+            value = run(value) if contexts is None else _run(run, contexts, value)
             position = stop
         return value
 
@@ -216,7 +205,7 @@ def _chain(layers: Sequence[nn.Module], value: Any) -> Any:
     return value
 
 
-def _run(function: Callable[..., Any], buffers: "_Buffers", *args: Any, **kwargs: Any) -> Any:
+def _run(function: Callable[..., Any], contexts: Contexts, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     # Tensors in keywords and tuples go in one by one: only so does autograd notice if one is overwritten later.
@@ -230,108 +219,33 @@ def _run(function: Callable[..., Any], buffers: "_Buffers", *args: Any, **kwargs
         nested_args, nested_kwargs = tree_unflatten(flat, structure)
         return function(*nested_args, **nested_kwargs)
 
-    return checkpoint(call, *leaves, use_reentrant=False, context_fn=buffers.contexts)
+    return checkpoint(call, *leaves, use_reentrant=False, context_fn=contexts)
 
 
-class _Buffers:
-    """The buffers of a block, so that its second run starts from the values of the first and changes nothing.
+def _joined(*makers: Contexts) -> Contexts:
+    """Return what makes contexts that enter several, the first outermost."""
+    if len(makers) == 1:
+        return makers[0]
 
-    A change cannot be told from a buffer's version: batch norm's kernels write running statistics without raising
-    it. So small buffers are always copied; a large one (a mask, a table) is compared by value at the first call.
+    def make() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        first, second = zip(*[maker() for maker in makers], strict=True)
+        return _Nested(first), _Nested(second)
 
-    ```
-    1 first run    note each buffer's tensor and version; copy the small ones and those known to change
-    2 after it     at the first call, compare the large ones; later, a version that rose for the first time is an error
-    3 second run   the noted values are put in place, on copies
-    4 after it     the present tensors are put back
-    ```
-    """
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self._modules = modules
-        self._changing: set[tuple[int, str]] | None = None
-
-    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the contexts of the first and of the second run, for `checkpoint`."""
-        noted: dict[tuple[int, str], torch.Tensor] = {}
-        return self._first_run(noted), _SecondRun(self, noted, drawn_state())
-
-    def slots(self) -> Iterator[_Slot]:
-        """Yield every buffer with the dictionary that it stands in and a key of its own."""
-        owners = (owner for module in self._modules for owner in module.modules())
-        for position, owner in enumerate(owners):
-            for name, buffer in owner._buffers.items():
-                if buffer is not None:
-                    yield owner._buffers, (position, name), buffer
-
-    def parameters(self) -> list[Any]:
-        """Return every parameter likewise; `torch.func.functional_call` puts others in place for one call."""
-        owners = (owner for module in self._modules for owner in module.modules())
-        return [
-            (owner._parameters, (position, name), parameter)
-            for position, owner in enumerate(owners)
-            for name, parameter in owner._parameters.items()
-            if parameter is not None
-        ]
-
-    @contextmanager
-    def _first_run(self, noted: dict[tuple[int, str], torch.Tensor]) -> Iterator[None]:
-        before = {key: (buffer, buffer._version) for _, key, buffer in self.slots()}  # step 1
-        with torch.no_grad():
-            for key, (buffer, _) in before.items():
-                if self._changing is None or key in self._changing or buffer.numel() <= MAX_COPIED_ELEMENTS:
-                    noted[key] = buffer.clone()
-        yield
-        if self._changing is None:  # step 2
-            self._changing = {key for _, key, buffer in self.slots() if key in noted and _differs(buffer, noted[key])}
-            versions = {key: version for key, (_, version) in before.items()}
-            self._changing |= {key for _, key, buffer in self.slots() if buffer._version > versions.get(key, 0)}
-        for _, key, buffer in self.slots():
-            tensor, version = before.get(key, (buffer, buffer._version))
-            if key not in noted and (buffer is not tensor or buffer._version != version):
-                raise RuntimeError(
-                    f"buffer {key[1]!r} of {buffer.numel()} elements changed in forward for the first time, after "
-                    "earlier calls had left it alone; its block cannot be recomputed, so keep that block"
-                )
-        for key in [key for key in noted if key not in self._changing]:
-            if noted[key].numel() > MAX_COPIED_ELEMENTS:
-                del noted[key]
-
-    def swap_in(self, noted: dict[tuple[int, str], torch.Tensor]) -> list[_Slot]:
-        """Put copies of the noted values in place (step 3), and return what stood there."""
-        present = [slot for slot in self.slots() if slot[1] in noted]
-        with torch.no_grad():
-            for owner, key, _ in present:
-                owner[key[1]] = noted[key].clone()
-        return present
+    return make
 
 
-def _differs(buffer: torch.Tensor, before: torch.Tensor) -> bool:
-    """Tell whether a large buffer has another value than before; small ones need no answer, fake ones have no value."""
-    if buffer.numel() <= MAX_COPIED_ELEMENTS or isinstance(buffer, FakeTensor):
-        return False
-    return buffer.shape != before.shape or not torch.equal(buffer, before)
+class _Nested:
+    """Several contexts as one, which can be entered again if they can."""
 
-
-class _SecondRun:
-    """The context of a second run; it can be entered once for each backward through the block."""
-
-    def __init__(self, buffers: _Buffers, noted: dict[tuple[int, str], torch.Tensor], drawn: tuple[Any, ...]) -> None:
-        self._buffers, self._noted, self._drawn = buffers, noted, drawn
-        self._parameters = buffers.parameters()
-        self._present: list[tuple[list[_Slot], tuple[Any, ...]]] = []
+    def __init__(self, contexts: Sequence[AbstractContextManager[Any]]) -> None:
+        self._contexts = contexts
+        self._stacks: list[ExitStack] = []
 
     def __enter__(self) -> None:
-        present = [(at, key, at[key[1]]) for at, key, noted in self._parameters if at[key[1]] is not noted]
-        for owner, key, parameter in self._parameters:
-            owner[key[1]] = parameter
-        self._present.append(([*self._buffers.swap_in(self._noted), *present], drawn_state()))
-        set_drawn_state(self._drawn)  # torch's own is checkpoint's care
-        _state.depth = getattr(_state, "depth", 0) + 1
+        with ExitStack() as stack:
+            for context in self._contexts:
+                stack.enter_context(context)
+            self._stacks.append(stack.pop_all())
 
-    def __exit__(self, *exc_info: object) -> None:
-        _state.depth -= 1
-        slots, drawn = self._present.pop()
-        set_drawn_state(drawn)
-        for owner, key, buffer in slots:  # step 4
-            owner[key[1]] = buffer
+    def __exit__(self, *exc_info: Any) -> bool | None:
+        return self._stacks.pop().__exit__(*exc_info)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from packlight.activations.recompute import is_recomputing
+from packlight.activations.buffers import is_recomputing
 from packlight.records import CATEGORIES
 
 ALLOCATION_BYTES = {"cuda": 512}

@@ -32,13 +32,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from packlight.activations.blocks import Block, find_blocks
-from packlight.activations.recompute import (
-    copied_buffers,
-    drawn_state,
-    follows_protocol,
-    recomputes_itself,
-    set_drawn_state,
-)
+from packlight.activations.buffers import drawn_state, set_drawn_state
+from packlight.activations.recompute import copied_buffers, follows_protocol, recomputes_itself
 from packlight.optim.adopt import can_adopt
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
