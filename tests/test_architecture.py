@@ -59,7 +59,8 @@ FRAMEWORK_FILES: dict[str, set[str]] = {
     "lightning": {"integrations.lightning"},
     "accelerate": {"integrations.accelerate"},
     "triton": {
-        f"numerics.{name}" for name in ("gpu", "gpu_codes", "gpu_groups", "gpu_kernels", "gpu_matrices", "gpu_moments", "gpu_tables")
+        f"numerics.{name}"
+        for name in ("gpu", "gpu_codes", "gpu_groups", "gpu_kernels", "gpu_matrices", "gpu_moments", "gpu_tables")
     },
     "bitsandbytes": set(),  # so far benchmarks and tests compare with it, the package does not use it
 }

@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from packlight.activations.alone import compress, offload
     from packlight.activations.recompute import recompute
     from packlight.budget import Budget, BudgetError
     from packlight.optim.adamw import Adam, AdamW
@@ -37,7 +38,9 @@ __all__ = [
     "ProfileError",
     "Run",
     "apply",
+    "compress",
     "fit",
+    "offload",
     "plan",
     "profile",
     "recompute",
@@ -53,7 +56,9 @@ _HOMES = {
     "ProfileError": "planner.profile",
     "Run": "records",
     "apply": "planner.apply",
+    "compress": "activations.alone",
     "fit": "planner.apply",
+    "offload": "activations.alone",
     "plan": "planner.solve",
     "profile": "planner.profile",
     "recompute": "activations.recompute",

@@ -85,7 +85,8 @@ def recompute(
     twice = [path for path in wanted if _is_recomputed(model.get_submodule(known[path].module_path))]
     if twice:
         raise ValueError(f"block {twice[0]!r} is recomputed already; remove() that handle first")
-    selective = [functools.partial(create_selective_checkpoint_contexts, list(keep_results_of))] * bool(keep_results_of)
+    chosen = functools.partial(create_selective_checkpoint_contexts, list(keep_results_of))
+    selective: list[Contexts] = [chosen] if keep_results_of else []
     undo = []
     runs: dict[str, list[tuple[Block, list[Contexts]]]] = {}
     for block in (known[path] for path in wanted):

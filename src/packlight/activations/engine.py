@@ -1,0 +1,225 @@
+"""The engine: carries out a choice for every tensor that autograd saves, and decides nothing itself.
+
+PyTorch has a hook for saved tensors, a function for recomputation, and a context for moving all of them to the host;
+they do not know of each other, and in a recomputed layer nothing can be moved or encoded. One idea joins them: hooks
+lie on a stack, and what the engine does not take it hands to the hooks below, whoever's they are.
+
+    forward of the model           1 the engine's hooks are pushed; below are the user's own, or none
+      a module is called           2 `sites` names it, so that each save has a name
+      a tensor is saved            3 its choice: keep (an alias), offload, compress or both (a `Group`)
+      a recomputed block begins    4 checkpoint pushes its hooks, and the engine its own again on top of them: what is
+                                     kept, moved or encoded is taken, the rest goes to checkpoint, which recomputes it
+      the block runs again         5 the same sites are passed over, so that checkpoint's count of saves agrees
+    backward                       6 a group that is asked for lets those that follow it be fetched ahead (`prefetch`)
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch._C import _functorch
+from torch.autograd.graph import saved_tensors_hooks
+
+from packlight.activations.blocks import find_blocks
+from packlight.activations.compress import CODECS
+from packlight.activations.groups import unpack
+from packlight.activations.offload import Tier
+from packlight.activations.prefetch import Forward, Order
+from packlight.activations.recompute import recompute
+from packlight.activations.resident import Resident
+from packlight.activations.saver import SaveHooks, Saver, SecondRun, top_hooks
+from packlight.activations.sites import CallStack, Rules, Site, watch_modules
+
+CHOICES = ("keep", "recompute", "offload", "compress", "compress+offload")
+# Below this, what a group needs for itself and the latency of its copy outweigh the bytes.
+MIN_BYTES = 2**14
+
+_Context = AbstractContextManager[Any]
+
+
+class Engine:
+    """Choices that are carried out until `remove` is called; also a context manager.
+
+    Args:
+        model: the model; its `forward` and its modules' hooks are changed in place.
+        choices: one of `CHOICES` by pattern. A pattern is a shell's, for sites (see `sites`) or for all that happens
+            in a module. The longest that matches a site counts. "recompute" is for blocks as `find_blocks` names
+            them; inside of them only longer patterns count.
+        codec: how tensors are compressed, one of `compress.CODECS`.
+        tier: where offloaded tensors go; it is closed with the engine.
+        min_bytes: smaller storages are kept.
+
+    Raises:
+        ValueError: an unknown choice or codec, a tier that is missing, or "recompute" for what is no block.
+
+    >>> block = lambda: nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    >>> model = nn.Sequential(*[nn.Sequential(block(), block()) for _ in range(4)])
+    >>> with Engine(model, {"*": "compress", "0.0": "recompute", "0.0.1:0": "keep"}):
+    ...     model(torch.randn(64, 64)).sum().backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        choices: Mapping[str, str],
+        *,
+        codec: str = "fp8",
+        tier: Tier | None = None,
+        min_bytes: int = MIN_BYTES,
+    ) -> None:
+        _check(choices, codec, tier)
+        blocks = _recomputed_blocks(model, choices)
+        self.tier = tier
+        self._codec, self._min_bytes = codec, min_bytes
+        self._rules = Rules({each: choice for each, choice in choices.items() if choice != "recompute"}, default="keep")
+        self._order, self._useless = Order(), set[Site]()
+        self._lasting = [*model.parameters(), *model.buffers()]
+        self._local = threading.local()
+        self._recomputation = recompute(model, blocks, around=lambda path: self._contexts(blocks[path]))
+        self._module_hooks = watch_modules(model, self._stack)
+        self._watched = _Watched(self, model)
+
+    def remove(self) -> None:
+        """Give the model its own forward back, and close the tier; calling it again does nothing."""
+        self._watched.remove()
+        while self._module_hooks:
+            self._module_hooks.pop().remove()
+        self._recomputation.remove()
+        if self.tier is not None:
+            self.tier.close()
+
+    def __enter__(self) -> Self:
+        """Return the engine itself."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Undo."""
+        self.remove()
+
+    @contextmanager
+    def saving(self, *arguments: Any) -> Iterator[None]:
+        """Carry out the choices for what is saved in the body, as one forward (step 1).
+
+        Args:
+            arguments: tensors, in any nesting, that live on anyway.
+
+        Raises:
+            RuntimeError: torch.func transforms the body, which knows no hooks.
+        """
+        below = top_hooks()
+        if not torch.is_grad_enabled() or _is_checkpoint(below):  # a checkpoint around the model recomputes all of it
+            yield
+            return
+        if _functorch.maybe_current_level() is not None:
+            raise RuntimeError(
+                "a model with packlight's saved-tensor hooks came into a transform of torch.func, which knows no such "
+                "hooks; call remove() on the handle before, or use torch.autograd"
+            )
+        running = self._running()
+        running.append(self._saver(arguments))
+        hooks = SaveHooks(running[-1], below)
+        try:
+            with saved_tensors_hooks(hooks.pack, unpack):
+                yield
+        finally:
+            running.pop()
+
+    def _saver(self, arguments: object) -> Saver:
+        return Saver(
+            self._rules,
+            Resident(self._lasting, arguments),
+            Forward(self._order),
+            codec=self._codec,
+            tier=self.tier,
+            min_bytes=self._min_bytes,
+            useless=self._useless,
+        )
+
+    def _running(self) -> list["Saver"]:
+        running: list[Saver] = self._local.__dict__.setdefault("running", [])
+        return running
+
+    def _stack(self) -> CallStack | None:
+        running = self._running()
+        return running[-1].stack if running else None
+
+    def _contexts(self, pattern: str) -> Callable[[], tuple[_Context, _Context]]:
+        """Return what makes the contexts of a recomputed block's two runs."""
+
+        def make() -> tuple[_Context, _Context]:
+            taken: list[bool] = []
+            return self._first_run(pattern, taken), SecondRun(taken)
+
+        return make
+
+    @contextmanager
+    def _first_run(self, pattern: str, taken: list[bool]) -> Iterator[None]:
+        running = self._running()
+        if not running:
+            yield
+            return
+        hooks = SaveHooks(running[-1], top_hooks(), pattern=pattern, taken=taken)  # step 4
+        with saved_tensors_hooks(hooks.pack, unpack):
+            yield
+
+
+class _Watched:
+    """Stands in for the model's `forward`; a copy or a pickle of the model gets the plain forward."""
+
+    def __init__(self, engine: Engine, model: nn.Module) -> None:
+        self._model, self._engine = model, engine
+        self._own = "forward" in model.__dict__  # not the class's
+        self._forward = model.forward
+        self._is_active = True
+        functools.update_wrapper(self, self._forward)
+        model.forward = self
+
+    @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_active:
+            return self._forward(*args, **kwargs)
+        with self._engine.saving(args, kwargs):
+            return self._forward(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put the former forward back; where another stands on top of this one, only step aside."""
+        self._is_active = False
+        if self._model.__dict__.get("forward") is self:
+            del self._model.forward
+            if self._own:
+                self._model.forward = self._forward
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (functools.partial, (self._forward,)) if self._own else (getattr, (self._model, "forward"))
+
+
+def _check(choices: Mapping[str, str], codec: str, tier: Tier | None) -> None:
+    for pattern, choice in choices.items():
+        if choice not in CHOICES:
+            raise ValueError(f"the choice for {pattern!r} is {choice!r}; wanted one of {', '.join(CHOICES)}")
+        if "offload" in choice and tier is None:
+            raise ValueError(f"the choice for {pattern!r} is {choice!r}, but no tier came; pass tier=make_tier(...)")
+    if codec not in CODECS:
+        raise ValueError(f"codec {codec!r} came, one of {', '.join(CODECS)} was wanted")
+
+
+def _recomputed_blocks(model: nn.Module, choices: Mapping[str, str]) -> dict[str, str]:
+    """Return the pattern by block that the choices recompute."""
+    paths = [block.path for block in find_blocks(model)]
+    found: dict[str, str] = {}
+    for pattern in sorted((each for each, choice in choices.items() if choice == "recompute"), key=len):
+        matching = [path for path in paths if path == pattern or fnmatchcase(path, pattern)]
+        if not matching:
+            raise ValueError(f"{pattern!r} is to be recomputed and is no block; the blocks are {', '.join(paths)}")
+        found.update(dict.fromkeys(matching, pattern))
+    return found
+
+
+def _is_checkpoint(hooks: Any) -> bool:
+    """Tell whether hooks are those of torch.utils.checkpoint, in a first or a second run."""
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

@@ -1,0 +1,58 @@
+"""The order of use: what backward is going to ask for next, learned from the step before.
+
+Backward asks for saves in about the reverse order in which forward made them, but not quite, and not at all where
+microbatches interleave. The idea: each site remembers which site was asked for after it. The first step, which knows
+nothing yet, goes by the reverse order.
+"""
+
+import weakref
+
+from packlight.activations.groups import Group
+from packlight.activations.sites import Site
+
+# Enough to cover a layer; the tier's window, which is in bytes, ends it earlier.
+MOST_AHEAD = 16
+
+
+class Order:
+    """Which site is asked for after which; shared by all forwards of an engine."""
+
+    def __init__(self) -> None:
+        self.after: dict[Site, Site] = {}
+
+
+class Forward:
+    """The groups of one forward, as backward asks for them.
+
+    Args:
+        order: of the engine.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._groups: weakref.WeakValueDictionary[Site, Group] = weakref.WeakValueDictionary()
+        self._before: dict[Site, Site] = {}
+        self._made: Site | None = None
+        self._used: Site | None = None
+
+    def make(self, site: Site, group: Group) -> None:
+        """Note that a group was made at a site."""
+        if self._made is not None:
+            self._before[site] = self._made
+        self._groups[site], self._made = group, site
+
+    def use(self, site: Site) -> None:
+        """Note that a group is asked for, and fetch what comes after it."""
+        if site == self._used:
+            return
+        if self._used is not None:
+            self._order.after[self._used] = site
+        self._used = site
+        following: Site | None = site
+        for _ in range(MOST_AHEAD):
+            following = self._order.after.get(following) or self._before.get(following)  # type: ignore[arg-type]
+            if following is None:
+                return
+            group = self._groups.get(following)
+            if group is not None and not group.prefetch():
+                return

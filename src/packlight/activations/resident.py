@@ -1,0 +1,98 @@
+"""Tensors that live on anyway: to move or to encode them would save nothing, and encoding them would change a weight.
+
+A linear layer saves its weight as a transposed view, which is no Parameter, and under autocast a copy of it in 16 bits,
+which is not even a view; the batch is saved by the first layer, and held by the loop. So parameters, buffers and
+arguments are told by their storage, FSDP's gathered parameters by the type of the view's base, and copies of parameters
+by their history, which leads to nothing else.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+# The history of a copy is short: a cast, a transposition, a sum of adapters.
+MOST_STEPS = 4
+
+
+class Parts(NamedTuple):
+    """The plain tensors that a tensor consists of, and what puts them together again."""
+
+    tensors: dict[str, Tensor]
+    context: Any
+
+
+class Resident:
+    """The storages that live on while one forward and its backward run.
+
+    Args:
+        tensors: parameters and buffers of the model.
+        arguments: of its forward, in any nesting.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], arguments: object) -> None:
+        given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        self._storages = {_address(part) for tensor in (*tensors, *given) for part in plain_parts(tensor)}
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Tell whether a plain tensor's storage lives on.
+
+        Args:
+            tensor: what autograd saves.
+
+        Returns:
+            Whether it is a parameter, a view or a copy of one, a buffer, an argument, or a view of those.
+        """
+        return self.lasts(tensor) or self._is_made_of_parameters(tensor)
+
+    def lasts(self, tensor: Tensor) -> bool:
+        """Tell the same but for copies."""
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return True
+        return _address(tensor) in self._storages
+
+    def _is_made_of_parameters(self, tensor: Tensor) -> bool:
+        node = tensor.grad_fn
+        return node is not None and self._leads_to_parameters(node, MOST_STEPS)
+
+    def _leads_to_parameters(self, node: Any, steps: int) -> bool:
+        variable = getattr(node, "variable", None)  # a leaf's node
+        if variable is not None:
+            return isinstance(variable, nn.Parameter)
+        nodes = [each for each, _ in node.next_functions if each is not None]
+        return steps > 0 and bool(nodes) and all(self._leads_to_parameters(each, steps - 1) for each in nodes)
+
+
+def parts_of(tensor: Tensor) -> Parts | None:
+    """Return the parts of a DTensor; None for other tensors."""
+    if type(tensor) in (Tensor, nn.Parameter) or not _is_dtensor(tensor):
+        return None
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return Parts({name: getattr(tensor, name) for name in names}, context)
+
+
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that have the storages of a tensor: itself, or a DTensor's parts."""
+    parts = parts_of(tensor)
+    return [tensor] if parts is None else list(parts.tensors.values())
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is bytes at a place: no subclass, no sparse or quantised one, no lazy conjugate."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return type(tensor).__name__ == "DTensor" and type(tensor).__module__.startswith("torch.distributed")
+
+
+def _address(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address

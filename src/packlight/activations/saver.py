@@ -1,0 +1,209 @@
+"""What is done with each tensor that one forward saves.
+
+A tensor that the engine takes becomes a view of a storage group; one that it leaves is kept as an alias, or goes to the
+hooks below. What is left and taken at the same time would be held twice, so the first save of a storage decides for
+all. The sign of a ReLU is held beside its storage; where that turns out to be kept, the site is left alone from then on.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from packlight.activations.compress import encoded, sign_of_relu
+from packlight.activations.groups import Group, Held, SavedElsewhere, SavedParts, SavedView, flat_of, keep, unpack
+from packlight.activations.offload import Tier
+from packlight.activations.prefetch import Forward
+from packlight.activations.resident import Resident, is_plain, parts_of
+from packlight.activations.sites import CallStack, Rules, Site
+
+# A view of a small part of a storage is no reason to move or encode the whole.
+LEAST_SHARE = 1 / 16
+
+_Key = tuple[int, int, torch.dtype]
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
+class Saver:
+    """One forward of the model: which modules are running, and which groups it made.
+
+    Args:
+        rules: the choice for each site.
+        resident: what lives on anyway.
+        forward: notes the order of use.
+        codec: how tensors are compressed.
+        tier: where offloaded tensors go.
+        min_bytes: smaller storages are kept.
+        useless: sites where taking a tensor saved nothing, in all forwards.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        resident: Resident,
+        forward: Forward,
+        *,
+        codec: str,
+        tier: Tier | None,
+        min_bytes: int,
+        useless: set[Site],
+    ) -> None:
+        self.stack, self.rules = CallStack(), rules
+        self._resident, self._forward = resident, forward
+        self._codec, self._tier, self._min_bytes = codec, tier, min_bytes
+        self._groups: weakref.WeakValueDictionary[_Key, Group] = weakref.WeakValueDictionary()
+        self._left: set[_Key] = set()
+        self._taken: dict[_Key, Site] = {}
+        self._useless = useless
+
+    def take(self, tensor: Tensor, choice: str, site: Site) -> Any:
+        """Hold a tensor as its choice says.
+
+        Args:
+            tensor: what autograd saves.
+            choice: "offload", "compress" or "compress+offload".
+            site: where it is saved.
+
+        Returns:
+            What autograd is to hold instead; None where the tensor stays as it is.
+        """
+        parts = parts_of(tensor)
+        if parts is not None:
+            packed = {name: self.take(part, choice, site) for name, part in parts.tensors.items()}
+            if any(each is None for each in packed.values()):
+                return None
+            return SavedParts(type(tensor), packed, parts.context, tensor.size(), tensor.stride())
+        if site in self._useless or not is_plain(tensor) or self._resident.holds(tensor):
+            return None
+        group = self._group(tensor, choice, site)
+        return None if group is None else self._view(tensor, group, site)
+
+    def again(self, tensor: Tensor, site: Site) -> SavedView | None:
+        """Return what autograd is to hold where the tensor's storage was taken at an earlier save.
+
+        The choice is made for a storage, at its first save: kept now, it would be held twice.
+        """
+        group = self._groups.get(_key(tensor)) if self._groups and is_plain(tensor) else None
+        return None if group is None else self._view(tensor, group, site)
+
+    def _view(self, tensor: Tensor, group: Group, site: Site) -> SavedView:
+        use = functools.partial(self._forward.use, site)
+        return SavedView(group, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype, use)
+
+    def leave(self, tensor: Tensor) -> None:
+        """Note that a tensor is kept."""
+        if is_plain(tensor) and not self._resident.lasts(tensor):
+            key = _key(tensor)
+            self._left.add(key)
+            if key in self._taken:
+                self._useless.add(self._taken[key])
+
+    def _group(self, tensor: Tensor, choice: str, site: Site) -> Group | None:
+        key, storage = _key(tensor), tensor.untyped_storage()
+        known = self._groups.get(key)
+        if known is not None or key in self._left or not self._is_worth_it(tensor, storage):
+            return known
+        flat = flat_of(tensor)
+        tier = None if choice == "compress" else self._tier
+        sign = None if choice == "offload" or key in self._taken else sign_of_relu(tensor, flat, tier=tier)
+        held = sign or self._held(tensor, flat, choice)
+        if held is None:
+            return None
+        group = Group(storage, held)
+        if sign is None:
+            self._groups[key] = group  # the sign alone is nobody else's
+        self._taken[key] = site
+        self._forward.make(site, group)
+        return group
+
+    def _held(self, tensor: Tensor, flat: Tensor, choice: str) -> Held | None:
+        if choice == "offload":
+            assert self._tier is not None
+            return self._tier.put(flat)
+        return encoded(tensor, flat, self._codec, tier=None if choice == "compress" else self._tier)
+
+    def _is_worth_it(self, tensor: Tensor, storage: torch.UntypedStorage) -> bool:
+        num_bytes = storage.nbytes()
+        return num_bytes >= self._min_bytes and tensor.numel() * tensor.element_size() >= num_bytes * LEAST_SHARE
+
+
+class SaveHooks:
+    """The hooks of one forward, or of a recomputed block's first run in it.
+
+    Args:
+        saver: of the forward.
+        below: the hooks that lie below.
+        pattern: the one by which the block is recomputed; "" outside of such blocks.
+        taken: where to note for each save of the block whether it was taken from checkpoint.
+    """
+
+    def __init__(
+        self, saver: Saver, below: Hooks | None, *, pattern: str = "", taken: list[bool] | None = None
+    ) -> None:
+        self._saver, self._below, self._pattern, self._taken = saver, below, pattern, taken
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Return what autograd is to hold."""
+        saver = self._saver
+        site = saver.stack.calls[-1].next_site()
+        choice = saver.rules.choice(site, self._pattern)
+        packed = None
+        if choice == "keep":
+            packed = saver.again(tensor, site)
+            if packed is None:
+                packed = keep(tensor) if self._below is None or self._pattern else None
+                saver.leave(tensor)
+        elif choice != "recompute":
+            packed = saver.take(tensor, choice, site)
+        if self._taken is not None:
+            self._taken.append(packed is not None)
+        if packed is not None:
+            return packed
+        if self._below is None:
+            saver.leave(tensor)
+            return keep(tensor)
+        return SavedElsewhere(self._below[1], self._below[0](tensor))
+
+
+class SecondRun:
+    """The context of a recomputed block's second run, which can be entered once for each backward.
+
+    Args:
+        taken: for each save of the first run whether it was taken; then checkpoint did not count it.
+    """
+
+    def __init__(self, taken: list[bool]) -> None:
+        self._taken = taken
+        self._hooks: list[saved_tensors_hooks | None] = []
+
+    def __enter__(self) -> None:
+        below, marks = top_hooks(), iter(self._taken)
+
+        def pack(tensor: Tensor) -> Any:
+            if below is None or next(marks, False):
+                return keep(tensor)  # as checkpoint does: the block may go through its own graph in forward
+            return SavedElsewhere(below[1], below[0](tensor))
+
+        self._hooks.append(saved_tensors_hooks(pack, unpack) if any(self._taken) else None)
+        if self._hooks[-1] is not None:
+            self._hooks[-1].__enter__()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        hooks = self._hooks.pop()
+        if hooks is not None:
+            hooks.__exit__(*exc_info)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def top_hooks() -> Hooks | None:
+    """Return the saved-tensor hooks that are on top of the stack; None where there are none."""
+    found: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return found
+
+
+def _key(tensor: Tensor) -> _Key:
+    return tensor.untyped_storage()._cdata, tensor._version, tensor.dtype

@@ -1,0 +1,174 @@
+"""Sites: names for the places where a step saves tensors, the same in every step and in equal layers.
+
+Autograd hands a saved tensor to a hook without saying who saves it. A running number would do for a model whose
+forward never changes, but one branch or expert more shifts all that follow. The idea: every module notes on a stack
+that it is being called, so that a save is named after the innermost module, the number of its call in this forward,
+and the number of the save within that call:
+
+    layers.3.mlp.up:0       the first save of the first call
+    layers.3.mlp.up@2:1     the second save of the third call
+
+A pattern stands for sites as in a shell: `layers.*.mlp.up:0`, or a module's path for all that happens inside it.
+"""
+
+import fnmatch
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Site(NamedTuple):
+    """One place in the step that saves a tensor for backward.
+
+    Attributes:
+        module: the path of the innermost module, "" for the model itself.
+        call: the number of the module's call in this forward, from 0.
+        save: the number of the save within the call, from 0.
+    """
+
+    module: str
+    call: int
+    save: int
+
+    def __str__(self) -> str:
+        """Return the name that patterns are compared with."""
+        return f"{self.module}{f'@{self.call}' if self.call else ''}:{self.save}"
+
+
+@dataclass
+class ModuleCall:
+    """A call of a module that is running."""
+
+    module: str
+    number: int
+    num_saves: int = 0
+
+    def next_site(self) -> Site:
+        """Name the save that is happening now."""
+        self.num_saves += 1
+        return Site(self.module, self.number, self.num_saves - 1)
+
+
+@dataclass
+class CallStack:
+    """The modules that are running in one forward of the model, the innermost last."""
+
+    calls: list[ModuleCall] = field(default_factory=lambda: [ModuleCall("", 0)])
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def enter(self, path: str) -> None:
+        """Note that a module's forward begins."""
+        number = self.numbers.get(path, 0)
+        self.numbers[path] = number + 1
+        self.calls.append(ModuleCall(path, number))
+
+    def leave(self, path: str) -> None:
+        """Note that it ended; calls inside it that were left by an exception end too."""
+        if any(call.module == path for call in self.calls[1:]):
+            while self.calls.pop().module != path:
+                pass
+
+
+def watch_modules(model: nn.Module, stack: Callable[[], CallStack | None]) -> list[RemovableHandle]:
+    """Let every module inside a model note its calls.
+
+    Args:
+        model: the model.
+        stack: returns the stack of the forward that is running in this thread; None outside of one.
+
+    Returns:
+        The hooks.
+    """
+    handles = []
+    for path, module in model.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(_Enter(path, stack)))
+            handles.append(module.register_forward_hook(_Leave(path, stack), always_call=True))
+    return handles
+
+
+class _Hook:
+    """A module's hook; in a copy or a pickle of the module it is one that does nothing."""
+
+    def __init__(self, path: str, stack: Callable[[], CallStack | None]) -> None:
+        self.path, self.stack = path, stack
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes anything, returns None, and loads without packlight
+
+
+class _Enter(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():  # a compiled graph saves at its boundary, as its caller
+            stack = self.stack()
+            if stack is not None:
+                stack.enter(self.path)
+
+
+class _Leave(_Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            stack = self.stack()
+            if stack is not None:
+                stack.leave(self.path)
+
+
+class Rules:
+    """Which choice each site gets: that of the longest pattern that matches it.
+
+    Args:
+        choices: a choice by pattern.
+        default: the choice where nothing matches.
+    """
+
+    def __init__(self, choices: Mapping[str, str], *, default: str) -> None:
+        self._choices = sorted(choices.items(), key=lambda item: len(item[0]))
+        self._default = default
+        self._known: dict[tuple[Site, str], str] = {}
+
+    def choice(self, site: Site, block: str = "") -> str:
+        """Return the choice for a site.
+
+        Args:
+            site: where the tensor is saved.
+            block: the pattern by which the block around it is recomputed, "" where none is. Within, only longer
+                patterns count.
+
+        Returns:
+            The choice; "recompute" within a recomputed block where no longer pattern matches.
+        """
+        known = self._known.get((site, block))
+        if known is None:
+            found = [
+                choice for pattern, choice in self._choices if len(pattern) > len(block) and matches(pattern, site)
+            ]
+            known = found[-1] if found else "recompute" if block else self._default
+            self._known[site, block] = known
+        return known
+
+    def unused(self, seen: Iterable[Site]) -> list[str]:
+        """Return the patterns that match none of the sites."""
+        sites = list(seen)
+        return [pattern for pattern, _ in self._choices if not any(matches(pattern, site) for site in sites)]
+
+
+def matches(pattern: str, site: Site) -> bool:
+    """Tell whether a pattern stands for a site: by its name, or by that of a module around it."""
+    return _matches(pattern, str(site)) or any(_matches(pattern, path) for path in _ancestors(site.module))
+
+
+@functools.lru_cache(maxsize=2**16)
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+@functools.lru_cache(maxsize=2**12)
+def _ancestors(path: str) -> tuple[str, ...]:
+    parts = path.split(".") if path else []
+    return tuple(".".join(parts[:end]) for end in range(1, len(parts) + 1))
