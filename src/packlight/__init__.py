@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from packlight.planner.apply import apply, fit
     from packlight.planner.profile import ProfileError, profile
     from packlight.planner.solve import plan
-    from packlight.records import Plan, Run
+    from packlight.records import Plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "BudgetError",
     "Plan",
     "ProfileError",
-    "Run",
     "apply",
     "compress",
     "fit",
@@ -54,7 +53,6 @@ _HOMES = {
     "BudgetError": "budget",
     "Plan": "records",
     "ProfileError": "planner.profile",
-    "Run": "records",
     "apply": "planner.apply",
     "compress": "activations.alone",
     "fit": "planner.apply",

@@ -39,15 +39,24 @@ class Save:
     """A storage saved for backward at one site, from the event `packed` until autograd releases it at `released`.
 
     Attributes:
+        unpacked: the event at which backward takes it.
         used: the event at which backward lets go of what it took out of the save; a recomputed storage ends there,
         a little before a kept one. `released` where backward never takes it.
+        site: the name of the site; "" outside of the model.
+        encoding: how it may be held in another form: "codes" (rounded), "mask" (bits), "sign" (one bit, and the
+        storage again for the next save), "bytes" (only moved); "" where it stays anyway.
+        num_elements: of the storage.
     """
 
     storage: int
     region: int
     packed: int
     released: int
+    unpacked: int
     used: int
+    site: str = ""
+    encoding: str = ""
+    num_elements: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 COAT saves FP8 codes out of its own modules, one for each architecture. A hook sees any module's tensors, but not what
 they mean, and not all of them may be rounded: statistics of a norm, log-sum-exps, random states and masks are numbers
-that backward divides by or compares with. The idea: those are the ones that autograd itself does not differentiate, so
-only tensors with a history are rounded, but for the results of softmax, whose sum has to stay 1.
+that backward divides by or compares with. Most are results that autograd does not differentiate, so only tensors with a
+history are rounded; those that have one are told by the function that made them (`STATISTICS`).
 
 Two kinds of masks are held exactly in one bit an element: a bool tensor, and the result of a ReLU as the ReLU itself
 saves it, which is asked for its sign only. A dropout's noise on the CPU is a float tensor of zeros and one other
@@ -13,15 +13,19 @@ Source: Xi et al., "COAT", ICLR 2025 (arXiv 2410.19313), section 5: FP8 with a s
 for the whole input of a linear layer.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from packlight.activations.tier import Stored, Tier
 from packlight.numerics.group_operators import MASK, decode, decode_mask, encode
-from packlight.numerics.groups import GROUP_FORMATS
+from packlight.numerics.groups import GROUP_FORMATS, num_mask_bytes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CODECS = (*GROUP_FORMATS, MASK)
+# Functions whose results are no activations but numbers to divide by, or have to sum up to 1.
+STATISTICS = ("Softmax", "LogSoftmax", "Logsumexp", "Sqrt", "Rsqrt", "Std", "Var", "LinalgVectorNorm", "Norm")
 # The first elements tell most tensors from a mask without reading the others.
 SAMPLE_ELEMENTS = 64
 
@@ -66,36 +70,64 @@ def encoded(tensor: Tensor, flat: Tensor, codec: str, *, tier: Tier | None = Non
     Returns:
         The codes; None where the tensor is to stay as it is.
     """
-    if tensor.dtype == torch.bool:
+    kind = encoding_of(tensor)
+    if kind == "mask":
         return Encoded(flat, MASK, tier=tier)
-    if tensor.dtype not in FLOATS:
-        return None
-    if not tensor.requires_grad:
-        value = _other_value(flat)
-        return None if value is None else Encoded(flat, MASK, value=value, tier=tier)
-    if codec == MASK or _is_softmax(tensor):
-        return None
-    return Encoded(flat, codec, tier=tier)
+    if kind == "codes":
+        return None if codec == MASK else Encoded(flat, codec, tier=tier)
+    value = _other_value(flat) if tensor.dtype in FLOATS and not tensor.requires_grad else None
+    return None if value is None else Encoded(flat, MASK, value=value, tier=tier)
+
+
+def encoding_of(tensor: Tensor) -> str:
+    """Tell how a saved tensor may be encoded, without a look at its values.
+
+    Args:
+        tensor: what autograd saves.
+
+    Returns:
+        "codes": rounded to any codec; "mask": bits, exactly; "": not at all, but for a dropout's noise.
+    """
+    if tensor.dtype == torch.bool:
+        return "mask"
+    return "codes" if tensor.dtype in FLOATS and tensor.requires_grad and not _is_statistic(tensor) else ""
+
+
+def encoded_bytes(codec: str, num_elements: int) -> int:
+    """Return the bytes of encoded elements."""
+    return num_mask_bytes(num_elements) if codec == MASK else GROUP_FORMATS[codec].num_bytes(num_elements)
 
 
 def sign_of_relu(tensor: Tensor, flat: Tensor, *, tier: Tier | None = None) -> Encoded | None:
     """Encode the result of a ReLU for the ReLU itself, which wants to know where it is above zero.
 
     Args:
-        tensor: what autograd saves; the first to be saved of its storage and version.
+        tensor: what autograd saves.
         flat: its storage.
         tier: where the bits go; None: they stay.
 
     Returns:
-        One bit an element; None where the tensor is no such result.
+        One bit an element; None where the tensor is no such result, or another function saves it.
     """
-    if tensor.dtype in FLOATS and tensor.grad_fn is not None and tensor.grad_fn.name() == "ReluBackward0":
-        return Encoded(flat, MASK, tier=tier)
-    return None
+    return Encoded(flat, MASK, tier=tier) if is_relu(tensor) else None
 
 
-def _is_softmax(tensor: Tensor) -> bool:
-    return tensor.grad_fn is not None and "SoftmaxBackward" in tensor.grad_fn.name()
+def is_relu(tensor: Tensor) -> bool:
+    """Tell whether a ReLU is saving its own result now: its node, which will hold it, holds nothing yet."""
+    node: Any = tensor.grad_fn
+    if tensor.dtype not in FLOATS or node is None or node.name() != "ReluBackward0":
+        return False
+    own = node._raw_saved_result
+    return own.data is None and own.unpack_hook is None
+
+
+def _is_statistic(tensor: Tensor) -> bool:
+    """Tell whether a tensor, or what it is a view of, is a result that must not be rounded."""
+    made = tensor if tensor._base is None else tensor._base
+    if made.grad_fn is None:
+        return False
+    function = made.grad_fn.name().partition("Backward")[0]
+    return function in STATISTICS or (made.output_nr > 0 and function.endswith("Norm"))  # a norm's mean and deviation
 
 
 def _other_value(flat: Tensor) -> float | None:
@@ -109,4 +141,5 @@ def _other_value(flat: Tensor) -> float | None:
 
 def _is_two_valued(values: Tensor) -> bool:
     largest = values.max()
-    return bool(largest > 0) and bool(((values == 0) | (values == largest)).all())
+    is_zero = (values == 0) & ~values.signbit()  # -0 would come back as 0
+    return bool(largest > 0) and bool((is_zero | (values == largest)).all())

@@ -1,9 +1,9 @@
 """The disk tier: activations in a file, written and read by two threads while compute goes on.
 
 A disk is slow beside memory, so two things matter more than speed: that memory never grows because the disk lags, and
-that what comes back is what was put. `put` waits while too much is being written; each tensor's checksum is taken of
-the bytes as they are written and compared as they are read. Reads go before writes that still queue: somebody waits
-for a read.
+that what comes back is what was put. `put` waits while too much is being written; the checksum of each chunk is taken
+of the bytes as they are written and compared as they are read. Somebody waits for a read: reads go before writes that
+still queue, and the threads share the chunks of one tensor.
 
 ```
 caller   put: 1 allocate an extent, queue the write, return             get: 4 allocate the result, queue the read, wait
@@ -42,6 +42,7 @@ from packlight.activations.tier import Arrival, OffloadError
 NUM_THREADS = 2
 """One computes a checksum while the other waits for the disk."""
 _Job = Callable[[], Any]
+_Parts = list[tuple[int, Tensor]]
 
 
 class DiskTier(Shelf[Extent]):
@@ -125,9 +126,12 @@ class DiskTier(Shelf[Extent]):
 
     def _bring(self, record: Record[Extent], place: Extent) -> Arrival:
         result = torch.empty(record.numel, dtype=record.dtype, device=self.device)  # step 4
-        read = partial(self._read, record, result, place, stamp(self.device))
-        record.busy += 1
-        return _Reading(self._pool.submit(read, urgent=True), present_stream(self.device))
+        ready, parts, reads = stamp(self.device), _parts(result), []
+        for share in range(min(NUM_THREADS, len(parts))):
+            record.busy += 1
+            read = partial(self._read, record, parts[share::NUM_THREADS], place, ready)
+            reads.append(self._pool.submit(read, urgent=True))
+        return _Reading(result, reads, present_stream(self.device))
 
     # What the threads do
 
@@ -135,51 +139,50 @@ class DiskTier(Shelf[Extent]):
         failure = None
         try:
             if not (record.freed or self._closed):
-                record.checksum = self._write_chunks(record, place, ready)
+                self._write_chunks(record, place, ready)
         except Exception as error:  # whatever it is, the tensor is still here and the next caller hears of it
-            failure = self._failure_of(error, record.num_bytes)
+            failure = self._failure_of(error, record.num_bytes, self._extents.used_bytes - place.num_bytes)
         with self._changed:
             self._moved(record, failure)  # step 3: nothing else refers to the tensor, so its memory is free now
 
-    def _write_chunks(self, record: Record[Extent], place: Extent, ready: torch.cuda.Event | None) -> int:
-        """Step 2; return the checksum."""
+    def _write_chunks(self, record: Record[Extent], place: Extent, ready: torch.cuda.Event | None) -> None:
+        """Step 2."""
         wait_for(ready)
         assert record.source is not None
-        checksum = 0
         with self._staging() as staging, self._out.timing(record.num_bytes):
             for at, part in _parts(record.source):
                 chunk = staging.load(part)
-                checksum = zlib.crc32(chunk[: part.numel()], checksum)
-                self._file.write(place.start + at, chunk)
-        return checksum
+                record.checksums.append(zlib.crc32(chunk[: part.numel()]))
+                self._file.write(place.start + at * CHUNK_BYTES, chunk)
 
-    def _read(self, record: Record[Extent], result: Tensor, place: Extent, ready: torch.cuda.Event | None) -> Tensor:
+    def _read(self, record: Record[Extent], parts: _Parts, place: Extent, ready: torch.cuda.Event | None) -> None:
         try:
-            checksum = self._read_chunks(result, place, ready)
+            self._read_chunks(record, parts, place, ready)
         except OSError as error:
-            raise self._failure_of(error, record.num_bytes) from error
+            raise self._failure_of(error, record.num_bytes, self._extents.used_bytes) from error
         finally:
             with self._changed:
-                record.busy -= 1
-                self._settle(record)
-        if checksum != record.checksum:
-            raise OffloadError(
-                f"the disk tier in {self._file.folder} read {record.num_bytes} bytes with checksum {checksum:08x} "
-                f"where it had written {record.checksum:08x}; do not trust that disk: name another folder"
-            )
-        return result
+                self._copied(record)
 
-    def _read_chunks(self, result: Tensor, place: Extent, ready: torch.cuda.Event | None) -> int:
-        """Step 5; return the checksum."""
+    def _read_chunks(
+        self, record: Record[Extent], parts: _Parts, place: Extent, ready: torch.cuda.Event | None
+    ) -> None:
+        """Step 5."""
         wait_for(ready)
-        checksum = 0
-        with self._staging() as staging, self._in.timing(result.nbytes):
-            for at, part in _parts(result):
+        with self._staging() as staging, self._in.timing(sum(part.numel() for _, part in parts)):
+            for at, part in parts:
                 chunk = staging.room(part)
-                self._file.read(place.start + at, chunk)
-                checksum = zlib.crc32(chunk[: part.numel()], checksum)
+                self._file.read(place.start + at * CHUNK_BYTES, chunk)
+                self._check(chunk[: part.numel()], record.checksums[at])
                 staging.unload(part)
-        return checksum
+
+    def _check(self, chunk: memoryview, written: int) -> None:
+        read = zlib.crc32(chunk)
+        if read != written:
+            raise OffloadError(
+                f"the disk tier in {self._file.folder} read {len(chunk)} bytes with checksum {read:08x} where it had "
+                f"written {written:08x}; do not trust that disk: name another folder"
+            )
 
     @contextmanager
     def _staging(self) -> Iterator[Staging]:
@@ -193,9 +196,9 @@ class DiskTier(Shelf[Extent]):
         finally:
             self._stagings.append(staging)
 
-    def _failure_of(self, error: Exception, wanted_bytes: int) -> OffloadError:
+    def _failure_of(self, error: Exception, wanted_bytes: int, stored_bytes: int) -> OffloadError:
         if isinstance(error, OSError):
-            return self._file.failure(error, wanted_bytes=wanted_bytes, stored_bytes=self._extents.used_bytes)
+            return self._file.failure(error, wanted_bytes=wanted_bytes, stored_bytes=stored_bytes)
         return OffloadError(
             f"the disk tier in {self._file.folder} could not move {wanted_bytes} bytes ({error!r}); offload less, or "
             "use another tier"
@@ -204,16 +207,19 @@ class DiskTier(Shelf[Extent]):
 
 @dataclass
 class _Reading:
-    """A tensor that a thread is reading."""
+    """A tensor that threads are reading."""
 
-    future: Future[Tensor]
+    result: Tensor
+    reads: list[Future[None]]
     stream: torch.cuda.Stream | None
 
     def take(self) -> Tensor:
-        return lend(self.future.result(), self.stream)
+        for read in self.reads:
+            read.result()
+        return lend(self.result, self.stream)
 
     def abandon(self) -> None:
-        """The thread refers to the tensor until the last byte is in it."""
+        """The threads refer to the tensor until the last byte is in it."""
 
 
 class _Pool:
@@ -249,6 +255,6 @@ class _Pool:
         self._executor.shutdown(wait=True)
 
 
-def _parts(flat: Tensor) -> list[tuple[int, Tensor]]:
-    """Cut a tensor's bytes into chunks, each with its offset."""
-    return [(at * CHUNK_BYTES, part) for at, part in enumerate(flat.view(torch.uint8).split(CHUNK_BYTES))]
+def _parts(flat: Tensor) -> _Parts:
+    """Cut a tensor's bytes into numbered chunks."""
+    return list(enumerate(flat.view(torch.uint8).split(CHUNK_BYTES)))

@@ -78,8 +78,7 @@ class Engine:
         self._codec, self._min_bytes = codec, min_bytes
         self._rules = Rules({each: choice for each, choice in choices.items() if choice != "recompute"}, default="keep")
         self._order, self._useless = Order(), set[Site]()
-        self._lasting = [*model.parameters(), *model.buffers()]
-        self._local = threading.local()
+        self._model, self._local = model, threading.local()
         self._recomputation = recompute(model, blocks, around=lambda path: self._contexts(blocks[path]))
         self._module_hooks = watch_modules(model, self._stack)
         self._watched = _Watched(self, model)
@@ -92,6 +91,10 @@ class Engine:
         self._recomputation.remove()
         if self.tier is not None:
             self.tier.close()
+
+    def sites(self) -> list[str]:
+        """Return the names of the sites at which the model has saved tensors so far."""
+        return [str(site) for site in self._rules.sites()]
 
     def __enter__(self) -> Self:
         """Return the engine itself."""
@@ -132,7 +135,7 @@ class Engine:
     def _saver(self, arguments: object) -> Saver:
         return Saver(
             self._rules,
-            Resident(self._lasting, arguments),
+            Resident([*self._model.parameters(), *self._model.buffers()], arguments),
             Forward(self._order),
             codec=self._codec,
             tier=self.tier,

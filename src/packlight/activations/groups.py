@@ -44,29 +44,37 @@ class Group:
         held: what holds it.
     """
 
-    __slots__ = ("__weakref__", "_held", "_lock", "_original", "_restored")
+    __slots__ = ("__weakref__", "_counter", "_held", "_lock", "_original", "_restored")
 
     def __init__(self, storage: torch.UntypedStorage, held: Held) -> None:
         self._held, self._original = held, StorageWeakRef(storage)  # step 2
         self._restored: StorageWeakRef | None = None
+        self._counter: Tensor | None = None
         self._lock = threading.Lock()
 
     def view(self, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> Tensor:
         """Return a view of the storage as it was when it was saved (step 3)."""
         with self._lock:
-            storage = None if self._restored is None else _living(self._restored)
-            if storage is None:
+            storage = self._present()
+            if storage is None or self._counter is None:
                 flat = self._held.get()
                 storage = flat.untyped_storage()
-                self._restored = StorageWeakRef(storage)
-            made = torch.empty(0, dtype=dtype, device=storage.device)
-            return made.set_(storage, offset, size, stride)  # type: ignore[call-overload]
+                self._restored, self._counter = StorageWeakRef(storage), flat.new_empty(0)
+            made = self._counter.detach()  # all views of one restored storage share one version
+            made.data = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, size, stride)
+            return made
 
     def prefetch(self) -> bool:
         """Begin to bring it back, unless it is here."""
         if self._restored is not None and not self._restored.expired():
             return True
         return self._held.prefetch()
+
+    def _present(self) -> torch.UntypedStorage | None:
+        """Return the storage if it lives, and no function's backward wrote to what it had saved."""
+        if self._restored is None or self._counter is None or self._counter._version:
+            return None
+        return torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
 
 
 class SavedView(NamedTuple):
@@ -137,12 +145,6 @@ def unpack(packed: Any) -> Tensor:
 
 
 def flat_of(tensor: Tensor) -> Tensor:
-    """Return the whole storage of a tensor as one, 1-D, of the tensor's dtype; an alias."""
-    storage = tensor.untyped_storage()
-    made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return made.set_(storage, 0, (storage.nbytes() // tensor.element_size(),))  # type: ignore[call-overload]
-
-
-def _living(reference: StorageWeakRef) -> torch.UntypedStorage | None:
-    """Return a storage that a weak reference stands for; None where it is gone."""
-    return torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+    """Return the whole storage of a tensor as one, 1-D, of the tensor's dtype; an alias that shares its version."""
+    num_elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.detach().as_strided((num_elements,), (1,), 0)

@@ -3,7 +3,7 @@
 A linear layer saves its weight as a transposed view, which is no Parameter, and under autocast a copy of it in 16 bits,
 which is not even a view; the batch is saved by the first layer, and held by the loop. So parameters, buffers and
 arguments are told by their storage, FSDP's gathered parameters by the type of the view's base, and copies of parameters
-by their history, which leads to nothing else.
+by their history, in which there is nothing but casts and views. (An embedding's history leads to a parameter only, too.)
 """
 
 from collections.abc import Iterable
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-# The history of a copy is short: a cast, a transposition, a sum of adapters.
+# What a copy of a parameter went through; the history of one is short.
+COPYING = ("ToCopy", "T", "Transpose", "Permute", "View", "UnsafeView", "Alias", "Clone", "Slice", "Select", "Unsqueeze")
 MOST_STEPS = 4
+_COPYING_NODES = frozenset(f"{name}Backward0" for name in COPYING)
 
 
 class Parts(NamedTuple):
@@ -45,7 +47,7 @@ class Resident:
         Returns:
             Whether it is a parameter, a view or a copy of one, a buffer, an argument, or a view of those.
         """
-        return self.lasts(tensor) or self._is_made_of_parameters(tensor)
+        return self.lasts(tensor) or _is_copy_of_parameter(tensor)
 
     def lasts(self, tensor: Tensor) -> bool:
         """Tell the same but for copies."""
@@ -53,16 +55,14 @@ class Resident:
             return True
         return _address(tensor) in self._storages
 
-    def _is_made_of_parameters(self, tensor: Tensor) -> bool:
-        node = tensor.grad_fn
-        return node is not None and self._leads_to_parameters(node, MOST_STEPS)
 
-    def _leads_to_parameters(self, node: Any, steps: int) -> bool:
-        variable = getattr(node, "variable", None)  # a leaf's node
-        if variable is not None:
-            return isinstance(variable, nn.Parameter)
-        nodes = [each for each, _ in node.next_functions if each is not None]
-        return steps > 0 and bool(nodes) and all(self._leads_to_parameters(each, steps - 1) for each in nodes)
+def _is_copy_of_parameter(tensor: Tensor) -> bool:
+    node: Any = tensor.grad_fn
+    for _ in range(MOST_STEPS):
+        if node is None or node.name() not in _COPYING_NODES:
+            break
+        node = node.next_functions[0][0]
+    return isinstance(getattr(node, "variable", None), nn.Parameter)  # of a leaf's node
 
 
 def parts_of(tensor: Tensor) -> Parts | None:

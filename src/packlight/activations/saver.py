@@ -2,7 +2,7 @@
 
 A tensor that the engine takes becomes a view of a storage group; one that it leaves is kept as an alias, or goes to the
 hooks below. What is left and taken at the same time would be held twice, so the first save of a storage decides for
-all. The sign of a ReLU is held beside its storage; where that turns out to be kept, the site is left alone from then on.
+all. The sign of a ReLU is held beside its storage; where that turns out to be kept, the site is left alone after.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from packlight.activations.compress import encoded, sign_of_relu
 from packlight.activations.groups import Group, Held, SavedElsewhere, SavedParts, SavedView, flat_of, keep, unpack
@@ -56,8 +57,8 @@ class Saver:
         self._resident, self._forward = resident, forward
         self._codec, self._tier, self._min_bytes = codec, tier, min_bytes
         self._groups: weakref.WeakValueDictionary[_Key, Group] = weakref.WeakValueDictionary()
-        self._left: set[_Key] = set()
-        self._taken: dict[_Key, Site] = {}
+        self._left: dict[_Key, StorageWeakRef] = {}  # an address that is referred to is not used again
+        self._taken: dict[_Key, tuple[Site, StorageWeakRef]] = {}
         self._useless = useless
 
     def take(self, tensor: Tensor, choice: str, site: Site) -> Any:
@@ -98,14 +99,14 @@ class Saver:
         """Note that a tensor is kept."""
         if is_plain(tensor) and not self._resident.lasts(tensor):
             key = _key(tensor)
-            self._left.add(key)
+            self._left[key] = StorageWeakRef(tensor.untyped_storage())
             if key in self._taken:
-                self._useless.add(self._taken[key])
+                self._useless.add(self._taken[key][0])
 
     def _group(self, tensor: Tensor, choice: str, site: Site) -> Group | None:
         key, storage = _key(tensor), tensor.untyped_storage()
         known = self._groups.get(key)
-        if known is not None or key in self._left or not self._is_worth_it(tensor, storage):
+        if known is not None or key in self._left or not is_worth_it(tensor, min_bytes=self._min_bytes):
             return known
         flat = flat_of(tensor)
         tier = None if choice == "compress" else self._tier
@@ -116,7 +117,7 @@ class Saver:
         group = Group(storage, held)
         if sign is None:
             self._groups[key] = group  # the sign alone is nobody else's
-        self._taken[key] = site
+        self._taken[key] = site, StorageWeakRef(storage)
         self._forward.make(site, group)
         return group
 
@@ -125,10 +126,6 @@ class Saver:
             assert self._tier is not None
             return self._tier.put(flat)
         return encoded(tensor, flat, self._codec, tier=None if choice == "compress" else self._tier)
-
-    def _is_worth_it(self, tensor: Tensor, storage: torch.UntypedStorage) -> bool:
-        num_bytes = storage.nbytes()
-        return num_bytes >= self._min_bytes and tensor.numel() * tensor.element_size() >= num_bytes * LEAST_SHARE
 
 
 class SaveHooks:
@@ -151,7 +148,7 @@ class SaveHooks:
         saver = self._saver
         site = saver.stack.calls[-1].next_site()
         choice = saver.rules.choice(site, self._pattern)
-        packed = None
+        packed: Any = None
         if choice == "keep":
             packed = saver.again(tensor, site)
             if packed is None:
@@ -203,6 +200,12 @@ def top_hooks() -> Hooks | None:
     """Return the saved-tensor hooks that are on top of the stack; None where there are none."""
     found: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return found
+
+
+def is_worth_it(tensor: Tensor, *, min_bytes: int) -> bool:
+    """Tell whether a tensor's storage is large enough to be taken, and the tensor not a small part of it."""
+    num_bytes = tensor.untyped_storage().nbytes()
+    return num_bytes >= min_bytes and tensor.numel() * tensor.element_size() >= num_bytes * LEAST_SHARE
 
 
 def _key(tensor: Tensor) -> _Key:

@@ -19,7 +19,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -48,7 +48,8 @@ class Record(Generic[Place]):
     freed: bool = False
     ahead: Arrival | None = None
     """What `prefetch` began."""
-    checksum: int = 0
+    checksums: list[int] = field(default_factory=list)
+    """Of each chunk, where a tier takes them."""
 
 
 class Handle(Generic[Place]):
@@ -103,6 +104,8 @@ class Shelf(ABC, Generic[Place]):
         self._changed = threading.Condition(threading.Lock())
         self._in_flight_bytes = self._ahead_bytes = self._most_stored_bytes = 0
         self._dropped: deque[Record[Place]] = deque()
+        self._leaving: set[Record[Place]] = set()
+        """Freed, but a copy uses their places."""
         self._out, self._in = Stopwatch(), Stopwatch()
 
     # What a tier does its own way, called under the lock
@@ -220,19 +223,27 @@ class Shelf(ABC, Generic[Place]):
     def _moved(self, record: Record[Place], failure: OffloadError | None = None) -> None:
         """Step 4: a tensor has left, or could not."""
         self._in_flight_bytes -= record.num_bytes
-        record.busy -= 1
         if failure is None:
             record.source = None
         else:
             self._failure = failure
             self._vacate(record)
-        self._settle(record)
+        self._copied(record)
         self._sweep()
         self._changed.notify_all()
 
+    def _copied(self, record: Record[Place]) -> None:
+        """A copy to or from a tensor's place has ended."""
+        record.busy -= 1
+        if record in self._leaving:
+            self._settle(record)
+
     def _settle(self, record: Record[Place]) -> None:
         """Give up the place of a freed tensor, unless a copy uses it."""
-        if record.freed and not record.busy:
+        if record.busy:
+            self._leaving.add(record)
+        else:
+            self._leaving.discard(record)
             record.source = None
             self._vacate(record)
 
@@ -269,7 +280,7 @@ class Shelf(ABC, Generic[Place]):
 
     def _place(self, record: Record[Place]) -> None:
         place = self._reserve(record.num_bytes)
-        if place is None:  # places of freed tensors may still be used by copies
+        if place is None and self._leaving:
             self._make_room(0)
             self._begin_call()
             place = self._reserve(record.num_bytes)
@@ -281,7 +292,7 @@ class Shelf(ABC, Generic[Place]):
         try:
             return self._send(record, place)
         except BaseException:
-            record.freed = True  # nobody gets a handle of it
+            self._vacate(record)  # nobody gets a handle of it
             self._moved(record)
             raise
 

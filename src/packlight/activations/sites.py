@@ -13,7 +13,7 @@ A pattern stands for sites as in a shell: `layers.*.mlp.up:0`, or a module's pat
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -152,10 +152,9 @@ class Rules:
             self._known[site, block] = known
         return known
 
-    def unused(self, seen: Iterable[Site]) -> list[str]:
-        """Return the patterns that match none of the sites."""
-        sites = list(seen)
-        return [pattern for pattern, _ in self._choices if not any(matches(pattern, site) for site in sites)]
+    def sites(self) -> list[Site]:
+        """Return the sites that were asked for so far, in the order of the first time."""
+        return list(dict.fromkeys(site for site, _ in self._known))
 
 
 def matches(pattern: str, site: Site) -> bool:

@@ -9,9 +9,9 @@ once where nobody listens. They save nothing for autograd: they are made to be c
 Example:
     >>> import torch
     >>> from packlight.numerics.group_operators import decode, encode
-    >>> tensors = encode(torch.linspace(-1, 1, 1000), "int8")
-    >>> [tuple(each.shape) for each in tensors], decode(tensors, "int8", 1000, torch.float32)[0]
-    ([(1000,), (8,)], tensor(-1...))
+    >>> codes, scales = encode(torch.linspace(-1, 1, 1000), "int8")
+    >>> codes.nbytes, scales.nbytes, decode((codes, scales), "int8", 1000, torch.float32).dtype
+    (1000, 16, torch.float32)
 """
 
 from typing import Any

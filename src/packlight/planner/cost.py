@@ -13,11 +13,12 @@ backward of b     1 the events of b up to its last save are replayed on top of w
 This file adds up; what a technique allocates is written in the technique's own file.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from packlight.planner.held import Group, Span, Treatment, find_groups, spans
 from packlight.records import CATEGORIES
 from packlight.step import OptimizerCost, Profile, Region, Save
 
@@ -67,13 +68,22 @@ class StepCost:
         replays = (self._replay(region, by_region.get(at, [])) for at, region in enumerate(profile.regions))
         self._replays = [replay for replay in replays if replay.saved]
         self.blocks = list(dict.fromkeys(replay.region.block for replay in self._replays))
+        self.groups = {group.name: group for group in find_groups(profile)}
+        self._spans: list[Span] = []
 
-    def price(self, recomputed: Collection[str], optimizer: OptimizerCost | None) -> Cost:
+    def price(
+        self,
+        recomputed: Collection[str],
+        optimizer: OptimizerCost | None,
+        *,
+        treated: Mapping[str, Treatment] | None = None,
+    ) -> Cost:
         """Compute the peak and the time of a step.
 
         Args:
             recomputed: paths of the blocks that are recomputed.
             optimizer: the state format; None where there is no optimiser.
+            treated: what is done with groups, by name; the others are kept.
 
         Returns:
             What the plan costs.
@@ -81,6 +91,12 @@ class StepCost:
         chosen = frozenset(recomputed)
         replays = [replay for replay in self._replays if replay.region.block in chosen]
         ends = self._ends(chosen)
+        self._spans = []
+        if treated:
+            ends = self._find_ends(chosen, treated)
+            gone = {at for at, save in enumerate(self.profile.saves) if self._block_of(save) in chosen}
+            for name, treatment in treated.items():
+                self._spans += spans(self.profile, self.groups[name], treatment, gone)
         live = self._live_bytes(ends, replays)
         at, replayed = int(live.argmax()), None
         peak_bytes = int(live[at])
@@ -91,6 +107,14 @@ class StepCost:
         seconds = self.profile.seconds * self.profile.num_microbatches + sum(map(self.recompute_seconds, chosen))
         cost = Cost(peak_bytes, self._moment(at), self._by_category(at, ends, replays, replayed), seconds, at)
         return cost if optimizer is None else self._with_optimizer(cost, ends, optimizer)
+
+    def treatable(self, recomputed: Collection[str]) -> list[Group]:
+        """Return the groups that have nothing to do with recomputed blocks: no save inside, and no input of one."""
+        regions = [region for region in self.profile.regions if region.block in recomputed]
+        inputs = {storage for region in regions for storage in region.inputs}
+        inside = {at for at, save in enumerate(self.profile.saves) if self._block_of(save) in recomputed}
+        groups = (group for group in self.groups.values() if group.storage not in inputs)
+        return [group for group in groups if inside.isdisjoint(group.saves)]
 
     def held_bytes(self, block: str, *, at: int | None = None) -> int:
         """Return what lives only because a block's saves keep it: at an event, or in all."""
@@ -128,7 +152,10 @@ class StepCost:
             self._known_ends[chosen] = self._find_ends(chosen)
         return self._known_ends[chosen]
 
-    def _find_ends(self, chosen: frozenset[str]) -> torch.Tensor:
+    def _block_of(self, save: Save) -> str | None:
+        return self.profile.regions[save.region].block if save.region >= 0 else None
+
+    def _find_ends(self, chosen: frozenset[str], treated: Collection[str] = ()) -> torch.Tensor:
         ends = self._died.clone()
         regions = self.profile.regions
         for replay in self._replays:
@@ -136,6 +163,7 @@ class StepCost:
                 ends = self._without_side_outputs(ends, replay.region)
         gone = [at for at, region in enumerate(regions) if region.block in chosen]
         kept = ~torch.isin(self._save_regions, torch.tensor(gone, dtype=torch.int64))
+        kept[[index for name in treated for index in self.groups[name].saves]] = False
         ends.scatter_reduce_(0, self._saved[kept], self._released[kept], "amax")
         for replay in self._replays:
             if replay.region.block in chosen:
@@ -160,6 +188,9 @@ class StepCost:
         change[min(self.profile.forward_end, num_events)] -= carried
         change[0] += self.profile.carried_bytes
         change[min(self.profile.backward_start, num_events)] -= self.profile.carried_bytes
+        for num_bytes, start, end in self._spans:
+            change[start] += num_bytes
+            change[end] -= num_bytes
         for replay in replays:
             change[replay.region.start] += replay.region.copied_bytes
             change[replay.region.released] -= replay.region.copied_bytes
@@ -203,6 +234,7 @@ class StepCost:
                 divided["activations"] += replay.region.copied_bytes
             if replay.region.unpacked <= at:
                 divided["activations"] += sum(num_bytes for num_bytes, used in self._saved_again(replay) if used > at)
+        divided["activations"] += sum(num_bytes for num_bytes, start, end in self._spans if start <= at < end)
         divided["activations"] += replayed.peak_bytes if replayed else 0
         divided["other"] += self._carried(ends) if at < self.profile.forward_end else 0
         divided["other"] += self.profile.carried_bytes if at < self.profile.backward_start else 0

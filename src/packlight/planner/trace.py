@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,55 +33,20 @@ from torch.utils.hooks import RemovableHandle
 
 from packlight.activations.blocks import Block, find_blocks
 from packlight.activations.buffers import drawn_state, set_drawn_state
+from packlight.activations.compress import encoding_of, is_relu
+from packlight.activations.engine import MIN_BYTES
 from packlight.activations.recompute import copied_buffers, follows_protocol, recomputes_itself
+from packlight.activations.resident import Resident
+from packlight.activations.saver import is_worth_it
+from packlight.activations.sites import CallStack, watch_modules
 from packlight.optim.adopt import can_adopt
+from packlight.planner.draft import Draft, DraftRegion, DraftSave, HeldSave
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
 from packlight.planner.loop import Call, Optimizers, Seen, listed
 from packlight.planner.timeline import flat_tensors
 from packlight.planner.updates import optimizer_costs
-from packlight.step import OptimizerCost, Profile, Region, Save, Storage
-
-
-@dataclass
-class _Region:
-    """A block's call while it is traced."""
-
-    block: str
-    start: int
-    inputs: tuple[int, ...]
-    protocol: bool
-    end: int = 0
-    last_packed: int = 0
-    unpacked: int | None = None
-    released: int | None = None
-    outputs: tuple[int, ...] = ()
-    seconds: float = 0.0
-    copied_bytes: int = 0
-    copied: dict[int | None, int] = field(default_factory=dict)
-    copy_saves: list["_Save"] = field(default_factory=list)
-
-
-@dataclass
-class _Save:
-    """A save while it is traced; see `packlight.step.Save`."""
-
-    storage: int
-    region: int
-    packed: int
-    released: int | None = None
-    used: int | None = None
-
-
-class _Held:
-    """What autograd holds instead of a saved tensor: enough to make another of its kind, or one that stays anyway."""
-
-    __slots__ = ("__weakref__", "device", "dtype", "save", "shape", "stays", "stride")
-
-    def __init__(self, tensor: torch.Tensor, save: _Save, *, stays: bool) -> None:
-        self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
-        self.device, self.save = tensor.device, save
-        self.stays = tensor if stays else None
+from packlight.step import OptimizerCost, Profile
 
 
 class Trace:
@@ -97,9 +62,12 @@ class Trace:
         first = next((tensor.device.type for tensor in model.parameters()), "cpu")
         self.device_type = "cpu" if first == "meta" else first
         self.line = FakeLine(self.device_type, measure(self.device_type if first != "meta" else "cpu"))
-        self.regions: list[_Region] = []
-        self.saves: list[_Save] = []
+        self.regions: list[DraftRegion] = []
+        self.saves: list[DraftSave] = []
         self._inside: list[int] = []
+        self._calls: CallStack | None = None
+        self._lasting = Resident((), ())
+        self._named: set[int] = set()
         self.notes: list[str] = []
         self._hooks: list[RemovableHandle] = []
         self.resident: dict[str, int] = {}
@@ -164,11 +132,20 @@ class Trace:
             for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.line.explicit_phase = "forward"
+        self._lasting = Resident([*self.model.parameters(), *self.model.buffers()], (call.args, call.kwargs))
+        self._hooks += watch_modules(self.model, lambda: self._calls)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            outputs = [self.model(*call.args, **call.kwargs) for _ in range(self.seen.num_forwards)]
+            outputs = [self._call(call) for _ in range(self.seen.num_forwards)]
         self.line.explicit_phase = None
         self.forward_end = self.line.now()
         return outputs if len(outputs) > 1 else outputs[0]
+
+    def _call(self, call: Call) -> Any:
+        self._calls = CallStack()
+        try:
+            return self.model(*call.args, **call.kwargs)
+        finally:
+            self._calls = None
 
     def _hook(self, block: Block) -> None:
         module = self.model.get_submodule(block.module_path)
@@ -181,7 +158,7 @@ class Trace:
         def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
             if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
                 self._inside.append(len(self.regions))
-                region = _Region(block.path, self.line.now(), self._indices((args, kwargs)), protocol)
+                region = DraftRegion(block.path, self.line.now(), self._indices((args, kwargs)), protocol)
                 region.seconds = -self.line.seconds
                 region.copied = {self.line.index(buffer): self.line.round(buffer.nbytes) for buffer in buffers}
                 region.copied_bytes = sum(self.line.round(buffer.nbytes) for buffer in buffers)
@@ -200,34 +177,49 @@ class Trace:
         indices = (self.line.index(tensor) for tensor in flat_tensors(value))
         return tuple(sorted({index for index in indices if index is not None and index >= self.num_resident}))
 
-    def _pack(self, tensor: torch.Tensor) -> _Held:
+    def _pack(self, tensor: torch.Tensor) -> HeldSave:
         index = self.line.index(tensor)
         region = self._inside[-1] if self._inside else -1
         if region >= 0:
             self.regions[region].last_packed = self.line.now()
         copied = region >= 0 and index in self.regions[region].copied
         stays = (index is None or index < self.num_resident) and not copied
-        save = _Save(-1 if index is None else index, region, self.line.now())
+        save = DraftSave(-1 if index is None else index, region, self.line.now())
+        if self._calls is not None:
+            self._describe(save, tensor)
         if not stays:
             (self.regions[region].copy_saves if copied else self.saves).append(save)
-        held = _Held(tensor, save, stays=stays)
+        held = HeldSave(tensor, save, stays=stays)
         weakref.finalize(held, self._release, save)
         return held
 
-    def _release(self, save: _Save) -> None:
+    def _describe(self, save: DraftSave, tensor: torch.Tensor) -> None:
+        """Name a save in the model's forward as the engine will, and say what the engine could do with it."""
+        assert self._calls is not None
+        save.site = str(self._calls.calls[-1].next_site())
+        save.num_elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        if self._lasting.holds(tensor) or not is_worth_it(tensor, min_bytes=MIN_BYTES):
+            return
+        is_first = save.storage not in self._named
+        self._named.add(save.storage)
+        save.encoding = "sign" if is_first and is_relu(tensor) else encoding_of(tensor) or "bytes"
+
+    def _release(self, save: DraftSave) -> None:
         save.released = self.line.tick()
         if save.region >= 0:
             self.regions[save.region].released = save.released
 
-    def _use_ends(self, save: _Save) -> None:
+    def _use_ends(self, save: DraftSave) -> None:
         save.used = self.line.tick()
 
-    def _unpack(self, held: _Held) -> torch.Tensor:
+    def _unpack(self, held: HeldSave) -> torch.Tensor:
         region = held.save.region
         if region >= 0 and self.regions[region].unpacked is None:
             self.regions[region].unpacked = self.line.tick()
         if held.stays is not None:
             return held.stays
+        if held.save.unpacked is None:
+            held.save.unpacked = self.line.tick()
         with self.line.paused():
             made = torch.empty_strided(held.shape, held.stride, dtype=held.dtype, device=held.device)
         self.line.leave_out(made)
@@ -279,15 +271,16 @@ class Trace:
 
     def record(self, optimizers: tuple[OptimizerCost, ...], notes: tuple[str, ...]) -> Profile:
         """Return the trace as a record."""
+        draft = Draft(self.num_resident, self.num_events)
         return Profile(
             device=self.device_type,
             resident_bytes=self.resident,
             num_events=self.num_events,
             forward_end=self.forward_end,
             backward_start=self.backward_start,
-            storages=self._storages(),
-            saves=tuple(map(self._save, self.saves)),
-            regions=tuple(self._region(region) for region in self.regions),
+            storages=draft.storages(self.line.entries),
+            saves=tuple(draft.save(save) for save in self.saves),
+            regions=tuple(draft.region(region) for region in self.regions),
             optimizers=optimizers,
             num_microbatches=self.seen.num_microbatches,
             seconds=self.seconds,
@@ -296,50 +289,4 @@ class Trace:
             batch_bytes=self.batch_bytes,
             carries_outputs=self.seen.carries_outputs,
             notes=(*notes, *self.notes),
-        )
-
-    def _storages(self) -> tuple[Storage, ...]:
-        made = (entry for entry in self.line.entries[self.num_resident :] if entry.born < self.num_events)
-        return tuple(
-            Storage(
-                num_bytes=entry.num_bytes,
-                born=entry.born,
-                died=self._before_end(entry.died),
-                phase=entry.phase,
-                is_gradient=entry.category == "gradients",
-            )
-            for entry in made
-        )
-
-    def _save(self, save: _Save) -> Save:
-        released = self._before_end(save.released)
-        used = released if save.used is None else self._before_end(save.used)
-        return Save(save.storage - self.num_resident, save.region, save.packed, released, used)
-
-    def _saved_copies(self, region: _Region) -> tuple[tuple[int, int], ...]:
-        """Say for each buffer that the region saves how long backward uses the second run's copy of it."""
-        used: dict[int, int] = {}
-        for save in map(self._save, region.copy_saves):
-            used[save.storage] = max(save.used, used.get(save.storage, 0))
-        return tuple((region.copied[storage + self.num_resident], event) for storage, event in used.items())
-
-    def _before_end(self, event: int | None) -> int:
-        """Return an event of the step, its end for what comes later or never."""
-        return self.num_events if event is None else min(event, self.num_events)
-
-    def _region(self, region: _Region) -> Region:
-        shift = self.num_resident
-        return Region(
-            block=region.block,
-            start=region.start,
-            end=region.end,
-            last_packed=region.last_packed,
-            unpacked=self._before_end(region.unpacked),
-            released=self._before_end(region.released),
-            inputs=tuple(index - shift for index in region.inputs),
-            outputs=tuple(index - shift for index in region.outputs),
-            forward_seconds=region.seconds,
-            copied_bytes=region.copied_bytes,
-            saved_copies=self._saved_copies(region),
-            drops_side_outputs=region.protocol,
         )

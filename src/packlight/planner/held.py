@@ -1,0 +1,114 @@
+"""What a storage group costs in another form: its bytes meanwhile, and the bytes that come back in backward.
+
+A group that is encoded or moved dies its natural death in forward, like a recomputed one. What stands for it lives from
+its first save to the release of its last; and the storage itself is there again for as long as backward uses it:
+
+    forward    ...  born | 1 packed: codes are born | natural death ...
+    backward   ...  2 unpacked: the storage is back | used for the last time | ... 3 released: the codes die
+
+Backward takes views of a group out one by one; those that overlap share one storage.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from packlight.activations.compress import encoded_bytes
+from packlight.step import Profile, Save
+
+Span = tuple[int, int, int]
+"""Bytes, and the events between which they live."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The saves of one storage that one choice can be made for.
+
+    Attributes:
+        name: the site of the first save.
+        storage: its index.
+        saves: indices of all saves of the storage, in the order in which they are made.
+        exact: whether encoding it loses nothing.
+        can_encode: whether it may be encoded; if not, only moved.
+    """
+
+    name: str
+    storage: int
+    saves: tuple[int, ...]
+    exact: bool
+    can_encode: bool
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done with a group instead of keeping it.
+
+    Attributes:
+        choice: "compress", "offload" or "compress+offload".
+        codec: how it is encoded.
+    """
+
+    choice: str
+    codec: str = "fp8"
+
+
+def find_groups(profile: Profile) -> list[Group]:
+    """Return the groups of a profile; a storage that is also saved outside of the model has none, for it is kept."""
+    by_storage: dict[int, list[int]] = {}
+    for index, save in enumerate(profile.saves):
+        by_storage.setdefault(save.storage, []).append(index)
+    groups = []
+    for storage, indices in by_storage.items():
+        saves = [profile.saves[index] for index in indices]
+        if saves[0].encoding and all(save.site for save in saves):
+            signs = saves[0].encoding == "sign"
+            kind = saves[min(signs, len(saves) - 1)].encoding  # of the first save that is held as the storage itself
+            exact = kind in ("mask", "sign") and not (signs and len(saves) > 1)
+            groups.append(Group(saves[0].site, storage, tuple(indices), exact, can_encode=kind not in ("bytes", "")))
+    return groups
+
+
+def spans(profile: Profile, group: Group, treatment: Treatment, gone: Collection[int]) -> list[Span]:
+    """Return what lives on the device because of a group and its treatment.
+
+    Args:
+        profile: the step.
+        group: one of its groups.
+        treatment: what is done with it.
+        gone: indices of saves that are recomputed.
+
+    Returns:
+        Bytes, each with the events between which they live.
+    """
+    saves = [profile.saves[index] for index in group.saves if index not in gone]
+    if not saves:
+        return []
+    found = [span for part, codec in _parts(saves, treatment.codec) for span in _code_spans(part, codec, treatment)]
+    num_bytes = profile.storages[group.storage].num_bytes
+    for part, _ in _parts(saves, treatment.codec):
+        found += [(num_bytes, start, end) for start, end in _merged((save.unpacked, save.used) for save in part)]
+    return found
+
+
+def _parts(saves: Sequence[Save], codec: str) -> list[tuple[list[Save], str]]:
+    """Divide the saves by what they are held as: the sign of a ReLU stands beside the storage."""
+    signs = [save for save in saves[:1] if save.encoding == "sign"]
+    others = list(saves[len(signs) :])
+    masks = bool(others) and others[0].encoding == "mask"
+    return [part for part in ((signs, "mask"), (others, "mask" if masks else codec)) if part[0]]
+
+
+def _code_spans(saves: Sequence[Save], codec: str, treatment: Treatment) -> list[Span]:
+    if treatment.choice != "compress":  # the tier's window is the plan's, not the group's
+        return []
+    num_bytes = encoded_bytes(codec, saves[0].num_elements)
+    return [(num_bytes, saves[0].packed, max(save.released for save in saves))]
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
