@@ -179,7 +179,7 @@ class _Watched:
         self._own = "forward" in model.__dict__  # not the class's
         self._forward = model.forward
         self._is_active = True
-        functools.update_wrapper(self, self._forward)
+        functools.update_wrapper(self, self._forward, updated=())  # another engine's attributes are not ours
         model.forward = self
 
     @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
@@ -192,10 +192,12 @@ class _Watched:
     def remove(self) -> None:
         """Put the former forward back; where another stands on top of this one, only step aside."""
         self._is_active = False
-        if self._model.__dict__.get("forward") is self:
+        top: Any = self
+        while isinstance(top, _Watched) and not top._is_active and self._model.__dict__.get("forward") is top:
             del self._model.forward
-            if self._own:
-                self._model.forward = self._forward
+            if top._own:
+                self._model.forward = top._forward
+            top = top._forward
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (functools.partial, (self._forward,)) if self._own else (getattr, (self._model, "forward"))

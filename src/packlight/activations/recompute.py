@@ -151,7 +151,7 @@ class _Recomputed:
         self._own = "forward" in module.__dict__  # not the class's
         self._forward = module.forward
         self._contexts = _joined(Buffers(module).contexts, *others)
-        functools.update_wrapper(self, self._forward)
+        functools.update_wrapper(self, self._forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _run(self._forward, self._contexts, *args, **kwargs)
@@ -184,7 +184,7 @@ class _RecomputedRuns:
         for run, others in runs:
             layers = list(module)[run.start : run.stop]
             self._runs[run.start or 0] = run.stop or 0, _joined(Buffers(*layers).contexts, *others)
-        functools.update_wrapper(self, module.forward)
+        functools.update_wrapper(self, module.forward, updated=())
 
     def __call__(self, value: Any) -> Any:
         layers = list(self._module)
