@@ -78,7 +78,7 @@ class Engine:
         self._codec, self._min_bytes = codec, min_bytes
         self._rules = Rules({each: choice for each, choice in choices.items() if choice != "recompute"}, default="keep")
         self._order, self._useless = Order(), set[Site]()
-        self._model, self._local = model, threading.local()
+        self._model, self._local = model, _Running()
         self._recomputation = recompute(model, blocks, around=lambda path: self._contexts(blocks[path]))
         self._module_hooks = watch_modules(model, self._stack)
         self._watched = _Watched(self, model)
@@ -144,12 +144,11 @@ class Engine:
         )
 
     def _running(self) -> list["Saver"]:
-        running: list[Saver] = self._local.__dict__.setdefault("running", [])
-        return running
+        return self._local.savers
 
     def _stack(self) -> CallStack | None:
-        running = self._running()
-        return running[-1].stack if running else None
+        savers = self._local.savers
+        return savers[-1].stack if savers else None
 
     def _contexts(self, pattern: str) -> Callable[[], tuple[_Context, _Context]]:
         """Return what makes the contexts of a recomputed block's two runs."""
@@ -169,6 +168,13 @@ class Engine:
         hooks = SaveHooks(running[-1], top_hooks(), pattern=pattern, taken=taken)  # step 4
         with saved_tensors_hooks(hooks.pack, unpack):
             yield
+
+
+class _Running(threading.local):
+    """The forwards that are running in a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.savers: list[Saver] = []
 
 
 class _Watched:
@@ -192,12 +198,10 @@ class _Watched:
     def remove(self) -> None:
         """Put the former forward back; where another stands on top of this one, only step aside."""
         self._is_active = False
-        top: Any = self
-        while isinstance(top, _Watched) and not top._is_active and self._model.__dict__.get("forward") is top:
+        while isinstance(top := self._model.__dict__.get("forward"), _Watched) and not top._is_active:
             del self._model.forward
             if top._own:
                 self._model.forward = top._forward
-            top = top._forward
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (functools.partial, (self._forward,)) if self._own else (getattr, (self._model, "forward"))

@@ -3,7 +3,7 @@
 A linear layer saves its weight as a transposed view, which is no Parameter, and under autocast a copy of it in 16 bits,
 which is not even a view; the batch is saved by the first layer, and held by the loop. So parameters, buffers and
 arguments are told by their storage, FSDP's gathered parameters by the type of the view's base, and copies of parameters
-by their history, in which there is nothing but casts and views. (An embedding's history leads to a parameter only, too.)
+by their history, of casts and views alone. (An embedding's history leads to nothing but a parameter, too.)
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 # What a copy of a parameter went through; the history of one is short.
-COPYING = ("ToCopy", "T", "Transpose", "Permute", "View", "UnsafeView", "Alias", "Clone", "Slice", "Select", "Unsqueeze")
+COPYING = ("ToCopy", "T", "Transpose", "Permute", "View", "UnsafeView", "Alias", "Clone", "Slice", "Select")
 MOST_STEPS = 4
 _COPYING_NODES = frozenset(f"{name}Backward0" for name in COPYING)
 

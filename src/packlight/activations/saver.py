@@ -97,7 +97,7 @@ class Saver:
 
     def leave(self, tensor: Tensor) -> None:
         """Note that a tensor is kept."""
-        if is_plain(tensor) and not self._resident.lasts(tensor):
+        if not self.rules.keeps_all and is_plain(tensor) and not self._resident.lasts(tensor):
             key = _key(tensor)
             self._left[key] = StorageWeakRef(tensor.untyped_storage())
             if key in self._taken:
@@ -146,8 +146,7 @@ class SaveHooks:
     def pack(self, tensor: Tensor) -> Any:
         """Return what autograd is to hold."""
         saver = self._saver
-        site = saver.stack.calls[-1].next_site()
-        choice = saver.rules.choice(site, self._pattern)
+        site, choice = saver.rules.next_save(saver.stack.calls[-1], self._pattern)
         packed: Any = None
         if choice == "keep":
             packed = saver.again(tensor, site)

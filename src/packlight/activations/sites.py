@@ -15,7 +15,6 @@ import fnmatch
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -41,13 +40,18 @@ class Site(NamedTuple):
         return f"{self.module}{f'@{self.call}' if self.call else ''}:{self.save}"
 
 
-@dataclass
 class ModuleCall:
-    """A call of a module that is running."""
+    """A call of a module that is running.
 
-    module: str
-    number: int
-    num_saves: int = 0
+    Args:
+        module: its path.
+        number: how many calls of it this forward had before.
+    """
+
+    __slots__ = ("module", "num_saves", "number")
+
+    def __init__(self, module: str, number: int) -> None:
+        self.module, self.number, self.num_saves = module, number, 0
 
     def next_site(self) -> Site:
         """Name the save that is happening now."""
@@ -55,12 +59,14 @@ class ModuleCall:
         return Site(self.module, self.number, self.num_saves - 1)
 
 
-@dataclass
 class CallStack:
     """The modules that are running in one forward of the model, the innermost last."""
 
-    calls: list[ModuleCall] = field(default_factory=lambda: [ModuleCall("", 0)])
-    numbers: dict[str, int] = field(default_factory=dict)
+    __slots__ = ("calls", "numbers")
+
+    def __init__(self) -> None:
+        self.calls = [ModuleCall("", 0)]
+        self.numbers: dict[str, int] = {}
 
     def enter(self, path: str) -> None:
         """Note that a module's forward begins."""
@@ -70,7 +76,9 @@ class CallStack:
 
     def leave(self, path: str) -> None:
         """Note that it ended; calls inside it that were left by an exception end too."""
-        if any(call.module == path for call in self.calls[1:]):
+        if self.calls[-1].module == path:
+            self.calls.pop()
+        elif any(call.module == path for call in self.calls):
             while self.calls.pop().module != path:
                 pass
 
@@ -89,7 +97,7 @@ def watch_modules(model: nn.Module, stack: Callable[[], CallStack | None]) -> li
     for path, module in model.named_modules():
         if path:
             handles.append(module.register_forward_pre_hook(_Enter(path, stack)))
-            handles.append(module.register_forward_hook(_Leave(path, stack), always_call=True))
+            handles.append(module.register_forward_hook(_Leave(path, stack)))
     return handles
 
 
@@ -130,31 +138,38 @@ class Rules:
     def __init__(self, choices: Mapping[str, str], *, default: str) -> None:
         self._choices = sorted(choices.items(), key=lambda item: len(item[0]))
         self._default = default
-        self._known: dict[tuple[Site, str], str] = {}
+        self._known: dict[tuple[str, int, str], list[tuple[Site, str]]] = {}
+        self.keeps_all = not any(choice not in ("keep", "recompute") for choice in choices.values())
 
-    def choice(self, site: Site, block: str = "") -> str:
-        """Return the choice for a site.
+    def next_save(self, call: ModuleCall, block: str = "") -> tuple[Site, str]:
+        """Name the save that is happening now, and return its choice.
 
         Args:
-            site: where the tensor is saved.
+            call: the innermost module's.
             block: the pattern by which the block around it is recomputed, "" where none is. Within, only longer
                 patterns count.
 
         Returns:
-            The choice; "recompute" within a recomputed block where no longer pattern matches.
+            The site, and the choice: "recompute" within a recomputed block where no longer pattern matches.
         """
-        known = self._known.get((site, block))
+        known = self._known.get((call.module, call.number, block))
         if known is None:
-            found = [
-                choice for pattern, choice in self._choices if len(pattern) > len(block) and matches(pattern, site)
-            ]
-            known = found[-1] if found else "recompute" if block else self._default
-            self._known[site, block] = known
-        return known
+            known = self._known[call.module, call.number, block] = []
+        save = call.num_saves
+        call.num_saves = save + 1
+        while len(known) <= save:
+            site = Site(call.module, call.number, len(known))
+            known.append((site, self._choice(site, block)))
+        return known[save]
+
+    def _choice(self, site: Site, block: str) -> str:
+        longer = [(pattern, choice) for pattern, choice in self._choices if len(pattern) > len(block)]
+        found = [choice for pattern, choice in longer if matches(pattern, site)]
+        return found[-1] if found else "recompute" if block else self._default
 
     def sites(self) -> list[Site]:
-        """Return the sites that were asked for so far, in the order of the first time."""
-        return list(dict.fromkeys(site for site, _ in self._known))
+        """Return the sites that were asked for so far."""
+        return list(dict.fromkeys(site for known in self._known.values() for site, _ in known))
 
 
 def matches(pattern: str, site: Site) -> bool:
