@@ -29,7 +29,7 @@ SCHEMA = 1
 CATEGORIES = ("parameters", "gradients", "optimizer_states", "activations", "temporaries", "other")
 """What the bytes at a peak are divided into; "other" is buffers, batches and whatever else the script holds."""
 
-CHOICES = ("keep", "recompute")
+CHOICES = ("keep", "recompute", "compress")
 """What can be done with a group of storages."""
 
 
@@ -157,16 +157,20 @@ class Choice:
     """What is done with one group of storages.
 
     Attributes:
-        group: the path of the block that saves them.
+        group: the path of the block that saves them, or the site that saves them first.
         choice: one of `CHOICES`.
         bytes: what the group holds for backward if it is kept.
         seconds: what the choice adds to a step.
+        codec: how it is encoded, where it is.
+        sites: all that save the group, where it is no block.
     """
 
     group: str
     choice: str
     bytes: int
     seconds: float
+    codec: str = ""
+    sites: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a choice that nothing would carry out (a plan may have been edited by hand)."""
@@ -225,21 +229,38 @@ class Plan(JsonRecord):
         """Return the paths of the blocks that are recomputed in backward."""
         return frozenset(choice.group for choice in self.choices if choice.choice == "recompute")
 
+    def site_choices(self) -> dict[str, str]:
+        """Return the choice by site for all groups that are encoded, as `activations.Engine` reads it."""
+        encoded = [choice for choice in self.choices if choice.choice == "compress"]
+        return {site: f"{each.choice}:{each.codec}" for each in encoded for site in each.sites}
+
     def __str__(self) -> str:
         """Say in a few lines what is chosen, and what it is expected to cost."""
         estimate, recomputed = self.estimate, self.recomputed()
         formats = ", ".join(sorted(set(self.state_formats.values()))) or "none"
+        num_blocks = sum(not choice.sites for choice in self.choices)
         lines = [
             f"plan for {format_bytes(self.budget_bytes)} on {self.device}{' (exact)' if self.exact else ''}: "
             f"predicted peak {format_bytes(estimate.device_peak_bytes)} "
             f"({format_bytes(estimate.plain_peak_bytes)} if nothing is changed), "
             f"{estimate.step_seconds:.3g} s a step ({estimate.slowdown:.2f}x)",
-            f"  blocks: {len(recomputed)} of {len(self.choices)} recomputed{_shorten(recomputed, self.choices)}",
+            f"  blocks: {len(recomputed)} of {num_blocks} recomputed{_shorten(recomputed, self.choices)}",
+            *self._encoded_lines(),
             f"  optimiser states: {formats}",
             f"  at the peak ({estimate.peak_moment}): "
             + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.peak_by_category.items() if size),
         ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    def _encoded_lines(self) -> list[str]:
+        found: dict[str, list[int]] = {}
+        for choice in self.choices:
+            if choice.choice == "compress":
+                found.setdefault(choice.codec, []).append(choice.bytes)
+        return [
+            f"  saved tensors: {len(sizes)} held as {codec}, {format_bytes(sum(sizes))} before"
+            for codec, sizes in sorted(found.items())
+        ]
 
 
 def _shorten(recomputed: frozenset[str], choices: tuple[Choice, ...]) -> str:

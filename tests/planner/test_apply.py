@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from torch.nn import functional as F
 
 import packlight
 from packlight.activations.blocks import find_blocks
+from packlight.activations.engine import Engine
 from packlight.budget import BudgetError
 from packlight.optim.state import state_bytes
 from packlight.planner.apply import apply, fit
 from packlight.planner.solve import plan
-from packlight.records import Plan
+from packlight.records import Choice, Plan
 from tests.cases import CASES, MLP, Case
 
 NUM_STEPS = 4
@@ -274,3 +276,34 @@ def test_a_model_under_a_plan_can_be_copied_and_pickled_as_a_plain_one(tmp_path:
 
 def test_the_public_names_are_these_functions() -> None:
     assert (packlight.apply, packlight.fit, packlight.plan) == (apply, fit, plan)
+
+
+@pytest.mark.parametrize("name", ["gpt", "convnet"])
+def test_a_plan_that_was_edited_to_encode_groups_is_saved_and_carried_out(name: str, tmp_path: Path) -> None:
+    case = CASES[name]()
+    made = plan(case.model, case.batch, None, budget="50%", loss=case.loss)
+    blocks = sorted(block.path for block in find_blocks(case.model))[1:2]
+    with Engine(case.model, {"*": "keep"}) as engine:
+        case.value().backward()
+        sites = tuple(site for site in engine.sites() if not site.startswith(blocks[0]))
+    choices = (
+        *[replace(choice, choice="recompute" if choice.group in blocks else "keep") for choice in made.choices],
+        Choice("all sites", "compress", 0, 0.0, codec="int8", sites=sites),
+    )
+    replace(made, choices=choices).save(tmp_path / "plan.json")
+    edited = Plan.load(tmp_path / "plan.json")
+    assert edited.choices == choices
+    assert "1 held as int8" in str(edited)
+    expected = gradients(case)
+    with apply(edited, case.model):
+        found = gradients(case)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(case), expected, strict=True))  # undone
+    found_all, expected_all = (torch.cat([each.flatten() for each in all_]) for all_ in (found, expected))
+    assert 0 < float((found_all - expected_all).norm() / expected_all.norm()) < 0.05
+
+
+def gradients(case: Case) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    case.model.zero_grad()
+    case.value().backward()
+    return [parameter.grad.clone() for parameter in case.model.parameters() if parameter.grad is not None]

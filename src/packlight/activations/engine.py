@@ -26,6 +26,7 @@ from torch._C import _functorch
 from torch.autograd.graph import saved_tensors_hooks
 
 from packlight.activations.blocks import find_blocks
+from packlight.activations.buffers import is_recomputing
 from packlight.activations.compress import CODECS
 from packlight.activations.groups import unpack
 from packlight.activations.offload import Tier
@@ -48,8 +49,8 @@ class Engine:
     Args:
         model: the model; its `forward` and its modules' hooks are changed in place.
         choices: one of `CHOICES` by pattern. A pattern is a shell's, for sites (see `sites`) or for all that happens
-            in a module. The longest that matches a site counts. "recompute" is for blocks as `find_blocks` names
-            them; inside of them only longer patterns count.
+            in a module. The longest that matches a site counts. "compress:int8" names a codec. "recompute" is for
+            blocks as `find_blocks` names them; inside of them only longer patterns count.
         codec: how tensors are compressed, one of `compress.CODECS`.
         tier: where offloaded tensors go; it is closed with the engine.
         min_bytes: smaller storages are kept.
@@ -115,8 +116,8 @@ class Engine:
             RuntimeError: torch.func transforms the body, which knows no hooks.
         """
         below = top_hooks()
-        if not torch.is_grad_enabled() or _is_checkpoint(below):  # a checkpoint around the model recomputes all of it
-            yield
+        if not torch.is_grad_enabled() or is_recomputing() or _is_checkpoint(below):
+            yield  # a checkpoint around the model recomputes all of it
             return
         if _functorch.maybe_current_level() is not None:
             raise RuntimeError(
@@ -209,8 +210,11 @@ class _Watched:
 
 def _check(choices: Mapping[str, str], codec: str, tier: Tier | None) -> None:
     for pattern, choice in choices.items():
-        if choice not in CHOICES:
+        kind, _, own_codec = choice.partition(":")
+        if kind not in CHOICES or (own_codec and not kind.startswith("compress")):
             raise ValueError(f"the choice for {pattern!r} is {choice!r}; wanted one of {', '.join(CHOICES)}")
+        if own_codec not in (*CODECS, ""):
+            raise ValueError(f"the codec for {pattern!r} is {own_codec!r}; wanted one of {', '.join(CODECS)}")
         if "offload" in choice and tier is None:
             raise ValueError(f"the choice for {pattern!r} is {choice!r}, but no tier came; pass tier=make_tier(...)")
     if codec not in CODECS:
@@ -230,5 +234,8 @@ def _recomputed_blocks(model: nn.Module, choices: Mapping[str, str]) -> dict[str
 
 
 def _is_checkpoint(hooks: Any) -> bool:
-    """Tell whether hooks are those of torch.utils.checkpoint, in a first or a second run."""
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    """Tell whether hooks are those of torch.utils.checkpoint, in a first or a second run, or another engine's on top."""
+    if hooks is None:
+        return False
+    owner = getattr(hooks[0], "__self__", None)
+    return hooks[0].__module__ == "torch.utils.checkpoint" or (isinstance(owner, SaveHooks) and owner.is_over_checkpoint)

@@ -98,6 +98,7 @@ class SavedParts(NamedTuple):
 
     kind: type
     parts: dict[str, Any]
+    others: dict[str, Any]
     context: Any
     size: torch.Size
     stride: tuple[int, ...]
@@ -105,7 +106,7 @@ class SavedParts(NamedTuple):
     def take(self) -> Tensor:
         """Put it together again."""
         parts = {name: unpack(packed) for name, packed in self.parts.items()}
-        made: Tensor = self.kind.__tensor_unflatten__(parts, self.context, self.size, self.stride)  # type: ignore[attr-defined]
+        made: Tensor = self.kind.__tensor_unflatten__(parts | self.others, self.context, self.size, self.stride)  # type: ignore[attr-defined]
         return made.detach()
 
 

@@ -76,7 +76,7 @@ class Pages:
         Raises:
             OffloadError: CUDA refused.
         """
-        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self.tensor = torch.empty(0, dtype=torch.uint8, device="cpu")
         if self._registration is not None:
             self._registration()
 
@@ -101,7 +101,7 @@ class Pages:
             stacklevel=2,
         )
         try:
-            self.tensor = torch.empty(self.num_bytes, dtype=torch.uint8, pin_memory=True)
+            self.tensor = torch.empty(self.num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             raise OffloadError(
                 f"the host has no {self.num_bytes} bytes of pinned memory ({error}); give the tier a smaller budget, "

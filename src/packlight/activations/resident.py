@@ -23,6 +23,7 @@ class Parts(NamedTuple):
     """The plain tensors that a tensor consists of, and what puts them together again."""
 
     tensors: dict[str, Tensor]
+    others: dict[str, Any]
     context: Any
 
 
@@ -70,7 +71,9 @@ def parts_of(tensor: Tensor) -> Parts | None:
     if type(tensor) in (Tensor, nn.Parameter) or not _is_dtensor(tensor):
         return None
     names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return Parts({name: getattr(tensor, name) for name in names}, context)
+    parts = {name: getattr(tensor, name) for name in names}
+    tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+    return Parts(tensors, {name: part for name, part in parts.items() if name not in tensors}, context)
 
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:

@@ -66,7 +66,7 @@ class Saver:
 
         Args:
             tensor: what autograd saves.
-            choice: "offload", "compress" or "compress+offload".
+            choice: "offload", "compress" or "compress+offload", with a codec after a colon or the engine's.
             site: where it is saved.
 
         Returns:
@@ -74,10 +74,12 @@ class Saver:
         """
         parts = parts_of(tensor)
         if parts is not None:
+            if self._resident.holds(tensor):
+                return None
             packed = {name: self.take(part, choice, site) for name, part in parts.tensors.items()}
             if any(each is None for each in packed.values()):
                 return None
-            return SavedParts(type(tensor), packed, parts.context, tensor.size(), tensor.stride())
+            return SavedParts(type(tensor), packed, parts.others, parts.context, tensor.size(), tensor.stride())
         if site in self._useless or not is_plain(tensor) or self._resident.holds(tensor):
             return None
         group = self._group(tensor, choice, site)
@@ -109,9 +111,10 @@ class Saver:
         if known is not None or key in self._left or not is_worth_it(tensor, min_bytes=self._min_bytes):
             return known
         flat = flat_of(tensor)
-        tier = None if choice == "compress" else self._tier
-        sign = None if choice == "offload" or key in self._taken else sign_of_relu(tensor, flat, tier=tier)
-        held = sign or self._held(tensor, flat, choice)
+        kind, _, codec = choice.partition(":")
+        tier = None if kind == "compress" else self._tier
+        sign = None if kind == "offload" or key in self._taken else sign_of_relu(tensor, flat, tier=tier)
+        held = sign or self._held(tensor, flat, "" if kind == "offload" else codec or self._codec, tier)
         if held is None:
             return None
         group = Group(storage, held)
@@ -121,11 +124,11 @@ class Saver:
         self._forward.make(site, group)
         return group
 
-    def _held(self, tensor: Tensor, flat: Tensor, choice: str) -> Held | None:
-        if choice == "offload":
-            assert self._tier is not None
-            return self._tier.put(flat)
-        return encoded(tensor, flat, self._codec, tier=None if choice == "compress" else self._tier)
+    def _held(self, tensor: Tensor, flat: Tensor, codec: str, tier: Tier | None) -> Held | None:
+        if codec:
+            return encoded(tensor, flat, codec, tier=tier)
+        assert tier is not None
+        return tier.put(flat)
 
 
 class SaveHooks:
@@ -142,6 +145,7 @@ class SaveHooks:
         self, saver: Saver, below: Hooks | None, *, pattern: str = "", taken: list[bool] | None = None
     ) -> None:
         self._saver, self._below, self._pattern, self._taken = saver, below, pattern, taken
+        self.is_over_checkpoint = bool(pattern)
 
     def pack(self, tensor: Tensor) -> Any:
         """Return what autograd is to hold."""

@@ -112,7 +112,7 @@ class Witness:
 
     def __init__(self, tensor: Tensor) -> None:
         """Note the tensor's version."""
-        self._shape = f"{tensor.type()} {list(tensor.shape)}"
+        self._shape = list(tensor.shape)
         self._alias: Tensor | None = None
         if not tensor.is_inference():  # those have no version
             self._alias = tensor.detach()
@@ -124,8 +124,9 @@ class Witness:
         if self._alias is not None and self._alias._version != self._version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{self._shape}], which was offloaded, is at version {self._alias._version}; expected version "
-                f"{self._version} instead. Hint: clone it before the operation, or use one that is not in place"
+                f"[{self._alias.type()} {self._shape}], which was offloaded, is at version {self._alias._version}; "
+                f"expected version {self._version} instead. Hint: clone it before the operation, or use one that is not "
+                "in place"
             )
 
 

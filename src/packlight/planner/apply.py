@@ -11,7 +11,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from packlight.activations.recompute import recompute
+from packlight.activations.engine import Engine
+from packlight.activations.recompute import Recomputation, recompute
 from packlight.budget import Budget
 from packlight.optim.adopt import adopt
 from packlight.planner.loop import Loss
@@ -21,6 +22,9 @@ from packlight.planner.solve import plan as make_plan
 from packlight.planner.updates import parameter_names
 from packlight.records import Measurement, Plan
 
+Carried = Recomputation | Engine
+"""What undoes the choices for a model's blocks and sites."""
+
 
 class Applied:
     """A plan in force; `remove` undoes it. Also a context manager."""
@@ -28,7 +32,7 @@ class Applied:
     def __init__(self, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Carry the plan out; nothing is changed where a part of it cannot be."""
         self.plan = plan
-        self._undo = [recompute(model, sorted(plan.recomputed())).remove]
+        self._undo = [carry_out(plan, model).remove]
         try:
             if optimizer is not None:
                 self._undo.append(adopt_formats(plan, model, optimizer))
@@ -114,6 +118,25 @@ def fit(
     True
     """
     return apply(make_plan(model, batch, optimizer, budget=budget, loss=loss, exact=exact), model, optimizer)
+
+
+def carry_out(plan: Plan, model: nn.Module) -> Carried:
+    """Carry out a plan's choices for what a model saves.
+
+    Args:
+        plan: the plan.
+        model: the model; changed in place.
+
+    Returns:
+        A handle whose `remove()` undoes it.
+
+    Raises:
+        ValueError: the plan names blocks that the model does not have.
+    """
+    sites = plan.site_choices()
+    if not sites:  # nothing needs the engine's hooks
+        return recompute(model, sorted(plan.recomputed()))
+    return Engine(model, dict.fromkeys(plan.recomputed(), "recompute") | sites)
 
 
 def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:

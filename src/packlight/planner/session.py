@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from packlight.activations.recompute import Recomputation, recompute
+from packlight.activations.recompute import recompute
 from packlight.budget import Budget, BudgetError
-from packlight.planner.apply import adopt_formats
+from packlight.planner.apply import Carried, adopt_formats, carry_out
 from packlight.planner.hardware import measure
 from packlight.planner.listen import Ears, Listener, LossLog
 from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements
@@ -53,7 +53,7 @@ class Session(Listener):
         self._step: Profile | None = None
         self._model: nn.Module | None = None
         self._seen: Seen | None = None
-        self._blocks: Recomputation | None = None
+        self._blocks: Carried | None = None
         self._undo: list[Callable[[], None]] = []
         self._shapes: list[Shapes] = []
         self._pace = 1.0, 1.0
@@ -294,7 +294,7 @@ class Session(Listener):
         self._call = None
         self.plan = plan = joined(step, rescale(plan, *self._pace), before)
         self.settings.tell(plan, title)
-        self._blocks = recompute(self._model, sorted(plan.recomputed()))
+        self._blocks = carry_out(plan, self._model)
         self._watch.measure_again()
         if was_on:
             self._watch.resume()
@@ -306,7 +306,7 @@ class Session(Listener):
 
     def _carry_out(self, plan: Plan) -> None:
         assert self._model is not None
-        self._blocks = recompute(self._model, sorted(plan.recomputed()))
+        self._blocks = carry_out(plan, self._model)
         for optimizer in self._optimizers:
             self._undo.append(adopt_formats(plan, self._model, optimizer))
 
