@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,17 @@ from pathlib import Path
 import torch
 
 import packlight
-from benchmarks.activations_steps import Record, claim, compared, gpt, interleaved, peak_bytes, same, status_bytes
+from benchmarks.activations_steps import (
+    Record,
+    claim,
+    compared,
+    gpt,
+    interleaved,
+    peak_bytes,
+    same,
+    seconds,
+    status_bytes,
+)
 from packlight.activations.disk import DiskTier
 from packlight.activations.spill import SpillFile
 from packlight.demo.train_gpt import Shape
@@ -97,7 +108,7 @@ def resident_peak(variant: Variant) -> Record:
         variant: what to measure.
 
     Returns:
-        Resident bytes before, most resident bytes during the steps, bytes moved in a step, most live tensor bytes.
+        Resident bytes before, most resident bytes during the steps, seconds and bytes moved of a step, most live bytes.
     """
     torch.set_num_threads(variant.num_threads)
     work = gpt(variant.shape, batch=variant.batch)
@@ -107,11 +118,11 @@ def resident_peak(variant: Variant) -> Record:
         work.model.zero_grad(set_to_none=True)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: VmHWM starts anew (man 5 proc)
-        before_bytes, before = status_bytes("VmRSS"), tier and tier.traffic()
-        for _ in range(MEASURED_STEPS):
-            work.step()
-        found = {"window_bytes": variant.window_bytes, "resident_before_bytes": before_bytes}
+        before_bytes, before = status_bytes("VmRSS"), None if tier is None else tier.traffic()
+        spent = [seconds(work.step) for _ in range(MEASURED_STEPS)]
+        found: Record = {"window_bytes": variant.window_bytes, "resident_before_bytes": before_bytes}
         found["resident_peak_bytes"] = status_bytes("VmHWM")
+        found["seconds"] = statistics.median(spent)
         found |= {"bytes_out": 0, "bytes_in": 0}
         if tier is not None and before is not None:
             after = tier.traffic()
@@ -150,12 +161,13 @@ def _with_fall(row: Record, plain: Record) -> Record:
     if row["window_bytes"] is None:
         return row
     fall_bytes = plain["resident_peak_bytes"] - row["resident_peak_bytes"]
+    out_bytes = max(1, row["bytes_out"])  # a tensor that is freed before it was written is not
     return row | {
         "fall_bytes": fall_bytes,
-        "fall_share": fall_bytes / row["bytes_out"],
-        "live_fall_share": (plain["live_peak_bytes"] - row["live_peak_bytes"]) / row["bytes_out"],
-        "predicted_fall_bytes": row["bytes_out"] - min(row["window_bytes"], row["bytes_out"]),
-        "predicted_fall_share": 1 - min(row["window_bytes"] / row["bytes_out"], 1.0),
+        "fall_share": fall_bytes / out_bytes,
+        "live_fall_share": (plain["live_peak_bytes"] - row["live_peak_bytes"]) / out_bytes,
+        "predicted_fall_bytes": max(0, out_bytes - row["window_bytes"]),
+        "predicted_fall_share": max(0.0, 1 - row["window_bytes"] / out_bytes),
     }
 
 

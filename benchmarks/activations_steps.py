@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from packlight.activations import find_blocks
+from packlight.activations.offload import Tier
 from packlight.demo.train_gpt import GPT, Shape, draw_batch, next_byte_loss, read_text
 from packlight.planner.timeline import Timeline, existing_tensors
 
@@ -36,12 +37,14 @@ class Work:
         model: a twin of its own for each contender.
         inputs, targets: int64, (batch, context).
         around: makes a context for each forward of the model.
+        tier: where its tensors go, if they go anywhere.
     """
 
     model: nn.Module
     inputs: Tensor
     targets: Tensor
     around: Callable[[], AbstractContextManager[Any]] = field(default=contextlib.nullcontext)
+    tier: Tier | None = None
 
     def step(self) -> Tensor:
         """Do a forward and a backward, and return the loss."""
@@ -68,21 +71,24 @@ class Work:
         return logits
 
 
-def gpt(shape: Shape, *, batch: int, seed: int = 0) -> Work:
+def gpt(shape: Shape, *, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Work:
     """Make the demo's GPT and one batch of its text.
 
     Args:
         shape: the model's sizes.
         batch: windows in the batch.
-        seed: of weights and batch.
+        device: "cpu" or "cuda".
+        dtype: of the weights.
 
     Returns:
-        The work, on the CPU.
+        The work.
     """
-    torch.manual_seed(seed)
-    model = GPT(shape)
-    generator = torch.Generator().manual_seed(seed)
-    return Work(model, *draw_batch(read_text()[0], generator, batch=batch, context=shape.context))
+    torch.manual_seed(0)
+    with torch.device(device):  # the initial values of a large model take long on the CPU
+        model = GPT(shape).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = draw_batch(read_text()[0], generator, batch=batch, context=shape.context)
+    return Work(model, inputs.to(device), targets.to(device))
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

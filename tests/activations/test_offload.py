@@ -199,6 +199,16 @@ def test_free_may_be_called_twice_and_ends_the_tensor(make: Make) -> None:
     assert tier.traffic().stored_bytes == 0
 
 
+def test_a_tensor_collected_inside_a_call_is_freed_by_the_next_one(make: Make) -> None:
+    tier = make()
+    stored = tier.put(torch.ones(5, device=tier.device))
+    tier.flush()
+    with tier._changed:  # the garbage collector may run where this thread holds the lock
+        del stored
+    assert tier._stored_bytes() > 0
+    assert tier.traffic().stored_bytes == 0
+
+
 @pytest.mark.parametrize("when", ["while it is moved", "after it was moved"])
 def test_a_tensor_modified_in_place_is_an_error_as_in_autograd(make: Make, when: str) -> None:
     tier = make()

@@ -34,7 +34,7 @@ from packlight.activations.prefetch import Forward, Order
 from packlight.activations.recompute import recompute
 from packlight.activations.resident import Resident
 from packlight.activations.saver import SaveHooks, Saver, SecondRun, top_hooks
-from packlight.activations.sites import CallStack, Rules, Site, watch_modules
+from packlight.activations.sites import INPUTS, CallStack, Rules, Site, watch_modules
 
 CHOICES = ("keep", "recompute", "offload", "compress", "compress+offload")
 # Below this, what a group needs for itself and the latency of its copy outweigh the bytes.
@@ -80,7 +80,7 @@ class Engine:
         self._rules = Rules({each: choice for each, choice in choices.items() if choice != "recompute"}, default="keep")
         self._order, self._useless = Order(), set[Site]()
         self._model, self._local = model, _Running()
-        self._recomputation = recompute(model, blocks, around=lambda path: self._contexts(blocks[path]))
+        self._recomputation = recompute(model, blocks, around=lambda path: self._contexts(path, blocks[path]))
         self._module_hooks = watch_modules(model, self._stack)
         self._watched = _Watched(self, model)
 
@@ -151,21 +151,26 @@ class Engine:
         savers = self._local.savers
         return savers[-1].stack if savers else None
 
-    def _contexts(self, pattern: str) -> Callable[[], tuple[_Context, _Context]]:
-        """Return what makes the contexts of a recomputed block's two runs."""
+    def _contexts(self, path: str, pattern: str) -> Callable[[], tuple[_Context, _Context]]:
+        """Return what makes the contexts of a recomputed block's two runs; checkpoint then saves the block's inputs."""
+        inputs = f"{path}.{INPUTS}"
 
         def make() -> tuple[_Context, _Context]:
             taken: list[bool] = []
-            return self._first_run(pattern, taken), SecondRun(taken)
+            stack = self._stack()
+            if stack is not None:
+                stack.enter(inputs)
+            return self._first_run(inputs, pattern, taken), SecondRun(taken)
 
         return make
 
     @contextmanager
-    def _first_run(self, pattern: str, taken: list[bool]) -> Iterator[None]:
+    def _first_run(self, inputs: str, pattern: str, taken: list[bool]) -> Iterator[None]:
         running = self._running()
         if not running:
             yield
             return
+        running[-1].stack.leave(inputs)
         hooks = SaveHooks(running[-1], top_hooks(), pattern=pattern, taken=taken)  # step 4
         with saved_tensors_hooks(hooks.pack, unpack):
             yield
@@ -234,8 +239,10 @@ def _recomputed_blocks(model: nn.Module, choices: Mapping[str, str]) -> dict[str
 
 
 def _is_checkpoint(hooks: Any) -> bool:
-    """Tell whether hooks are those of torch.utils.checkpoint, in a first or a second run, or another engine's on top."""
+    """Tell whether hooks are torch.utils.checkpoint's, in a first or a second run, or another engine's on top."""
     if hooks is None:
         return False
     owner = getattr(hooks[0], "__self__", None)
-    return hooks[0].__module__ == "torch.utils.checkpoint" or (isinstance(owner, SaveHooks) and owner.is_over_checkpoint)
+    return hooks[0].__module__ == "torch.utils.checkpoint" or (
+        isinstance(owner, SaveHooks) and owner.is_over_checkpoint
+    )

@@ -8,6 +8,8 @@ and the number of the save within that call:
     layers.3.mlp.up:0       the first save of the first call
     layers.3.mlp.up@2:1     the second save of the third call
 
+    layers.3.(inputs):0     the first input of a recomputed layer, which checkpoint saves
+
 A pattern stands for sites as in a shell: `layers.*.mlp.up:0`, or a module's path for all that happens inside it.
 """
 
@@ -20,6 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+INPUTS = "(inputs)"
+"""Stands where a module's name would; so a block's own saves have the same names whether it is recomputed or not."""
 
 
 class Site(NamedTuple):

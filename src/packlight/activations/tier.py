@@ -125,8 +125,8 @@ class Witness:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"[{self._alias.type()} {self._shape}], which was offloaded, is at version {self._alias._version}; "
-                f"expected version {self._version} instead. Hint: clone it before the operation, or use one that is not "
-                "in place"
+                f"expected version {self._version} instead. Hint: clone it before the operation, or use one that is "
+                "not in place"
             )
 
 
