@@ -153,11 +153,29 @@ def test_a_call_that_ends_by_an_exception_ends_the_calls_inside() -> None:
 def test_outside_of_a_forward_modules_note_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     stack = CallStack()
-    handles = watch_modules(model, lambda: None)
+    watch = watch_modules(model, lambda: None)
     model(torch.randn(1, 4))
-    for handle in handles:
-        handle.remove()
-    assert stack.numbers == {} and len(handles) == 2
+    assert stack.numbers == {} and len(model[0]._forward_hooks) == len(model[0]._forward_pre_hooks) == 1
+    watch.remove()
+    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
+
+
+def test_evaluation_without_gradients_runs_the_kernels_that_it_would_run_without_hooks() -> None:
+    case = MODELS["bert"]()
+    with everywhere(case.model, "keep"):
+        case.value().backward()
+        assert any(module._forward_hooks for module in _encoder_modules(case.model))
+        with torch.no_grad():
+            case.value()
+        assert not any(module._forward_hooks for module in _encoder_modules(case.model))
+        case.value().backward()
+        assert any(module._forward_hooks for module in _encoder_modules(case.model))
+
+
+def _encoder_modules(model: nn.Module) -> list[nn.Module]:
+    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    assert layers
+    return [module for layer in layers for module in layer.modules()]
 
 
 @pytest.mark.parametrize(

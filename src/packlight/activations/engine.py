@@ -81,14 +81,13 @@ class Engine:
         self._order, self._useless = Order(), set[Site]()
         self._model, self._local = model, _Running()
         self._recomputation = recompute(model, blocks, around=lambda path: self._contexts(path, blocks[path]))
-        self._module_hooks = watch_modules(model, self._stack)
+        self._names = watch_modules(model, self._stack)
         self._watched = _Watched(self, model)
 
     def remove(self) -> None:
         """Give the model its own forward back, and close the tier; calling it again does nothing."""
         self._watched.remove()
-        while self._module_hooks:
-            self._module_hooks.pop().remove()
+        self._names.remove()
         self._recomputation.remove()
         if self.tier is not None:
             self.tier.close()
@@ -117,6 +116,8 @@ class Engine:
         """
         below = top_hooks()
         if not torch.is_grad_enabled() or is_recomputing() or _is_checkpoint(below):
+            if not self._running():
+                self._names.names_calls(False)
             yield  # a checkpoint around the model recomputes all of it
             return
         if _functorch.maybe_current_level() is not None:
@@ -125,6 +126,7 @@ class Engine:
                 "hooks; call remove() on the handle before, or use torch.autograd"
             )
         running = self._running()
+        self._names.names_calls(True)
         running.append(self._saver(arguments))
         hooks = SaveHooks(running[-1], below)
         try:

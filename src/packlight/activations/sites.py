@@ -88,7 +88,7 @@ class CallStack:
                 pass
 
 
-def watch_modules(model: nn.Module, stack: Callable[[], CallStack | None]) -> list[RemovableHandle]:
+def watch_modules(model: nn.Module, stack: Callable[[], CallStack | None]) -> "ModuleWatch":
     """Let every module inside a model note its calls.
 
     Args:
@@ -96,14 +96,56 @@ def watch_modules(model: nn.Module, stack: Callable[[], CallStack | None]) -> li
         stack: returns the stack of the forward that is running in this thread; None outside of one.
 
     Returns:
-        The hooks.
+        What takes the hooks off again.
     """
+    return ModuleWatch(model, stack)
+
+
+class ModuleWatch:
+    """The hooks that name a model's calls.
+
+    An encoder layer of torch runs other kernels in evaluation, with other last bits, unless a module inside it has
+    hooks; so these modules have them only while forwards with gradients come.
+    """
+
+    def __init__(self, model: nn.Module, stack: Callable[[], CallStack | None]) -> None:
+        paths = dict(model.named_modules())
+        self._stack = stack
+        self._fused = {
+            f"{path}.{name}".strip("."): inner
+            for path, module in paths.items()
+            if isinstance(module, nn.TransformerEncoderLayer)
+            for name, inner in module.named_modules()
+            if path or name
+        }
+        others = {path: module for path, module in paths.items() if path and path not in self._fused}
+        self._handles = _hooked(others, stack)
+        self._fused_handles: list[RemovableHandle] = []
+
+    def names_calls(self, wanted: bool) -> None:
+        """Put hooks into torch's encoder layers, or take them off, where they are not so already."""
+        if wanted and self._fused and not self._fused_handles:
+            self._fused_handles = _hooked(self._fused, self._stack)
+        elif not wanted:
+            _take_off(self._fused_handles)
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        _take_off(self._fused_handles)
+        _take_off(self._handles)
+
+
+def _hooked(modules: Mapping[str, nn.Module], stack: Callable[[], CallStack | None]) -> list[RemovableHandle]:
     handles = []
-    for path, module in model.named_modules():
-        if path:
-            handles.append(module.register_forward_pre_hook(_Enter(path, stack)))
-            handles.append(module.register_forward_hook(_Leave(path, stack)))
+    for path, module in modules.items():
+        handles.append(module.register_forward_pre_hook(_Enter(path, stack)))
+        handles.append(module.register_forward_hook(_Leave(path, stack)))
     return handles
+
+
+def _take_off(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 class _Hook:

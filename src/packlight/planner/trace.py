@@ -38,7 +38,7 @@ from packlight.activations.engine import MIN_BYTES
 from packlight.activations.recompute import copied_buffers, follows_protocol, recomputes_itself
 from packlight.activations.resident import Resident
 from packlight.activations.saver import is_worth_it
-from packlight.activations.sites import CallStack, watch_modules
+from packlight.activations.sites import CallStack, ModuleWatch, watch_modules
 from packlight.optim.adopt import can_adopt
 from packlight.planner.draft import Draft, DraftRegion, DraftSave, HeldSave
 from packlight.planner.fake import FakeCopy, FakeLine
@@ -69,7 +69,7 @@ class Trace:
         self._lasting = Resident((), ())
         self._named: set[int] = set()
         self.notes: list[str] = []
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle | ModuleWatch] = []
         self.resident: dict[str, int] = {}
         self.num_resident = self.num_events = self.forward_end = self.backward_start = 0
         self.seconds = 0.0
@@ -133,7 +133,9 @@ class Trace:
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.line.explicit_phase = "forward"
         self._lasting = Resident([*self.model.parameters(), *self.model.buffers()], (call.args, call.kwargs))
-        self._hooks += watch_modules(self.model, lambda: self._calls)
+        names = watch_modules(self.model, lambda: self._calls)
+        names.names_calls(True)
+        self._hooks.append(names)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             outputs = [self._call(call) for _ in range(self.seen.num_forwards)]
         self.line.explicit_phase = None
