@@ -150,7 +150,8 @@ def test_the_documented_keys_stand_in_the_json_of_a_run(tmp_path: Path) -> None:
     assert {*peaks, "slowdown"} <= data["estimate"].keys()
     assert {*peaks, "losses", "reserved_peak_bytes", "resident_peak_bytes"} <= data["measurement"].keys()
     assert {"budget_bytes", "choices", "state_formats"} <= data["plan"].keys()
-    assert data["plan"]["choices"][0] == {"group": "blocks.0", "choice": "recompute", "bytes": 300, "seconds": 0.1}
+    chosen = {"group": "blocks.0", "choice": "recompute", "bytes": 300, "seconds": 0.1, "codec": "", "sites": []}
+    assert data["plan"]["choices"][0] == chosen
     assert data["plan"]["state_formats"] == {"weight": "paper4bit", "bias": "fp32"}
     assert data["measurement"]["losses"] == {"first": [2.5, 2.0], "last": [2.5, 2.0]}
     assert data["environment"] == {"torch": "2.13.0", "num_cpus": 2}
