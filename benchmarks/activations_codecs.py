@@ -3,7 +3,7 @@
 Time and bytes of a step, the error of its gradients at the initial and at trained weights, and the held-out loss after
 training of a smaller GPT with the same seeds, beside training without a codec.
 
-    bytes    = those without a codec - floats with a history that the model saves * (1 - bytes an element / 4)
+    bytes    = those without a codec - floats that the engine may round * (1 - bytes an element / 4)
     seconds >= those without a codec + the same elements * seconds to encode and decode one
 """
 
@@ -15,7 +15,7 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 
 import packlight
 from benchmarks.activations_steps import (
@@ -29,7 +29,6 @@ from benchmarks.activations_steps import (
     seconds,
 )
 from packlight.activations.compress import CODECS
-from packlight.activations.engine import MIN_BYTES
 from packlight.demo.train_gpt import (
     GPT,
     Shape,
@@ -41,6 +40,8 @@ from packlight.demo.train_gpt import (
     read_text,
 )
 from packlight.numerics.group_operators import MASK, decode, encode
+from packlight.planner.held import find_groups
+from packlight.planner.profile import profile
 
 PLAIN = "no codec"
 LOSS_TOLERANCE = 0.005  # as in quality.py
@@ -101,20 +102,14 @@ def _steps(shape: Shape, *, batch: int, rounds: int) -> Record:
 
 
 def _encodable_bytes(work: Work) -> int:
-    """Add up the storages of what the model saves that are large, of floats and have a history."""
-    lasting = {each.untyped_storage()._cdata for each in work.model.parameters()}
-    found: dict[int, tuple[Tensor, int]] = {}
+    """Add up the storages that the engine rounds, by a profile on fake tensors."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        wanted = tensor.requires_grad and tensor.is_floating_point() and storage.nbytes() >= MIN_BYTES
-        if wanted and storage._cdata not in lasting:
-            found[storage._cdata] = tensor.detach(), storage.nbytes()  # held, so that its address stays its own
-        return tensor
+    def loss(logits: Tensor, _: object) -> Tensor:
+        return functional.cross_entropy(logits.flatten(0, 1), work.targets.flatten())
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        work.model(work.inputs)
-    return sum(num_bytes for _, num_bytes in found.values())
+    step = profile(work.model, work.inputs, None, loss=loss)
+    rounded = [group for group in find_groups(step) if group.can_encode and not group.exact]
+    return sum(step.storages[group.storage].num_bytes for group in rounded)
 
 
 def _predicted(codec: str, plain: Record, encodable_bytes: int) -> Record:

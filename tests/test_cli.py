@@ -487,7 +487,8 @@ def test_a_saved_plan_is_carried_out_within_its_estimate_and_explained(
     assert "step 0" not in planned.stdout
     assert os.listdir(tmp_path) == ["plan.json"]
     plan = Plan.load(tmp_path / "plan.json")
-    assert plan.recomputed() and plan.estimate.device_peak_bytes <= 2600 * 1024 < plan.estimate.plain_peak_bytes
+    assert plan.recomputed() or plan.site_choices()
+    assert plan.estimate.device_peak_bytes <= 2600 * 1024 < plan.estimate.plain_peak_bytes
     assert str(plan) in planned.stdout
 
     done = packlight("run", "--plan", "plan.json", "--record", "run.json", *SMALL_MODEL, cwd=tmp_path)

@@ -8,7 +8,7 @@ release, *recompute* ends it at its natural death and gives birth to it again ju
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from packlight.records import JsonRecord
@@ -148,6 +148,7 @@ class Profile(JsonRecord):
         carried_bytes: what the loop still holds of the loss of the step before, until backward begins.
         batch_bytes: the model's arguments.
         carries_outputs: whether the loop still holds the model's outputs when the next step begins.
+        codec_seconds: predicted time to encode and decode one element, by codec.
         notes: what a reader should know, in sentences.
     """
 
@@ -168,4 +169,5 @@ class Profile(JsonRecord):
     carried_bytes: int = 0
     batch_bytes: int = 0
     carries_outputs: bool = True
+    codec_seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

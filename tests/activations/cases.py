@@ -81,7 +81,8 @@ class Experts(nn.Module):
         out = torch.zeros_like(flat)
         for at, expert in enumerate(self.experts):
             rows = (chosen == at).nonzero().squeeze(1)
-            out = out.index_add(0, rows, gates[rows, None] * expert(flat.index_select(0, rows)))
+            gated = gates[rows, None] * expert(flat.index_select(0, rows))
+            out = out.index_add(0, rows, gated.to(out.dtype))
         return x + out.view_as(x)
 
 

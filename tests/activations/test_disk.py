@@ -1,26 +1,33 @@
 """The disk tier alone: memory stays bounded, a file without a name, checksums, and disks that are full or fail."""
 
 import errno
+import gc
+import itertools
 import os
 import resource
 import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from packlight.activations import spill
 from packlight.activations.disk import DiskTier
+from packlight.activations.engine import Engine
 from packlight.activations.extents import Extents
 from packlight.activations.offload import OffloadError, make_tier
+from packlight.activations.shelf import Late
 from packlight.activations.spill import SpillFile, is_in_memory
 
+LATE: tuple[Late, ...] = ("wait", "keep")
 CPU = torch.device("cpu")
 KIB = 1024
 
@@ -93,6 +100,99 @@ def test_put_waits_at_the_bound_and_no_earlier(tier: DiskTier, gate: Gate) -> No
     tier.flush()
     assert max(num_alive) == 4, "more tensors were alive than the bound allows"
     assert [each() for each in alive] == [None] * 7
+
+
+def slow_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = SpillFile.write
+
+    def slow(file: SpillFile, offset: int, chunk: memoryview) -> None:
+        time.sleep(0.01)
+        write(file, offset, chunk)
+
+    monkeypatch.setattr(SpillFile, "write", slow)
+
+
+@pytest.mark.parametrize(("late", "keep_bytes"), [("wait", None), ("keep", None), ("keep", 80 * KIB), ("keep", 5)])
+def test_memory_is_bounded_where_a_disk_is_slow(
+    late: Late, keep_bytes: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_writes(monkeypatch)
+    window_bytes = 64 * KIB
+    tier = DiskTier(device=CPU, folder=tmp_path, max_in_flight_bytes=window_bytes, late=late, keep_bytes=keep_bytes)
+    most_kept_bytes = 0 if late == "wait" else window_bytes if keep_bytes is None else keep_bytes
+    alive: list[weakref.ref[Tensor]] = []
+    stored = []
+    for number in range(40):
+        flat = full(16 * KIB, number)
+        alive.append(weakref.ref(flat))
+        stored.append(tier.put(flat))
+        del flat
+        assert tier.traffic().kept_bytes <= most_kept_bytes
+        assert sum(each() is not None for each in alive) * 16 * KIB <= window_bytes + most_kept_bytes
+    assert tier.traffic().kept_bytes == most_kept_bytes // (16 * KIB) * 16 * KIB
+    assert [int(each.get()[-1]) for each in stored] == list(range(40))
+    del stored
+    assert tier.traffic().kept_bytes == 0
+    tier.close()
+
+
+def test_a_disk_that_is_not_late_keeps_nothing(tmp_path: Path) -> None:
+    tier = DiskTier(device=CPU, folder=tmp_path, max_in_flight_bytes=64 * KIB, late="keep")
+    for number in range(20):
+        stored = tier.put(full(60 * KIB if number % 2 else 100 * KIB, number))
+        tier.flush()
+        assert stored.get()[0] == number
+    assert tier.traffic().most_kept_bytes == 0
+    tier.close()
+
+
+def test_tensors_that_stay_for_being_late_free_their_room_for_others(tmp_path: Path, gate: Gate) -> None:
+    tier = DiskTier(device=CPU, folder=tmp_path, max_in_flight_bytes=32 * KIB, late="keep", keep_bytes=16 * KIB)
+    moving = [tier.put(full(16 * KIB, number)) for number in range(2)]
+    for number in range(5):
+        kept = tier.put(full(16 * KIB, 7 + number))
+        assert tier.traffic().kept_bytes == 16 * KIB
+        assert kept.prefetch() and kept.get()[0] == 7 + number
+        del kept  # else the next would wait for the gate, for ever
+    gate.let_pass(2)
+    tier.flush()
+    assert [int(each.get()[0]) for each in moving] == [0, 1]
+    assert tier.traffic().bytes_out == 32 * KIB
+    tier.close()
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("choice", ["offload", "compress+offload:mask"])
+def test_a_step_on_a_slow_disk_has_the_same_gradients_whether_it_waits_or_keeps(
+    choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_writes(monkeypatch)
+    model, batch = small_model()
+    wanted = gradients(model, batch)
+    for late in LATE:
+        tier = DiskTier(device=CPU, max_in_flight_bytes=12 * KIB, late=late)
+        with Engine(model, {"*": choice}, tier=tier, min_bytes=0):
+            for _ in range(3):
+                assert all(map(torch.equal, wanted, gradients(model, batch)))
+            traffic = tier.traffic()
+        assert traffic.kept_bytes == 0
+        assert traffic.most_kept_bytes <= (12 * KIB if late == "keep" else 0)
+        assert traffic.most_kept_bytes > 0 or late == "wait" or choice != "offload"
+
+
+def small_model() -> tuple[nn.Module, Tensor]:
+    layers = [each for _ in range(4) for each in (nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.LayerNorm(32))]
+    return nn.Sequential(*layers), torch.randn(16, 32)
+
+
+def gradients(model: nn.Module, batch: Tensor, *, tier: DiskTier | None = None) -> list[Tensor]:
+    """Return the loss and the gradients of a step; with a tier, all is moved, or has failed, when backward begins."""
+    model.zero_grad()
+    loss = model(batch).square().sum()
+    if tier is not None:
+        tier.flush()
+    loss.backward()
+    return [loss.detach(), *(each.grad for each in model.parameters() if each.grad is not None)]
 
 
 def test_a_tensor_larger_than_the_bound_moves_alone(tier: DiskTier) -> None:
@@ -177,8 +277,12 @@ def test_a_file_that_ends_early_is_an_error(tier: DiskTier) -> None:
         stored.get()
 
 
-def fail_writes(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def pwrite(*args: object) -> int:
+def fail_writes(monkeypatch: pytest.MonkeyPatch, code: int, *, after: int = 0) -> None:
+    numbers, pwrite_ = itertools.count(), os.pwrite
+
+    def pwrite(fd: int, chunk: memoryview, offset: int) -> int:
+        if next(numbers) < after:
+            return pwrite_(fd, chunk, offset)
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "pwrite", pwrite)
@@ -207,6 +311,46 @@ def test_a_disk_that_refuses_is_told_to_the_next_caller_and_nothing_is_lost(
 def wait_for_failure(tier: DiskTier) -> None:
     with tier._changed:
         assert tier._changed.wait_for(lambda: tier._failure is not None, timeout=60)
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize("late", LATE)
+@pytest.mark.parametrize("num_good", [0, 5])
+def test_a_disk_that_fails_in_the_middle_of_a_step_changes_no_gradient_if_told_to_keep(
+    num_good: int, late: Late, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = small_model()
+    wanted = gradients(model, batch)
+    tier = DiskTier(device=CPU, folder=tmp_path, max_in_flight_bytes=12 * KIB, on_full="keep", late=late)
+    with Engine(model, {"*": "offload"}, tier=tier, min_bytes=0):
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match=f"{tmp_path} failed") as warned:
+            fail_writes(patch, errno.EIO, after=num_good)
+            found = gradients(model, batch, tier=tier)
+        assert len(warned) == 1
+        assert all(map(torch.equal, wanted, found))
+        kept = tier.traffic()
+        assert kept.kept_bytes == kept.stored_bytes == 0 < kept.most_kept_bytes
+        assert all(map(torch.equal, wanted, gradients(model, batch))), "the disk is well again"
+        assert tier.traffic().bytes_out > kept.bytes_out
+
+
+@pytest.mark.usefixtures("seed")
+def test_a_disk_that_fails_in_the_middle_of_a_step_stops_it_and_the_next_step_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = small_model()
+    wanted = gradients(model, batch)
+    tier = DiskTier(device=CPU, folder=tmp_path, max_in_flight_bytes=12 * KIB)
+    with Engine(model, {"*": "offload"}, tier=tier, min_bytes=0):
+        with monkeypatch.context() as patch:
+            fail_writes(patch, errno.EIO, after=7)
+            with pytest.raises(OffloadError, match=f"{tmp_path} failed .*name another folder"):
+                gradients(model, batch, tier=tier)
+            with suppress(OffloadError):
+                tier.flush()  # writes that were under way fail as well
+        gc.collect()  # the error's frames hold the graph
+        assert all(map(torch.equal, wanted, gradients(model, batch)))
+        assert (tier.traffic().kept_bytes, tier.traffic().stored_bytes) == (0, 0)
 
 
 def test_a_disk_that_refuses_leaves_tensors_in_memory_if_told_so(

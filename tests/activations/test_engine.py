@@ -16,13 +16,15 @@ from torch.nn import functional as F
 
 from packlight.activations import groups, saver
 from packlight.activations.blocks import find_blocks
+from packlight.activations.buffers import is_recomputing
 from packlight.activations.engine import Engine
-from packlight.activations.offload import make_tier
+from packlight.activations.offload import OffloadError, make_tier
 from tests.activations.cases import (
     CPU,
     DISK,
     EXACT,
     MODELS,
+    InMemory,
     MemoryTier,
     assert_equal,
     engine,
@@ -269,6 +271,66 @@ def test_after_an_exception_the_next_step_is_exact_and_nothing_is_left(where: st
             model(x).square().sum().backward()
             assert_equal(numbers(model), expected)
     assert threading.active_count() <= num_threads
+
+
+class FullTier(MemoryTier):
+    """Has room for some tensors, until it is told that it has room for all."""
+
+    room = 5
+
+    def put(self, flat: Tensor) -> InMemory:
+        if self.num_puts == self.room:
+            raise OffloadError("full")
+        return super().put(flat)
+
+
+@pytest.mark.parametrize("how", DISK)
+def test_after_a_tier_that_was_full_the_next_step_is_exact_and_nothing_is_left(how: str) -> None:
+    plain, ours = twins("bert")
+    tier = FullTier()
+    with engine(ours.model, how, tier=tier) as handle:
+        for _ in range(2):
+            tier.num_puts, tier.room = 0, 5
+            with pytest.raises(OffloadError, match="full"):
+                ours.value()
+            gc.collect()
+            assert _groups() == 0 and not handle._running() and saver.top_hooks() is None and not is_recomputing()
+            tier.room = -1
+            assert_same_step(plain, ours)
+
+
+def assert_same_step(plain: Case, ours: Case) -> None:
+    for case in (plain, ours):
+        case.model.zero_grad()
+        torch.manual_seed(3)
+        case.value().backward()
+    assert_equal(numbers(ours.model), numbers(plain.model))
+
+
+@pytest.mark.parametrize("how", [each for each in EXACT if "recompute" in each])
+@pytest.mark.parametrize("name", ["bert", "convnet"])
+def test_after_an_exception_in_a_second_run_the_next_step_is_exact_and_nothing_is_left(name: str, how: str) -> None:
+    plain, ours = twins(name)
+
+    def fail_again(*_: object) -> None:
+        if is_recomputing():
+            raise ArithmeticError("again")
+
+    for case in (plain, ours):  # what forward changes in buffers, it shall have changed in both
+        case.value()
+    inner = next(iter(ours.model.get_submodule(find_blocks(ours.model)[2].path).children()))
+    with engine(ours.model, how) as handle:
+        for _ in range(2):
+            hook = inner.register_forward_hook(fail_again)
+            with pytest.raises(ArithmeticError, match="again"):
+                ours.value().backward()
+            hook.remove()
+            plain.value()
+            ours.model.zero_grad()
+            gc.collect()
+            assert _groups() == 0 and not handle._running() and saver.top_hooks() is None and not is_recomputing()
+            assert handle.tier is None or handle.tier.traffic().stored_bytes == 0
+            assert_same_step(plain, ours)
 
 
 def _groups() -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from packlight.activations.engine import Engine
@@ -60,13 +61,23 @@ def test_losses_gradients_buffers_and_random_state_are_bit_equal(name: str, how:
     assert_trains_alike(name, how)
 
 
+@pytest.mark.parametrize("draw", [1, 2])
+@pytest.mark.parametrize("how", [each for each in EXACT if each != "keep"])
+@pytest.mark.parametrize("name", ["tied", "vit", "convnet", "experts"])
+def test_other_weights_and_batches_are_bit_equal_too(name: str, how: str, draw: int, seed: int) -> None:
+    torch.manual_seed(seed + draw)
+    assert_trains_alike(name, how)
+
+
 @pytest.mark.parametrize("how", EXACT)
-@pytest.mark.parametrize("name", ["gpt", "llama", "bert", "convnet", "lora"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "bert", "convnet", "lora", "vit", "tied", "experts", "lstm"])
 def test_bit_equal_under_bf16_autocast(name: str, how: str) -> None:
+    if name == "lstm" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("torch has no LSTM in bf16 for a CPU without AVX-512")
     assert_trains_alike(name, how, context=bf16)
 
 
-@pytest.mark.parametrize("how", DISK)
+@pytest.mark.parametrize("how", EXACT)
 @pytest.mark.parametrize("name", ["gpt", "bert", "convnet", "tied"])
 def test_bit_equal_with_gradient_accumulation(name: str, how: str) -> None:
     assert_trains_alike(name, how, num_microbatches=3)
@@ -78,7 +89,7 @@ def test_bit_equal_under_the_user_s_own_saved_tensor_hooks(name: str, how: str) 
     assert_trains_alike(name, how, context=torch.autograd.graph.save_on_cpu)
 
 
-@pytest.mark.parametrize("how", DISK)
+@pytest.mark.parametrize("how", EXACT)
 @pytest.mark.parametrize("name", ["gpt", "bert", "convnet", "lstm", "experts"])
 def test_two_backward_passes_through_one_forward_are_bit_equal(name: str, how: str) -> None:
     def step(case: Case) -> list[Tensor]:
@@ -92,8 +103,10 @@ def test_two_backward_passes_through_one_forward_are_bit_equal(name: str, how: s
 
 
 @pytest.mark.parametrize("how", EXACT)
-@pytest.mark.parametrize("name", ["mlp", "convnet", "moe"])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "moe", "gpt"])
 def test_double_backward_is_bit_equal(name: str, how: str) -> None:
+    """With attention by matrix products: torch's fused kernels have no second derivative."""
+
     def step(case: Case) -> list[Tensor]:
         parameters = list(case.model.parameters())
         loss = case.value()
@@ -103,7 +116,8 @@ def test_double_backward_is_bit_equal(name: str, how: str) -> None:
         (loss + slope).backward()
         return [*(each.detach() for each in first), *second]
 
-    assert_alike(name, how, step)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_alike(name, how, step)
 
 
 @pytest.mark.parametrize("how", EXACT)
@@ -120,7 +134,7 @@ def test_gradients_with_respect_to_the_input_are_bit_equal_and_twice(how: str) -
     assert_alike("convnet", how, step)
 
 
-@pytest.mark.parametrize("how", DISK)
+@pytest.mark.parametrize("how", EXACT)
 @pytest.mark.parametrize("last_first", [False, True])
 @pytest.mark.parametrize("name", ["gpt", "bert", "experts"])
 def test_microbatches_whose_backward_comes_in_either_order_are_bit_equal(name: str, last_first: bool, how: str) -> None:
@@ -177,7 +191,7 @@ def _square(output: Tensor, _: object) -> Tensor:
     return output.square().mean()
 
 
-@pytest.mark.parametrize("how", ["compress", "offload", "compress+offload"])
+@pytest.mark.parametrize("how", EXACT)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_the_user_s_own_checkpoint_inside_the_model_is_bit_equal(reentrant: bool, how: str) -> None:
     case = Case(SelfCheckpointed(reentrant=reentrant), torch.randn(4, 8, 8), _square)
@@ -271,33 +285,6 @@ def test_a_functional_call_with_other_weights_is_bit_equal(how: str) -> None:
         return [loss.detach(), *torch.autograd.grad(loss, list(weights.values()))]
 
     assert_alike("gpt", how, step)
-
-
-# torch 2.13's dynamo hides this warning of its own from being shown, not from being raised
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("how", ["keep", "compress", *DISK])
-def test_a_compiled_model_and_one_with_compiled_blocks_are_bit_equal(how: str) -> None:
-    def compiled_whole(model: nn.Sequential) -> nn.Module:
-        return torch.compile(model, backend="aot_eager")  # type: ignore[return-value]
-
-    def compiled_block(model: nn.Sequential) -> nn.Module:
-        model[1][0].compile(backend="aot_eager")  # type: ignore[index]
-        return model
-
-    x = torch.randn(12, 16)
-    for compiled in (compiled_whole, compiled_block):
-        left = []
-        for active in (False, True):
-            torch.manual_seed(1)
-            torch._dynamo.reset()
-            model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(3)])
-            with engine(model, how) if active else nullcontext():
-                called = compiled(model)
-                for _ in range(2):
-                    called(x).square().mean().backward()
-            left.append(numbers(model))
-        assert_equal(*left)
-    torch._dynamo.reset()
 
 
 def test_the_user_s_own_hooks_get_what_is_kept_and_nothing_that_is_taken() -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from packlight.activations import spill
+from packlight.activations.engine import Engine
 from packlight.activations.offload import DiskTier, HostTier, OffloadError, make_tier
 from tests.cases import DEVICES
 
@@ -245,6 +246,46 @@ def test_a_full_tier_keeps_tensors_if_told_so_and_warns_once(make: Make) -> None
     assert tier.traffic().bytes_out == 4096
 
 
+def test_what_is_kept_is_counted_until_it_is_freed(make: Make) -> None:
+    tier = make(max_bytes=4096, on_full="keep")
+    with pytest.warns(UserWarning, match="are not offloaded"):
+        stored = [tier.put(torch.ones(4096, dtype=torch.uint8, device=tier.device)) for _ in range(3)]
+    assert tier.traffic().kept_bytes == 2 * 4096
+    stored[1].free()
+    stored[1].free()
+    assert tier.traffic().kept_bytes == 4096
+    stored.clear()
+    tier.flush()
+    assert (tier.traffic().kept_bytes, tier.traffic().most_kept_bytes) == (0, 2 * 4096)
+
+
+@pytest.mark.usefixtures("seed")
+def test_a_step_has_the_same_gradients_where_a_tier_finds_room_for_a_part_of_it(make: Make) -> None:
+    tier = make(max_bytes=3 * 4096, on_full="keep")
+    model, batch = small_model(tier.device)
+    wanted = gradients(model, batch)
+    with Engine(model, {"*": "offload"}, tier=tier, min_bytes=0):
+        with pytest.warns(UserWarning, match="is full") as warned:
+            found = [gradients(model, batch) for _ in range(3)]
+        traffic = tier.traffic()
+    assert len(warned) == 1
+    assert all(map(torch.equal, wanted * 3, [each for grads in found for each in grads]))
+    assert 0 < traffic.bytes_out and traffic.most_stored_bytes <= 3 * 4096
+    assert traffic.kept_bytes == 0 < traffic.most_kept_bytes
+
+
+def small_model(device: torch.device) -> tuple[nn.Module, Tensor]:
+    layers = [each for _ in range(4) for each in (nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.LayerNorm(32))]
+    return nn.Sequential(*layers).to(device), torch.randn(16, 32, device=device)
+
+
+def gradients(model: nn.Module, batch: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss = model(batch).square().sum()
+    loss.backward()
+    return [loss.detach(), *(each.grad for each in model.parameters() if each.grad is not None)]
+
+
 def test_traffic_counts_bytes_and_seconds(make: Make) -> None:
     tier = make()
     stored = [tier.put(torch.ones(size, device=tier.device)) for size in (0, 10, 5000)]
@@ -347,5 +388,9 @@ def test_a_tier_that_is_of_no_use_is_refused(tmp_path: Path) -> None:
         make_tier("host", device=torch.device("cuda"), folder=tmp_path)
     with pytest.raises(ValueError, match="max_in_flight_bytes is 0"):
         make_tier("disk", device=cpu, max_in_flight_bytes=0)
+    with pytest.raises(ValueError, match=r"late is 'never'; it is \"wait\" or \"keep\""):
+        DiskTier(device=cpu, late="never")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="keep_bytes is 5, but nothing is kept"):
+        DiskTier(device=cpu, keep_bytes=5)
     with pytest.raises(OffloadError, match=f"{tmp_path}/none failed .No such file"):
         make_tier("disk", device=cpu, folder=tmp_path / "none")

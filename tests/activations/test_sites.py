@@ -1,6 +1,8 @@
 """Sites have the same names in each step and in equal layers, and the longest pattern decides."""
 
 import copy
+import sys
+import threading
 from collections import Counter
 
 import pytest
@@ -148,6 +150,49 @@ def test_a_call_that_ends_by_an_exception_ends_the_calls_inside() -> None:
     stack.enter("a.b")
     rules = Rules({}, default="keep")
     assert [str(rules.next_save(stack.calls[-1])[0]) for _ in range(2)] == ["a.b@1:0", "a.b@1:1"]
+
+
+def test_a_call_whose_exception_the_model_catches_ends_at_once() -> None:
+    class Raises(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ArithmeticError
+
+    class Catches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.raises, self.weight = Raises(), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                out: Tensor = self.raises(x)
+            except ArithmeticError:
+                out = (x * self.weight).sin()
+            return out
+
+    model = nn.Sequential(Catches())
+    with everywhere(model, "keep") as handle:
+        model(torch.randn(4)).sum().backward()
+        assert set(handle.sites()) == {"0:0", "0:1"}  # and none of 0.raises
+
+
+def test_threads_that_share_rules_get_each_site_once() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    for _ in range(20):
+        rules = Rules({"*": "keep"}, default="keep")
+
+        def run(rules: Rules = rules) -> None:
+            call = ModuleCall("a", 0)
+            for _ in range(30):
+                rules.next_save(call)
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert rules.sites() == [Site("a", 0, save) for save in range(30)]
+    sys.setswitchinterval(interval)
 
 
 def test_outside_of_a_forward_modules_note_nothing() -> None:

@@ -130,9 +130,9 @@ def test_compiled_code_contracts_and_flushes_nothing(tmp_path: Path, monkeypatch
 
     for fmt in GROUP_FORMATS.values():
         scales = "*i16" if fmt.group_elements else "*fp32"
-        types = {"flat": "*i16", "codes": "*u8", "scales": scales, "most": "*fp32", "numel": "i32"}
+        types = {"flat": "*i16", "codes": "*u8", "scales": scales, "most": "*i32", "numel": "i32"}
         shape = kernels._shape(fmt)
-        constants = {"LARGEST": fmt.largest} if not fmt.group_elements else {"LARGEST": fmt.largest, "most": None}
+        constants = kernels._scales_range(fmt, torch.bfloat16) | ({"most": None} if fmt.group_elements else {})
         encoding = ptx_of(kernels._encode_kernel, types, shape | constants)
         decoding = ptx_of(kernels._decode_kernel, types, shape | {"MOST": torch.finfo(torch.bfloat16).max})
         assert "div.rn.f32" in encoding

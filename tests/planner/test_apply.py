@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def test_an_exact_plan_keeps_its_budget_its_estimate_and_every_bit(name: str) ->
     budget = middle_budget(case, exact=True)
     optimizer = adamw(case.model)
     made = plan(case.model, case.batch, optimizer, budget=budget, loss=case.loss, exact=True)
-    assert made.recomputed()
+    assert made.recomputed() or made.site_choices()
     with apply(made, case.model, optimizer) as handle:
         assert handle.measurement is None
         assert train(case, optimizer) == plain
@@ -163,15 +162,6 @@ def test_states_that_exist_before_a_plan_are_taken_over() -> None:
     assert {float(state["step"]) for state in optimizer.state.values()} == {at + 2 for at in steps}
 
 
-@pytest.fixture
-def foreign() -> Iterator[tuple[Plan, Case, Optimizer]]:
-    """A plan for another model, and a model and an optimiser that it must leave alone."""
-    other = CASES["convnet"]()
-    made = plan(other.model, other.batch, adamw(other.model), budget=middle_budget(other, exact=True), loss=other.loss)
-    case = CASES["gpt"]()
-    yield made, case, adamw(case.model)
-
-
 def assert_refused(made: Plan, model: nn.Module, optimizer: Optimizer | None, *, match: str) -> None:
     before, state = contents(model), {name: at.clone() for name, at in model.state_dict().items()}
     before_hooks = hooks(optimizer) if optimizer else []
@@ -182,10 +172,11 @@ def assert_refused(made: Plan, model: nn.Module, optimizer: Optimizer | None, *,
     assert (hooks(optimizer) if optimizer else []) == before_hooks
 
 
-def test_a_plan_for_another_model_is_refused_and_nothing_is_changed(foreign: tuple[Plan, Case, Optimizer]) -> None:
-    made, case, optimizer = foreign
-    assert made.recomputed()
-    assert_refused(made, case.model, optimizer, match="the model has no block")
+def test_a_plan_for_another_model_is_refused_and_nothing_is_changed() -> None:
+    other, case = CASES["convnet"](), CASES["gpt"]()
+    made = plan(other.model, other.batch, adamw(other.model), budget=middle_budget(other, exact=True), loss=other.loss)
+    assert made.recomputed() or made.site_choices()
+    assert_refused(made, case.model, adamw(case.model), match="no block|no such module")
 
 
 def test_a_plan_with_states_of_other_parameters_is_refused_and_nothing_is_changed() -> None:

@@ -12,14 +12,14 @@ from packlight.budget import Budget, BudgetError
 from packlight.planner.cost import StepCost
 from packlight.planner.loop import Seen
 from packlight.planner.profile import profile
-from packlight.planner.solve import HEADROOM, LOADED_BATCHES, device_bytes, most_saving, plan, solve
+from packlight.planner.solve import HEADROOM, LOADED_BATCHES, device_bytes, plan, solve, treated_by
 from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile
 from tests.cases import CASES, MLP
 
 NUM_BUDGETS = 7
-NEARLY_BEST = 1.05
-"""A plan's time over that of the best choice of blocks; the search is greedy."""
+NEARLY_BEST = 1.002
+"""A plan's time over that of the best choice of blocks; the solver ends within this gap."""
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -38,6 +38,11 @@ def spare_bytes(step: Profile) -> int:
 def allowed_bytes(step: Profile, budget_bytes: int) -> int:
     """What the step itself may take of a budget: less the headroom and the loader's next batches."""
     return int(budget_bytes * (1 - HEADROOM)) - spare_bytes(step)
+
+
+def saving_blocks(step: Profile) -> set[str]:
+    costs = StepCost(step)
+    return {block for block in costs.blocks if costs.held_bytes(block) > 0}
 
 
 def smallest_bytes(step: Profile, *, exact: bool = False) -> int:
@@ -78,7 +83,7 @@ def test_plans_fit_and_a_larger_budget_slows_training_down_no_more(name: str, ex
         assert made.estimate.device_peak_bytes <= allowed_bytes(step, budget_bytes)
         assert slowdown(made) <= last * (1 + 1e-9)
         last = slowdown(made)
-        priced = StepCost(step).price(made.recomputed(), chosen_format(step, made))
+        priced = StepCost(step).price(made.recomputed(), chosen_format(step, made), treated=treated_by(made))
         assert (priced.peak_bytes, priced.seconds) == (made.estimate.device_peak_bytes, made.estimate.step_seconds)
         assert sum(made.estimate.peak_by_category.values()) == made.estimate.device_peak_bytes
         assert made.budget_bytes == budget_bytes and made.exact == exact
@@ -92,22 +97,23 @@ def test_each_recomputed_block_is_needed(name: str) -> None:
     for budget_bytes in budgets(step):
         made = solve(step, Budget(budget_bytes))
         for block in made.recomputed():
-            without = costs.price(made.recomputed() - {block}, chosen_format(step, made))
+            without = costs.price(made.recomputed() - {block}, chosen_format(step, made), treated=treated_by(made))
             assert without.peak_bytes > allowed_bytes(step, budget_bytes), f"{block} need not be recomputed"
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_hardly_any_other_choice_is_faster(name: str) -> None:
+def test_no_choice_of_blocks_is_faster_or_takes_less(name: str) -> None:
     step = step_of(name)
-    costs, blocks = StepCost(step), sorted(most_saving(step))
+    costs, blocks = StepCost(step), sorted(saving_blocks(step))
     subsets = itertools.chain.from_iterable(itertools.combinations(blocks, at) for at in range(len(blocks) + 1))
     priced = [costs.price(subset, optimizer) for subset in subsets for optimizer in step.optimizers]
-    assert smallest_bytes(step) <= (min(cost.peak_bytes for cost in priced) + spare_bytes(step)) * 1.02 / (1 - HEADROOM)
+    least_bytes = min(cost.peak_bytes for cost in priced)
+    assert smallest_bytes(step) <= math.ceil((least_bytes + spare_bytes(step)) / (1 - HEADROOM))
     for budget_bytes in budgets(step):
         fitting = [cost.seconds for cost in priced if cost.peak_bytes <= allowed_bytes(step, budget_bytes)]
         made = solve(step, Budget(budget_bytes))
         plain_seconds = costs.price((), step.optimizers[0]).seconds
-        assert made.estimate.step_seconds <= NEARLY_BEST * max(min(fitting), plain_seconds)
+        assert made.estimate.step_seconds <= NEARLY_BEST * max(min(fitting, default=math.inf), plain_seconds)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -169,12 +175,12 @@ def test_choices_are_the_blocks_that_hold_bytes_once_each(name: str) -> None:
     step = step_of(name)
     for budget_bytes in budgets(step)[::3]:
         made = solve(step, Budget(budget_bytes))
-        groups = [choice.group for choice in made.choices]
-        assert len(groups) == len(set(groups)) and set(groups) == most_saving(step)
+        blocks = [choice.group for choice in made.choices if not choice.sites]
+        assert len(blocks) == len(set(blocks)) and set(blocks) == saving_blocks(step)
         for choice in made.choices:
             assert choice.bytes > 0
-            assert choice.choice in ("keep", "recompute")
-            assert (choice.seconds > 0) == (choice.choice == "recompute")
+            assert choice.choice in (("compress",) if choice.sites else ("keep", "recompute"))
+            assert (choice.seconds > 0) == (choice.choice != "keep")
         plain_seconds = StepCost(step).price((), chosen_format(step, made)).seconds
         added_seconds = sum(choice.seconds for choice in made.choices)
         assert made.estimate.step_seconds == pytest.approx(plain_seconds + added_seconds)

@@ -10,15 +10,29 @@
 
 import os
 from collections.abc import Sequence
+from typing import TypedDict, Unpack
 
 import torch
 from torch import nn
 
 from packlight.activations.compress import CODECS
+from packlight.activations.devices import TierByDevice
 from packlight.activations.engine import MIN_BYTES, Engine
 from packlight.activations.offload import make_tier
+from packlight.activations.shelf import Late, OnFull
 
-MAX_IN_FLIGHT_BYTES = 256 * 2**20
+
+class Room(TypedDict, total=False):
+    """How much may be offloaded, for each device that the model is on."""
+
+    max_bytes: int | None
+    """Most that may be stored; None, as without it: no bound."""
+    max_in_flight_bytes: int
+    """Most that may be on the way out at one moment, and on the way back (256 MiB). Forward waits for a slower way."""
+    on_full: OnFull
+    """"raise" raises OffloadError where a tensor finds no room; "keep" warns once, and leaves such tensors in place."""
+    late: Late
+    """"wait": forward waits for copies that are slower than it; "keep": tensors stay, up to that bound again."""
 
 
 def offload(
@@ -27,9 +41,8 @@ def offload(
     *,
     sites: str | Sequence[str] = "*",
     folder: str | os.PathLike[str] | None = None,
-    max_bytes: int | None = None,
-    max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
     min_bytes: int = MIN_BYTES,
+    **room: Unpack[Room],
 ) -> Engine:
     """Move what a model saves for backward to another place, and fetch it back ahead of its use.
 
@@ -40,24 +53,21 @@ def offload(
         tier: "host" for pinned host memory (the model is on a GPU), "disk" for a file without a name.
         sites: patterns of what is moved, see `Engine`.
         folder: of the file; None: the system's for temporary files.
-        max_bytes: most that may be stored; None: no bound.
-        max_in_flight_bytes: most that may be on the way out at one moment, and on the way back. Forward waits where
-            the way is slower than it.
         min_bytes: smaller storages stay.
+        room: `max_bytes`, `max_in_flight_bytes`, `on_full` and `late`, see `Room`.
 
     Returns:
         A handle whose `remove()` undoes it; it works as a context manager too.
 
     Raises:
         ValueError: an unknown tier, or "host" for a model on the CPU.
+        OffloadError: no file can be made in the folder.
 
     >>> model = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64))
-    >>> with offload(model, tier="disk") as handle:
+    >>> with offload(model, tier="disk", max_bytes=2**30, on_full="keep") as handle:
     ...     model(torch.randn(256, 64)).sum().backward()
     """
-    made = make_tier(
-        tier, folder=folder, max_bytes=max_bytes, max_in_flight_bytes=max_in_flight_bytes, device=_device_of(model)
-    )
+    made = TierByDevice(tier, lambda device: make_tier(tier, device=device, folder=folder, **room), _devices_of(model))
     try:
         return Engine(model, dict.fromkeys(_patterns(sites), "offload"), tier=made, min_bytes=min_bytes)
     except BaseException:
@@ -102,5 +112,7 @@ def _patterns(sites: str | Sequence[str]) -> list[str]:
     return [sites] if isinstance(sites, str) else list(sites)
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+def _devices_of(model: nn.Module) -> list[torch.device]:
+    """Return the device that a model's first parameter is on; none where it is still to be put on one."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    return [] if device.type == "meta" else [device]

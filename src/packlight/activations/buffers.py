@@ -2,8 +2,9 @@
 
 Running statistics of batch norm are written in forward, so a block that runs twice would move them twice, and a
 second run would start from other values than the first. `torch.utils.checkpoint` restores torch's random state and
-autocast only. Here buffers, parameters that stood in place (`torch.func.functional_call`) and the states of Python's
-and numpy's generators are put back for the second run, and the present ones after it.
+autocast only. Here buffers, parameters that stood in place (`torch.func.functional_call`), tensors in plain attributes
+(`attributes.py`) and the states of Python's and numpy's generators are put back for the second run, and the present
+ones after it.
 """
 
 import random
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from packlight.activations.attributes import Attributes, Change, take_back
 
 MAX_COPIED_ELEMENTS = 2**16
 """Buffers up to this size are copied at every call of a recomputed block."""
@@ -83,6 +86,10 @@ class Buffers:
             if parameter is not None
         ]
 
+    def attributes(self) -> Attributes:
+        """Return what tensors the modules hold in plain attributes."""
+        return Attributes(owner for module in self._modules for owner in module.modules())
+
     @contextmanager
     def _first_run(self, noted: dict[tuple[int, str], torch.Tensor]) -> Iterator[None]:
         before = {key: (buffer, buffer._version) for _, key, buffer in self.slots()}  # step 1
@@ -127,20 +134,23 @@ class _SecondRun:
 
     def __init__(self, buffers: Buffers, noted: dict[tuple[int, str], torch.Tensor], drawn: tuple[Any, ...]) -> None:
         self._buffers, self._noted, self._drawn = buffers, noted, drawn
-        self._parameters = buffers.parameters()
-        self._present: list[tuple[list[_Slot], tuple[Any, ...]]] = []
+        self._parameters, self._attributes = buffers.parameters(), buffers.attributes()
+        self._present: list[tuple[list[_Slot], list[Change], tuple[Any, ...]]] = []
 
     def __enter__(self) -> None:
+        self._attributes.check()
         present = [(at, key, at[key[1]]) for at, key, noted in self._parameters if at[key[1]] is not noted]
         for owner, key, parameter in self._parameters:
             owner[key[1]] = parameter
-        self._present.append(([*self._buffers.swap_in(self._noted), *present], drawn_state()))
+        slots = [*self._buffers.swap_in(self._noted), *present]
+        self._present.append((slots, self._attributes.put_back(), drawn_state()))
         set_drawn_state(self._drawn)  # torch's own is checkpoint's care
         _state.depth = getattr(_state, "depth", 0) + 1
 
     def __exit__(self, *exc_info: object) -> None:
         _state.depth -= 1
-        slots, drawn = self._present.pop()
+        slots, changes, drawn = self._present.pop()
         set_drawn_state(drawn)
+        take_back(changes)
         for owner, key, buffer in slots:  # step 4
             owner[key[1]] = buffer

@@ -10,6 +10,10 @@ side              2 waits for 1 ... 3 copy ... 4 event
 host      keeps the tensor until 4 is complete, or until 5 is queued, whichever comes first
 ```
 
+Step 5 frees a tensor for the compute stream alone, but its memory goes back to the stream that it was allocated on,
+which the allocator does not tell. So the short way is taken only where compute runs on the device's default stream, as
+nearly all of it does; on another one, the tensor is kept until 4 is complete.
+
 One side stream does the copies of both directions, one after the other. So a slot of host memory may be given out
 again at once: the next copy that touches it stands behind the last one. The host itself never touches a slot.
 
@@ -17,7 +21,9 @@ On the CPU, where there are no streams, a copy is over when it returns; the test
 """
 
 import time
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +31,9 @@ from torch import Tensor
 
 class Copy(Protocol):
     """One copy that was begun."""
+
+    def is_ready(self) -> bool:
+        """Tell whether compute has come past step 1, so that nothing but other copies can hold this one up."""
 
     def is_done(self) -> bool:
         """Tell whether the last byte is there, without waiting."""
@@ -34,6 +43,9 @@ class Copy(Protocol):
 
     def order(self) -> None:
         """Make the stream that began it wait for it (step 5), but not the host."""
+
+    def settle(self) -> None:
+        """Make whoever gets the source's memory next work behind the copy; the caller may then drop the source."""
 
     def lend(self, result: Tensor) -> Tensor:
         """Make the present stream wait for it, so that it may use the result, and return the result."""
@@ -63,12 +75,14 @@ class StreamCopier:
         """Steps 1 to 4."""
         present = torch.cuda.current_stream(self._side.device)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._side.wait_stream(present)  # step 2
+        ready = torch.cuda.Event()
+        ready.record(present)
+        self._side.wait_event(ready)  # step 2
         with torch.no_grad(), torch.cuda.stream(self._side):
             begin.record(self._side)
             target.copy_(source, non_blocking=True)  # step 3
             end.record(self._side)  # step 4
-        return _StreamCopy(present, begin, end)
+        return _StreamCopy(present, ready, begin, end)
 
     def wait(self) -> None:
         """Wait for the side stream."""
@@ -76,8 +90,12 @@ class StreamCopier:
 
 
 class _StreamCopy:
-    def __init__(self, stream: torch.cuda.Stream, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
-        self._stream, self._begin, self._end = stream, begin, end
+    def __init__(self, stream: torch.cuda.Stream, *events: torch.cuda.Event) -> None:
+        self._stream = stream
+        self._ready, self._begin, self._end = events
+
+    def is_ready(self) -> bool:
+        return bool(self._ready.query())
 
     def is_done(self) -> bool:
         return bool(self._end.query())
@@ -87,6 +105,12 @@ class _StreamCopy:
 
     def order(self) -> None:
         self._stream.wait_event(self._end)
+
+    def settle(self) -> None:
+        if self._stream == torch.cuda.default_stream(self._stream.device):
+            self.order()
+        else:
+            self.wait()  # not record_stream: the allocator would find the memory free late, and take more meanwhile
 
     def lend(self, result: Tensor) -> Tensor:
         self.order()  # the result's memory goes back to this stream, even if another one uses it
@@ -119,10 +143,12 @@ class _HostCopy:
     def is_done(self) -> bool:
         return True
 
+    is_ready = is_done
+
     def wait(self) -> None:
         """It is over."""
 
-    order = wait
+    order = settle = wait
 
     def lend(self, result: Tensor) -> Tensor:
         return result
@@ -162,3 +188,50 @@ def lend(result: Tensor, stream: torch.cuda.Stream | None) -> Tensor:
         # Rare: brought back ahead of time on one stream, used on another. Only the allocator can order those two.
         result.record_stream(torch.cuda.current_stream(result.device))
     return result
+
+
+class Moment(NamedTuple):
+    """A point in the work of a stream."""
+
+    stream: torch.cuda.Stream
+    event: torch.cuda.Event
+
+
+def moment(device: torch.device) -> Moment | None:
+    """Note how far the present stream has come, for other streams to wait for; None on the CPU."""
+    stream = present_stream(device)
+    if stream is None:
+        return None
+    event = torch.cuda.Event()
+    event.record(stream)
+    return Moment(stream, event)
+
+
+def share(result: Tensor, since: Moment | None) -> Tensor:
+    """Return a tensor of a stream's, which is complete since a moment, for use on the present stream."""
+    if since is not None and (present := torch.cuda.current_stream(since.stream.device)) != since.stream:
+        present.wait_event(since.event)
+        return lend(result, since.stream)
+    return result
+
+
+@contextmanager
+def reading(since: Moment | None) -> Iterator[None]:
+    """Let the present stream read in the body what is complete since a moment of another one.
+
+    What was read may be dropped after the body: the stream that gets the memory back waits for the reading.
+    """
+    present = None if since is None else torch.cuda.current_stream(since.stream.device)
+    if since is None or present is None or present == since.stream:
+        yield
+        return
+    present.wait_event(since.event)
+    try:
+        yield
+    finally:
+        since.stream.wait_stream(present)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether what this thread queues goes into a CUDA graph: then events may not be asked, nor memory pinned."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

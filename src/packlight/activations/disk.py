@@ -1,9 +1,9 @@
 """The disk tier: activations in a file, written and read by two threads while compute goes on.
 
 A disk is slow beside memory, so two things matter more than speed: that memory never grows because the disk lags, and
-that what comes back is what was put. `put` waits while too much is being written; the checksum of each chunk is taken
-of the bytes as they are written and compared as they are read. Somebody waits for a read: reads go before writes that
-still queue, and the threads share the chunks of one tensor.
+that what comes back is what was put. `put` waits while too much is being written, or leaves the tensor where it is, up
+to a bound; the checksum of each chunk is taken of the bytes as they are written and compared as they are read. Somebody
+waits for a read: reads go before writes that still queue, and the threads share the chunks of one tensor.
 
 ```
 caller   put: 1 allocate an extent, queue the write, return             get: 4 allocate the result, queue the read, wait
@@ -34,10 +34,10 @@ from torch import Tensor
 
 from packlight.activations.copies import lend, present_stream, stamp, wait_for
 from packlight.activations.extents import Extent, Extents
-from packlight.activations.shelf import OnFull, Record, Shelf
+from packlight.activations.shelf import Late, OnFull, Shelf
 from packlight.activations.spill import BLOCK_BYTES, SpillFile
 from packlight.activations.staging import CHUNK_BYTES, Staging, make_staging
-from packlight.activations.tier import Arrival, OffloadError
+from packlight.activations.tier import Arrival, OffloadError, Record
 
 NUM_THREADS = 2
 """One computes a checksum while the other waits for the disk."""
@@ -58,6 +58,8 @@ class DiskTier(Shelf[Extent]):
         max_bytes: int | None = None,
         max_in_flight_bytes: int = 256 * 2**20,
         on_full: OnFull = "raise",
+        late: Late = "wait",
+        keep_bytes: int | None = None,
     ) -> None:
         """Open the file and start no thread yet.
 
@@ -67,17 +69,27 @@ class DiskTier(Shelf[Extent]):
             max_bytes: bound on the file's size; None for what the disk holds.
             max_in_flight_bytes: bound on what is being written, and again on what was read ahead.
             on_full: "raise" tells the next caller; "keep" warns once and leaves tensors in memory.
+            late: "wait" makes `put` wait where a tensor would exceed the bound; "keep" leaves it in memory.
+            keep_bytes: bound on what is left there for being late, above which `put` waits; None for
+                `max_in_flight_bytes`.
 
         Raises:
             OffloadError: no file can be made in the folder.
             ValueError: a bound that nothing can move under.
         """
-        super().__init__(device=device, max_in_flight_bytes=max_in_flight_bytes, on_full=on_full)
+        super().__init__(
+            device=device,
+            max_in_flight_bytes=max_in_flight_bytes,
+            on_full=on_full,
+            late=late,
+            keep_bytes=keep_bytes,
+        )
         self._extents = Extents(max_bytes, alignment=BLOCK_BYTES)
         self._max_bytes = max_bytes
         self._file = SpillFile(Path(folder or tempfile.gettempdir()))
         self._pool = _Pool()
         self._stagings: list[Staging] = []
+        self._staging_bytes = 0
 
     @property
     def direct(self) -> bool:
@@ -87,12 +99,15 @@ class DiskTier(Shelf[Extent]):
     def close(self) -> None:
         """Drop what still waits to be written, end the threads, close the file."""
         if self._pid == os.getpid():
+            if not self._closed:
+                self._check_caller()
             with self._changed:
                 self._closed = True
                 self._changed.notify_all()
             self._pool.close()
             while self._stagings:
                 self._stagings.pop().close()
+            self._staging_bytes = 0
         self._file.close()
 
     # What Shelf asks for
@@ -113,6 +128,9 @@ class DiskTier(Shelf[Extent]):
 
     def _stored_bytes(self) -> int:
         return self._extents.used_bytes
+
+    def _pinned_bytes(self) -> int:
+        return self._staging_bytes
 
     def _full(self, wanted_bytes: int) -> OffloadError:
         return OffloadError(
@@ -191,6 +209,8 @@ class DiskTier(Shelf[Extent]):
             staging = self._stagings.pop()
         except IndexError:
             staging = make_staging(self.device, direct=self.direct)
+            with self._changed:
+                self._staging_bytes += staging.num_bytes
         try:
             yield staging
         finally:

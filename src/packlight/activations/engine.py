@@ -13,21 +13,21 @@ lie on a stack, and what the engine does not take it hands to the hooks below, w
     backward                       6 a group that is asked for lets those that follow it be fetched ahead (`prefetch`)
 """
 
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Self
 
 import torch
 from torch import nn
-from torch._C import _functorch
 from torch.autograd.graph import saved_tensors_hooks
 
 from packlight.activations.blocks import find_blocks
 from packlight.activations.buffers import is_recomputing
+from packlight.activations.compiled import SITES, Notice, compiled_modules, is_under_compile, skipped, undisturbed
 from packlight.activations.compress import CODECS
+from packlight.activations.devices import by_device
 from packlight.activations.groups import unpack
 from packlight.activations.offload import Tier
 from packlight.activations.prefetch import Forward, Order
@@ -35,10 +35,15 @@ from packlight.activations.recompute import recompute
 from packlight.activations.resident import Resident
 from packlight.activations.saver import SaveHooks, Saver, SecondRun, top_hooks
 from packlight.activations.sites import INPUTS, CallStack, Rules, Site, watch_modules
+from packlight.activations.standin import StandIn, is_transformed
 
 CHOICES = ("keep", "recompute", "offload", "compress", "compress+offload")
 # Below this, what a group needs for itself and the latency of its copy outweigh the bytes.
 MIN_BYTES = 2**14
+REPLICAS = (
+    "DataParallel runs replicas of {name}, and packlight's choices are for the model itself, so the replicas keep what "
+    "they save; use DistributedDataParallel"
+)
 
 _Context = AbstractContextManager[Any]
 
@@ -56,7 +61,8 @@ class Engine:
         min_bytes: smaller storages are kept.
 
     Raises:
-        ValueError: an unknown choice or codec, a tier that is missing, or "recompute" for what is no block.
+        ValueError: an unknown choice or codec, a tier that is missing, or "recompute" for what is no block. Nothing is
+            changed then.
 
     >>> block = lambda: nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     >>> model = nn.Sequential(*[nn.Sequential(block(), block()) for _ in range(4)])
@@ -76,19 +82,24 @@ class Engine:
         _check(choices, codec, tier)
         blocks = _recomputed_blocks(model, choices)
         self.tier = tier
+        self._tier = None if tier is None else by_device(tier)
         self._codec, self._min_bytes = codec, min_bytes
         self._rules = Rules({each: choice for each, choice in choices.items() if choice != "recompute"}, default="keep")
         self._order, self._useless = Order(), set[Site]()
         self._model, self._local = model, _Running()
-        self._recomputation = recompute(model, blocks, around=lambda path: self._contexts(path, blocks[path]))
-        self._names = watch_modules(model, self._stack)
-        self._watched = _Watched(self, model)
+        self._notice, self.replicated, self._looks_left = Notice(SITES), Notice(REPLICAS), 2
+        with ExitStack() as undo:
+            handle = recompute(model, blocks, around=lambda path: self._contexts(path, blocks[path]))
+            undo.callback(handle.remove)
+            self._names = watch_modules(model, self._stack)
+            undo.callback(self._names.remove)
+            undo.callback(_Watched(self, model).remove)
+            self.tell_of_compiled()
+            self._undo = undo.pop_all()
 
     def remove(self) -> None:
         """Give the model its own forward back, and close the tier; calling it again does nothing."""
-        self._watched.remove()
-        self._names.remove()
-        self._recomputation.remove()
+        self._undo.close()
         if self.tier is not None:
             self.tier.close()
 
@@ -104,36 +115,44 @@ class Engine:
         """Undo."""
         self.remove()
 
-    @contextmanager
-    def saving(self, *arguments: Any) -> Iterator[None]:
-        """Carry out the choices for what is saved in the body, as one forward (step 1).
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def saving(self, *arguments: Any) -> _Context:
+        """Return a context that carries out the choices for what is saved in it, as one forward (step 1).
 
         Args:
             arguments: tensors, in any nesting, that live on anyway.
 
         Raises:
-            RuntimeError: torch.func transforms the body, which knows no hooks.
+            RuntimeError: (on entry) a transform of torch.func differentiates the body; it knows no hooks.
         """
+        return _Saving(self, arguments)
+
+    def begin(self, arguments: object) -> saved_tensors_hooks | None:
+        """Begin a forward; return the hooks that it needs, None where nothing is saved or others save it all."""
         below = top_hooks()
         if not torch.is_grad_enabled() or is_recomputing() or _is_checkpoint(below):
             if not self._running():
-                self._names.names_calls(False)
-            yield  # a checkpoint around the model recomputes all of it
+                self._names.spare_fused()
+            return None  # a checkpoint around the model recomputes all of it
+        is_transformed()  # those that differentiate are refused
+        self._names.name_calls()
+        self._running().append(self._saver(arguments))
+        return saved_tensors_hooks(_Hooks(self._running()[-1], below).pack, _unpack)
+
+    def end(self) -> None:
+        """End the forward that began last."""
+        self._running().pop()
+
+    @skipped
+    def tell_of_compiled(self) -> None:
+        """Say once that graphs hide sites; they are looked for when the engine is made, and at its first forward."""
+        if self._rules.keeps_all:
             return
-        if _functorch.maybe_current_level() is not None:
-            raise RuntimeError(
-                "a model with packlight's saved-tensor hooks came into a transform of torch.func, which knows no such "
-                "hooks; call remove() on the handle before, or use torch.autograd"
-            )
-        running = self._running()
-        self._names.names_calls(True)
-        running.append(self._saver(arguments))
-        hooks = SaveHooks(running[-1], below)
-        try:
-            with saved_tensors_hooks(hooks.pack, unpack):
-                yield
-        finally:
-            running.pop()
+        if is_under_compile():
+            self._notice.give([f"the {type(self._model).__name__}"])
+        elif self._looks_left:
+            self._looks_left -= 1
+            self._notice.give(compiled_modules(self._model))
 
     def _saver(self, arguments: object) -> Saver:
         return Saver(
@@ -141,7 +160,7 @@ class Engine:
             Resident([*self._model.parameters(), *self._model.buffers()], arguments),
             Forward(self._order),
             codec=self._codec,
-            tier=self.tier,
+            tier=self._tier,
             min_bytes=self._min_bytes,
             useless=self._useless,
         )
@@ -173,8 +192,8 @@ class Engine:
             yield
             return
         running[-1].stack.leave(inputs)
-        hooks = SaveHooks(running[-1], top_hooks(), pattern=pattern, taken=taken)  # step 4
-        with saved_tensors_hooks(hooks.pack, unpack):
+        hooks = _Hooks(running[-1], top_hooks(), pattern=pattern, taken=taken)  # step 4
+        with saved_tensors_hooks(hooks.pack, _unpack):
             yield
 
 
@@ -185,34 +204,56 @@ class _Running(threading.local):
         self.savers: list[Saver] = []
 
 
-class _Watched:
-    """Stands in for the model's `forward`; a copy or a pickle of the model gets the plain forward."""
+class _Hooks(SaveHooks):
+    """The hooks, out of dynamo's sight: they run while a compiled function does."""
+
+    pack = undisturbed(SaveHooks.pack)
+
+
+_unpack = undisturbed(unpack)
+
+
+class _Saving(AbstractContextManager[None]):
+    """The context of one forward; a generator would be traced by dynamo."""
+
+    def __init__(self, engine: Engine, arguments: object) -> None:
+        self._engine, self._arguments = engine, arguments
+        self._hooks: saved_tensors_hooks | None = None
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def __enter__(self) -> None:
+        self._hooks = self._engine.begin(self._arguments)
+        if self._hooks is not None:
+            self._hooks.__enter__()
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def __exit__(self, *exc_info: Any) -> None:
+        if self._hooks is not None:
+            self._hooks.__exit__(*exc_info)
+            self._engine.end()
+
+
+class _Watched(StandIn):
+    """Stands in for the model's `forward`; a shallow copy of the model runs its own, without the engine."""
 
     def __init__(self, engine: Engine, model: nn.Module) -> None:
-        self._model, self._engine = model, engine
-        self._own = "forward" in model.__dict__  # not the class's
-        self._forward = model.forward
-        self._is_active = True
-        functools.update_wrapper(self, self._forward, updated=())  # another engine's attributes are not ours
-        model.forward = self
+        super().__init__(model)
+        self._engine = engine
 
-    @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_active:
-            return self._forward(*args, **kwargs)
+    @skipped
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward = self.forward_of(module)
+        if module is not self._module:
+            self._tell_of_replica(module)
+            return forward(*args, **kwargs)
+        self._engine.tell_of_compiled()
         with self._engine.saving(args, kwargs):
-            return self._forward(*args, **kwargs)
+            return forward(*args, **kwargs)
 
-    def remove(self) -> None:
-        """Put the former forward back; where another stands on top of this one, only step aside."""
-        self._is_active = False
-        while isinstance(top := self._model.__dict__.get("forward"), _Watched) and not top._is_active:
-            del self._model.forward
-            if top._own:
-                self._model.forward = top._forward
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (functools.partial, (self._forward,)) if self._own else (getattr, (self._model, "forward"))
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _tell_of_replica(self, module: nn.Module) -> None:
+        if getattr(module, "_is_replica", False):
+            self._engine.replicated.give([f"the {type(module).__name__}"])
 
 
 def _check(choices: Mapping[str, str], codec: str, tier: Tier | None) -> None:

@@ -9,6 +9,10 @@ or encoded once, and every save keeps nothing but its own size, strides and offs
     3 unpack   the first view brings the flat tensor back; views that come while it lives share it
     4          the group goes with its last save, and what it holds with it
 
+Where a model runs on several streams of a GPU, step 3 may happen on another one than step 1, and a later view on a
+third. So a group notes how far the stream had come when it was made, and again when the tensor was back; other streams
+wait for that.
+
 A version that rose between pack and unpack is an error where the tensor itself was kept, as it is in autograd, which
 does not look at it where hooks are set.
 """
@@ -20,6 +24,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from packlight.activations.copies import Moment, moment, reading, share
 
 
 class Held(Protocol):
@@ -44,12 +50,14 @@ class Group:
         held: what holds it.
     """
 
-    __slots__ = ("__weakref__", "_counter", "_held", "_lock", "_original", "_restored")
+    __slots__ = ("__weakref__", "_back", "_counter", "_held", "_lock", "_made", "_original", "_restored")
 
     def __init__(self, storage: torch.UntypedStorage, held: Held) -> None:
         self._held, self._original = held, StorageWeakRef(storage)  # step 2
         self._restored: StorageWeakRef | None = None
         self._counter: Tensor | None = None
+        self._made = moment(storage.device)
+        self._back: Moment | None = None
         self._lock = threading.Lock()
 
     def view(self, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> Tensor:
@@ -57,12 +65,13 @@ class Group:
         with self._lock:
             storage = self._present()
             if storage is None or self._counter is None:
-                flat = self._held.get()
-                storage = flat.untyped_storage()
+                with reading(self._made):
+                    flat = self._held.get()
+                storage, self._back = flat.untyped_storage(), moment(flat.device)
                 self._restored, self._counter = StorageWeakRef(storage), flat.new_empty(0)
             made = self._counter.detach()  # all views of one restored storage share one version
             made.data = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, size, stride)
-            return made
+            return share(made, self._back)
 
     def prefetch(self) -> bool:
         """Begin to bring it back, unless it is here."""

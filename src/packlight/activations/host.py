@@ -17,20 +17,24 @@ when the host drops the tensor. Once the compute stream has been told to wait fo
 at once: whoever gets its memory works behind that wait. If the host waited instead, the bound would be the same, but
 the host could no longer run ahead of the device; and if nobody waited, `is_done` would find nearly every copy undone,
 just because the host is early. `copies.py` draws the order of the streams.
+
+For the same reason, only those copies are late for which compute has come past step 3: they wait for the link alone.
+Where these fill the bound, and the tier is told to keep what is late, a tensor stays on the device instead of step 1.
 """
 
 import os
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from packlight.activations.copies import Copier, Copy, make_copier
-from packlight.activations.shelf import OnFull, Record, Shelf
+from packlight.activations.shelf import Late, OnFull, Shelf
 from packlight.activations.slabs import Slabs, Slot
-from packlight.activations.tier import Arrival, OffloadError, Stopwatch
+from packlight.activations.tier import Arrival, OffloadError, Record, Stopwatch
 
 
 class HostTier(Shelf[Slot]):
@@ -48,6 +52,8 @@ class HostTier(Shelf[Slot]):
         max_bytes: int | None = None,
         max_in_flight_bytes: int = 256 * 2**20,
         on_full: OnFull = "raise",
+        late: Late = "wait",
+        keep_bytes: int | None = None,
         copier: Copier | None = None,
     ) -> None:
         """Start without memory.
@@ -58,12 +64,22 @@ class HostTier(Shelf[Slot]):
             max_in_flight_bytes: bound on the device memory of what is being copied out, and again on that of what was
                 brought back ahead of time.
             on_full: "raise" raises from `put`; "keep" warns once and leaves tensors on the device.
+            late: "wait" makes compute wait where a tensor would exceed the bound; "keep" leaves the tensor on the
+                device if the link is what others wait for.
+            keep_bytes: bound on what is left there for being late, above which compute waits; None for
+                `max_in_flight_bytes`.
             copier: what copies; None for the device's own.
 
         Raises:
             ValueError: a bound that nothing can move under.
         """
-        super().__init__(device=device, max_in_flight_bytes=max_in_flight_bytes, on_full=on_full)
+        super().__init__(
+            device=device,
+            max_in_flight_bytes=max_in_flight_bytes,
+            on_full=on_full,
+            late=late,
+            keep_bytes=keep_bytes,
+        )
         self._copier = make_copier(self.device) if copier is None else copier
         self._slabs = Slabs(self.device, max_bytes=max_bytes)
         self._max_bytes = max_bytes
@@ -78,6 +94,7 @@ class HostTier(Shelf[Slot]):
         with self._changed:
             if self._closed:
                 return
+            self._check_caller()
             self._make_room(0)
             self._closed = True
             self._shut()
@@ -89,7 +106,7 @@ class HostTier(Shelf[Slot]):
         while self._in_flight_bytes > room_bytes:
             record, copy = self._moving.popleft()
             if num_bytes:
-                copy.order()  # step 1
+                copy.settle()  # step 1
             else:
                 copy.wait()
             self._moved(record)
@@ -102,14 +119,29 @@ class HostTier(Shelf[Slot]):
             copy, num_bytes, stopwatch = self._untimed.popleft()
             stopwatch.add(num_bytes, copy.seconds())
 
+    def _late_bytes(self) -> int:
+        waiting = takewhile(lambda each: each[0].is_ready(), self._untimed)
+        return sum(num_bytes for copy, num_bytes, stopwatch in waiting if stopwatch is self._out and not copy.is_done())
+
     def _reserve(self, num_bytes: int) -> Slot | None:
-        return self._slabs.allocate(num_bytes)
+        if self._slabs.is_wasteful:
+            self._copier.wait()  # a slot may be free while its last copy runs
+            self._slabs.fit()
+        slot = self._slabs.allocate(num_bytes)
+        if slot is None and self._slabs.finds_room_in_unused(num_bytes):
+            self._copier.wait()
+            self._slabs.drop_unused()  # the sizes of an earlier step, which had other shapes
+            slot = self._slabs.allocate(num_bytes)
+        return slot
 
     def _release(self, place: Slot) -> None:
         self._slabs.release(place)
 
     def _stored_bytes(self) -> int:
         return self._slabs.used_bytes
+
+    def _pinned_bytes(self) -> int:
+        return self._slabs.taken_bytes
 
     def _full(self, wanted_bytes: int) -> OffloadError:
         return OffloadError(

@@ -1,7 +1,7 @@
 """Offload: tensors wait for backward outside the device, on the host or on a disk.
 
 This is the door to the tiers: `tier.py` says what a tier is, `host.py` and `disk.py` are the two there are, and
-`shelf.py` is what these have in common.
+`shelf.py` is what these have in common. `devices.py` has one for each device.
 """
 
 import os
@@ -10,7 +10,7 @@ import torch
 
 from packlight.activations.disk import DiskTier
 from packlight.activations.host import HostTier
-from packlight.activations.shelf import OnFull
+from packlight.activations.shelf import Late, OnFull
 from packlight.activations.tier import OffloadError, Stored, Tier, Traffic
 
 __all__ = ["DiskTier", "HostTier", "OffloadError", "Stored", "Tier", "Traffic", "make_tier"]
@@ -24,6 +24,7 @@ def make_tier(
     max_bytes: int | None = None,
     max_in_flight_bytes: int = 256 * 2**20,
     on_full: OnFull = "raise",
+    late: Late = "wait",
 ) -> Tier:
     """Make a tier for the tensors of one device.
 
@@ -36,6 +37,8 @@ def make_tier(
             ahead of time.
         on_full: "raise" raises OffloadError where a tensor finds no room; "keep" warns once, and leaves such tensors
             where they are.
+        late: where copies are slower than compute, "wait" lets forward wait for them; "keep" leaves tensors where they
+            are, `max_in_flight_bytes` of them at most, before it waits.
 
     Returns:
         The tier; close it after the last backward.
@@ -57,6 +60,7 @@ def make_tier(
             max_bytes=max_bytes,
             max_in_flight_bytes=max_in_flight_bytes,
             on_full=on_full,
+            late=late,
         )
     if name != "host":
         raise ValueError(f'there is no tier {name!r}; tiers are "host" and "disk"')
@@ -64,4 +68,6 @@ def make_tier(
         raise ValueError(f'tensors on {device} are in host memory already; use tier="disk" to take them out of it')
     if folder is not None:
         raise ValueError(f'the host tier makes no file in {os.fspath(folder)}; leave folder out, or use tier="disk"')
-    return HostTier(device=device, max_bytes=max_bytes, max_in_flight_bytes=max_in_flight_bytes, on_full=on_full)
+    return HostTier(
+        device=device, max_bytes=max_bytes, max_in_flight_bytes=max_in_flight_bytes, on_full=on_full, late=late
+    )

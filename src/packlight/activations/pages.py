@@ -51,7 +51,10 @@ class Pages:
         """
         self._device = device
         self._registration: weakref.finalize[..., Pages] | None = None
-        self.num_bytes = round_up(num_bytes, PAGE_BYTES)
+        self.num_bytes = self.taken_bytes = round_up(num_bytes, PAGE_BYTES)
+        """What can be used, and what the host has less: more, where torch had to pin."""
+        self.gives_back = True
+        """Whether `close` frees the memory; torch's pinned memory stays in a cache."""
         self.numa_node: int | None = None
         """The node that the pages were asked from, None where none is known or asking is forbidden."""
         try:
@@ -100,6 +103,8 @@ class Pages:
             "which rounds up to a power of two and gives nothing back",
             stacklevel=2,
         )
+        self.gives_back = False
+        self.taken_bytes = 1 << (self.num_bytes - 1).bit_length()
         try:
             self.tensor = torch.empty(self.num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:

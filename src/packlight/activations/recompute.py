@@ -1,42 +1,45 @@
 """Recompute: a block keeps its inputs only, and runs its forward again when backward needs what was inside.
 
 `torch.utils.checkpoint` does this for a function that the user wraps. Two things are missing for a model that nobody
-edits: it must be put around blocks that exist already and come off again without a trace, and a block with side
-effects must have them once (`buffers.py`). The idea: the block's `forward` is replaced on the instance; its hooks stay
-outside, as they would around the block.
+edits: it must be put around blocks that exist already and come off again without a trace (`standin.py`), and a second
+run must see what the first one saw: its arguments (`arguments.py`), and what its modules hold (`buffers.py`).
 
 Layers that follow transformers' `GradientCheckpointingLayer` protocol bring their own switch, which also keeps the
 key-value cache from being filled twice; there the switch is used. Technique: Chen et al. 2016, arXiv 1604.06174.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from packlight.activations.blocks import Block, find_blocks
+from packlight.activations.arguments import Arguments
+from packlight.activations.blocks import find_blocks
 from packlight.activations.buffers import MAX_COPIED_ELEMENTS, Buffers
+from packlight.activations.compiled import BLOCKS, Notice, compiled_modules, is_under_compile, skipped
+from packlight.activations.standin import StandIn, is_transformed, stand_ins
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 """Makes the contexts of a block's first and second run, anew for each call."""
 
 
+VMAP = "torch's checkpoint does not know vmap, so under it {name} is not recomputed but keeps what it saves"
+
+
 class Recomputation:
     """Blocks that are recomputed until `remove` is called; also a context manager."""
 
-    def __init__(self, undo: Sequence[Callable[[], None]]) -> None:
+    def __init__(self, undo: ExitStack) -> None:
         """Keep what undoes each block."""
-        self._undo = list(undo)
+        self._undo = undo
 
     def remove(self) -> None:
         """Give every block its own forward back; calling it again does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
 
     def __enter__(self) -> Self:
         """Return the handle itself."""
@@ -56,7 +59,10 @@ def recompute(
 ) -> Recomputation:
     """Recompute blocks of a model in backward instead of keeping what they save.
 
-    Losses and gradients stay bit-equal where the forward is deterministic for a fixed random state.
+    Losses and gradients stay bit-equal where the forward is deterministic for a fixed random state. Beside a reentrant
+    checkpoint, which this replaces in layers that have one switched on, gradients may differ in their last bits: it
+    sums the gradients of an input that several blocks share in another order. Within torch.compile, recomputed blocks
+    run uncompiled.
 
     Args:
         model: the model; changed in place.
@@ -70,6 +76,7 @@ def recompute(
 
     Raises:
         ValueError: a path that the model has no block for, or a block that is recomputed already.
+        RuntimeError: (in forward) torch.func differentiates the model; (in backward) what a block reads has changed.
 
     Source: Chen et al. 2016, arXiv 1604.06174; torch.utils.checkpoint (non-reentrant).
 
@@ -87,16 +94,21 @@ def recompute(
         raise ValueError(f"block {twice[0]!r} is recomputed already; remove() that handle first")
     chosen = functools.partial(create_selective_checkpoint_contexts, list(keep_results_of))
     selective: list[Contexts] = [chosen] if keep_results_of else []
-    undo = []
-    runs: dict[str, list[tuple[Block, list[Contexts]]]] = {}
-    for block in (known[path] for path in wanted):
-        others = [*([around(block.path)] if around else []), *selective]
-        if block.start is None:
-            undo.append(_recompute_module(model.get_submodule(block.module_path), others))
-        else:
-            runs.setdefault(block.module_path, []).append((block, others))
-    undo += [_recompute_runs(model.get_submodule(path), parts) for path, parts in runs.items()]
-    return Recomputation(undo)
+    notices, runs = _Notices(Notice(BLOCKS), Notice(VMAP)), dict[str, dict[int, tuple[int, _Way]]]()
+    notices.compiled.give(compiled_modules(model, around=[known[path].module_path for path in wanted]))
+    with ExitStack() as undo:
+        for block in (known[path] for path in wanted):
+            others = [*([around(block.path)] if around else []), *selective]
+            module = model.get_submodule(block.module_path)
+            if block.start is None or block.stop is None:
+                undo.callback(_recompute_module(module, _Way(block.path, [module], others, notices)))
+            else:
+                assert isinstance(module, nn.Sequential)
+                way = _Way(block.path, list(module)[block.start : block.stop], others, notices)
+                runs.setdefault(block.module_path, {})[block.start] = block.stop, way
+        for path, parts in runs.items():
+            undo.callback(_RecomputedRuns(model.get_submodule(path), parts).remove)
+        return Recomputation(undo.pop_all())
 
 
 def follows_protocol(module: nn.Module) -> bool:
@@ -115,19 +127,15 @@ def copied_buffers(*modules: nn.Module) -> list[torch.Tensor]:
 
 
 def _is_recomputed(module: nn.Module) -> bool:
-    ours = (_Recomputed, _RecomputedRuns, _ProtocolFunction)
-    return any(isinstance(value, ours) for value in module.__dict__.values())
+    return any(isinstance(each, _Recomputed | _RecomputedRuns) for each in stand_ins(module)) or isinstance(
+        module.__dict__.get("_gradient_checkpointing_func"), _ProtocolFunction
+    )
 
 
-def _recompute_module(module: nn.Module, others: Sequence[Contexts]) -> Callable[[], None]:
+def _recompute_module(module: nn.Module, way: "_Way") -> Callable[[], None]:
     if not follows_protocol(module):
-        return _replace(module, forward=_Recomputed(module, others))
-    return _replace(module, gradient_checkpointing=True, _gradient_checkpointing_func=_ProtocolFunction(module, others))
-
-
-def _recompute_runs(module: nn.Module, runs: Sequence[tuple[Block, list[Contexts]]]) -> Callable[[], None]:
-    assert isinstance(module, nn.Sequential)
-    return _replace(module, forward=_RecomputedRuns(module, runs))
+        return _Recomputed(module, way).remove
+    return _replace(module, gradient_checkpointing=True, _gradient_checkpointing_func=_ProtocolFunction(way))
 
 
 def _replace(module: nn.Module, **values: object) -> Callable[[], None]:
@@ -143,61 +151,89 @@ def _replace(module: nn.Module, **values: object) -> Callable[[], None]:
     return undo
 
 
-class _Recomputed:
-    """Stands in for a module's `forward`; a copy or a pickle of the module gets the plain forward."""
+class _Notices(NamedTuple):
+    compiled: Notice
+    under_vmap: Notice
 
-    def __init__(self, module: nn.Module, others: Sequence[Contexts]) -> None:
-        self._module = module
-        self._own = "forward" in module.__dict__  # not the class's
-        self._forward = module.forward
-        self._contexts = _joined(Buffers(module).contexts, *others)
-        functools.update_wrapper(self, self._forward, updated=())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _run(self._forward, self._contexts, *args, **kwargs)
+class _Way:
+    """How a block is recomputed.
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (functools.partial, (self._forward,)) if self._own else (getattr, (self._module, "forward"))
+    Args:
+        path: the block's.
+        modules: those that it consists of.
+        others: what makes contexts of its two runs besides.
+        notices: what is said where the block is compiled, or under vmap.
+    """
+
+    def __init__(self, path: str, modules: Sequence[nn.Module], others: Sequence[Contexts], notices: _Notices) -> None:
+        self.path, self.modules, self._others, self.notices = path, tuple(modules), others, notices
+        self.contexts = _joined(Buffers(*modules).contexts, *others)
+        # torch ends a second run by an exception, which becomes another one on its way through TorchScript
+        inner = (each for module in modules for each in module.modules())
+        self.stops_early = not any(isinstance(each, torch.jit.ScriptModule) for each in inner)
+
+    @skipped
+    def for_modules(self, modules: Sequence[nn.Module]) -> "_Way":
+        """Return the same for a shallow copy of the block, whose buffers are others."""
+        return self if self.modules == tuple(modules) else _Way(self.path, modules, self._others, self.notices)
+
+
+class _Recomputed(StandIn):
+    """Stands in for the `forward` of a block."""
+
+    def __init__(self, module: nn.Module, way: _Way) -> None:
+        super().__init__(module)
+        self._way = way
+
+    @skipped
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _run(self.forward_of(module), self._way.for_modules([module]), args, kwargs)
 
 
 class _ProtocolFunction:
     """What a `GradientCheckpointingLayer` calls to run its own forward; a copy or pickle is torch's checkpoint."""
 
-    def __init__(self, module: nn.Module, others: Sequence[Contexts]) -> None:
-        self._contexts = _joined(Buffers(module).contexts, *others)
+    def __init__(self, way: _Way) -> None:
+        self._way = way
 
+    @skipped
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        kwargs: dict[str, Any] = {}
         if isinstance(function, functools.partial):  # the layer's keyword arguments are hidden in it
-            return _run(function.func, self._contexts, *function.args, *args, **function.keywords)
-        return _run(function, self._contexts, *args)
+            args, kwargs = (*function.args, *args), function.keywords
+            function = function.func
+        layer = getattr(function, "__self__", *self._way.modules)  # a shallow copy of the layer has this function too
+        return _run(function, self._way.for_modules([layer]), args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (functools.partial, (checkpoint,), (checkpoint, (), {"use_reentrant": False}, None))
 
 
-class _RecomputedRuns:
+class _RecomputedRuns(StandIn):
     """Stands in for the `forward` of an `nn.Sequential` of which some runs of layers are recomputed."""
 
-    def __init__(self, module: nn.Sequential, runs: Sequence[tuple[Block, list[Contexts]]]) -> None:
-        self._module = module
-        self._runs: dict[int, tuple[int, Contexts]] = {}
-        for run, others in runs:
-            layers = list(module)[run.start : run.stop]
-            self._runs[run.start or 0] = run.stop or 0, _joined(Buffers(*layers).contexts, *others)
-        functools.update_wrapper(self, module.forward, updated=())
+    def __init__(self, module: nn.Module, runs: Mapping[int, tuple[int, _Way]]) -> None:
+        super().__init__(module)
+        self._runs = runs
 
-    def __call__(self, value: Any) -> Any:
-        layers = list(self._module)
-        position = 0
+    @skipped
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._run_layers(module, *args, **kwargs)
+
+    @skipped
+    def _run_layers(self, module: nn.Module, input: Any) -> Any:
+        assert isinstance(module, nn.Sequential)
+        layers, position = list(module), 0
         while position < len(layers):
-            stop, contexts = self._runs.get(position, (position + 1, None))
-            run = functools.partial(_chain, layers[position:stop])
-            value = run(value) if contexts is None else _run(run, contexts, value)
+            stop, way = self._runs.get(position, (position + 1, None))
+            chain = functools.partial(_chain, layers[position:stop])
+            if way is None:
+                input = chain(input)
+            else:
+                input = _run(chain, way.for_modules(layers[position:stop]), (input,), {})
             position = stop
-        return value
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._module, "forward")
+        return input
 
 
 def _chain(layers: Sequence[nn.Module], value: Any) -> Any:
@@ -206,21 +242,29 @@ def _chain(layers: Sequence[nn.Module], value: Any) -> Any:
     return value
 
 
-def _run(function: Callable[..., Any], contexts: Contexts, *args: Any, **kwargs: Any) -> Any:
+@skipped
+def _run(function: Callable[..., Any], way: _Way, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    # Tensors in keywords and tuples go in one by one: only so does autograd notice if one is overwritten later.
-    leaves, structure = tree_flatten((args, kwargs))
+    if is_under_compile():
+        way.notices.compiled.give([repr(way.path)])
+    if is_transformed():
+        way.notices.under_vmap.give([repr(way.path)])
+        return function(*args, **kwargs)
+    return _run_in_checkpoint(function, way, args, kwargs)
+
+
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
+def _run_in_checkpoint(function: Callable[..., Any], way: _Way, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    arguments = Arguments(args, kwargs)
     first = [(args, kwargs)]
 
-    def call(*flat: Any) -> Any:
-        if first:  # with the caller's own lists and dicts: what the block writes into them must arrive
-            own_args, own_kwargs = first.pop()
-            return function(*own_args, **own_kwargs)
-        nested_args, nested_kwargs = tree_unflatten(flat, structure)
-        return function(*nested_args, **nested_kwargs)
+    def call(*leaves: Any) -> Any:
+        own_args, own_kwargs = first.pop() if first else arguments.rebuilt(leaves)
+        return function(*own_args, **own_kwargs)
 
-    return checkpoint(call, *leaves, use_reentrant=False, context_fn=contexts)
+    how: dict[str, Any] = {"use_reentrant": False, "context_fn": way.contexts, "early_stop": way.stops_early}
+    return checkpoint(call, *arguments.leaves, **how)
 
 
 def _joined(*makers: Contexts) -> Contexts:

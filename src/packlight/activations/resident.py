@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_leaves
 
 # What a copy of a parameter went through; the history of one is short.
@@ -37,7 +38,8 @@ class Resident:
 
     def __init__(self, tensors: Iterable[Tensor], arguments: object) -> None:
         given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        self._storages = {_address(part) for tensor in (*tensors, *given) for part in plain_parts(tensor)}
+        parts = [part for tensor in (*tensors, *given) for part in plain_parts(tensor)]
+        self._storages = {_address(part) for part in parts if _has_storage(part)}
 
     def holds(self, tensor: Tensor) -> bool:
         """Tell whether a plain tensor's storage lives on.
@@ -54,7 +56,7 @@ class Resident:
         """Tell the same but for copies."""
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return True
-        return _address(tensor) in self._storages
+        return _has_storage(tensor) and _address(tensor) in self._storages
 
 
 def _is_copy_of_parameter(tensor: Tensor) -> bool:
@@ -77,7 +79,9 @@ def parts_of(tensor: Tensor) -> Parts | None:
 
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors that have the storages of a tensor: itself, or a DTensor's parts."""
+    """Return the tensors that have the storages of a tensor: itself, a DTensor's parts, or what `vmap` has wrapped."""
+    while is_batchedtensor(tensor):
+        tensor = get_unwrapped(tensor)
     parts = parts_of(tensor)
     return [tensor] if parts is None else list(parts.tensors.values())
 
@@ -94,6 +98,11 @@ def is_plain(tensor: Tensor) -> bool:
 
 def _is_dtensor(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor" and type(tensor).__module__.startswith("torch.distributed")
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """Tell whether a tensor has one storage; a sparse one, or one of oneDNN's, has none that can be asked for."""
+    return tensor.layout == torch.strided and not is_functorch_wrapped_tensor(tensor)
 
 
 def _address(tensor: Tensor) -> int:

@@ -2,10 +2,12 @@
 
 The two differ in how bytes move (a copy stream, threads) and where they lie (slabs, a file). The rest is here once: a
 tensor is referenced until it has been moved; its place is reused when nobody can ask for it and no copy uses it; what
-is being moved, and what was brought back ahead of time, is bounded; a tier that is full says so or keeps the tensor.
+is being moved, and what was brought back ahead of time, is bounded; a tier that is full says so or keeps the tensor;
+one that is late waits, or keeps the tensor as long as what it keeps is bounded, too.
 
 ```
-put     1 wait until it fits the window   2 reserve a place   3 send         (source set, busy 1, in flight)
+put     1 wait until it fits the window, or keep the source
+        2 reserve a place   3 send                                           (source set, busy 1, in flight)
 moved   4 drop the source, busy 0, no longer in flight; where it failed, keep the source and give the place up
 get     5 from the source if that is still here, else bring it back from the place
 free    6 note it; whoever holds the lock next gives up the places that no copy uses, the others follow at step 4
@@ -19,61 +21,29 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from functools import partial
+from typing import Generic, Literal
 
 import torch
 from torch import Tensor
 
-from packlight.activations.tier import Arrival, OffloadError, Stopwatch, Stored, Taken, Traffic, Witness, check_flat
+from packlight.activations.copies import Moment, is_capturing, moment, reading
+from packlight.activations.tier import (
+    Arrival,
+    Handle,
+    OffloadError,
+    Place,
+    Record,
+    Stopwatch,
+    Stored,
+    Taken,
+    Traffic,
+    Witness,
+    check_flat,
+)
 
 OnFull = Literal["raise", "keep"]
-Place = TypeVar("Place")
-
-
-@dataclass(eq=False)
-class Record(Generic[Place]):
-    """What a tier knows of one stored tensor; guarded by the tier's lock."""
-
-    num_bytes: int
-    numel: int
-    dtype: torch.dtype
-    witness: Witness
-    source: Tensor | None
-    """The tensor itself: until it is moved, or for good where it could not be."""
-    place: Place | None = None
-    """Where its bytes lie; None for an empty tensor and for one that was kept."""
-    busy: int = 0
-    """Copies that use the place now."""
-    freed: bool = False
-    ahead: Arrival | None = None
-    """What `prefetch` began."""
-    checksums: list[int] = field(default_factory=list)
-    """Of each chunk, where a tier takes them."""
-
-
-class Handle(Generic[Place]):
-    """What `put` returns: a `Stored`."""
-
-    def __init__(self, shelf: "Shelf[Place]", record: Record[Place]) -> None:
-        """Keep the tier alive as long as somebody may ask for the tensor."""
-        self._shelf, self._record = shelf, record
-        self.num_bytes = record.num_bytes
-
-    def get(self) -> Tensor:
-        """Return the tensor."""
-        return self._shelf.fetch(self._record)
-
-    def prefetch(self) -> bool:
-        """Begin to bring it back, if the window allows."""
-        return self._shelf.fetch_ahead(self._record)
-
-    def free(self) -> None:
-        """Give its bytes up."""
-        self._shelf.drop(self._record)
-
-    def __del__(self) -> None:
-        self.free()
+Late = Literal["wait", "keep"]
 
 
 class Shelf(ABC, Generic[Place]):
@@ -81,21 +51,37 @@ class Shelf(ABC, Generic[Place]):
 
     name: str
 
-    def __init__(self, *, device: torch.device, max_in_flight_bytes: int, on_full: OnFull = "raise") -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        max_in_flight_bytes: int,
+        on_full: OnFull,
+        late: Late,
+        keep_bytes: int | None,
+    ) -> None:
         """Start with nothing stored.
 
         Args:
             device: where the tensors live.
             max_in_flight_bytes: bound on what is being moved out, and again on what was brought back ahead of time.
             on_full: what happens to a tensor that finds no room: an error, or it stays where it is.
+            late: what happens to a tensor that would exceed the bound: it waits for others, or it stays where it is.
+            keep_bytes: bound on what stays because of that, on top of what moves; None for `max_in_flight_bytes`.
 
         Raises:
-            ValueError: a bound that nothing can move under, or another word for `on_full`.
+            ValueError: a bound that nothing can move under, or another word for `on_full` or `late`.
         """
         if max_in_flight_bytes < 1:
             raise ValueError(f"max_in_flight_bytes is {max_in_flight_bytes}; at least one byte must be able to move")
         if on_full not in {"raise", "keep"}:
             raise ValueError(f'on_full is {on_full!r}; it is "raise" or "keep"')
+        if late not in {"wait", "keep"}:
+            raise ValueError(f'late is {late!r}; it is "wait" or "keep"')
+        if late == "wait" and keep_bytes is not None:
+            raise ValueError(f'keep_bytes is {keep_bytes}, but nothing is kept; leave it out, or pass late="keep"')
+        keep_bytes = max_in_flight_bytes if keep_bytes is None else keep_bytes
+        self._keep_bytes = keep_bytes if late == "keep" else 0
         self.device = torch.empty(0, device=device).device  # with its index
         self.max_in_flight_bytes = max_in_flight_bytes
         self._on_full, self._warned = on_full, False
@@ -103,6 +89,7 @@ class Shelf(ABC, Generic[Place]):
         self._pid, self._closed = os.getpid(), False
         self._changed = threading.Condition(threading.Lock())
         self._in_flight_bytes = self._ahead_bytes = self._most_stored_bytes = 0
+        self._kept_bytes = self._most_kept_bytes = 0
         self._dropped: deque[Record[Place]] = deque()
         self._leaving: set[Record[Place]] = set()
         """Freed, but a copy uses their places."""
@@ -139,6 +126,14 @@ class Shelf(ABC, Generic[Place]):
         """Return the bytes that are taken now."""
 
     @abstractmethod
+    def _pinned_bytes(self) -> int:
+        """Return the host memory that is taken for copies now."""
+
+    def _late_bytes(self) -> int:
+        """Return the bytes in flight for which the device waits, or soon will."""
+        return self._in_flight_bytes
+
+    @abstractmethod
     def _full(self, wanted_bytes: int) -> OffloadError:
         """Return the error for a tensor that found no place."""
 
@@ -147,12 +142,15 @@ class Shelf(ABC, Generic[Place]):
     def put(self, flat: Tensor) -> Stored:
         """Begin to move a tensor out; see `Tier.put`."""
         check_flat(flat, self.device)
-        self._check_process()
+        self._check_caller()
         with self._changed:
             self._begin_call()
             source = flat if flat.nbytes else flat.new_empty(0)  # an empty one may be a view of much memory
-            record: Record[Place] = Record(flat.nbytes, flat.numel(), flat.dtype, Witness(flat), source)
-            if record.num_bytes:
+            made = moment(self.device)
+            record: Record[Place] = Record(flat.nbytes, flat.numel(), flat.dtype, Witness(flat), made, source)
+            if self._is_late_for(record.num_bytes):
+                self._keep(record)
+            elif record.num_bytes:
                 self._make_room(record.num_bytes)
                 self._begin_call()  # the wait may have seen a failure, or the end
                 self._place(record)
@@ -160,7 +158,7 @@ class Shelf(ABC, Generic[Place]):
 
     def fetch(self, record: Record[Place]) -> Tensor:
         """Return a stored tensor; see `Stored.get`."""
-        self._check_process()
+        self._check_caller()
         with self._changed:
             self._begin_call(record)
             arrival, record.ahead = record.ahead, None
@@ -174,7 +172,7 @@ class Shelf(ABC, Generic[Place]):
 
     def fetch_ahead(self, record: Record[Place]) -> bool:
         """Begin to bring a stored tensor back; see `Stored.prefetch`."""
-        self._check_process()
+        self._check_caller()
         with self._changed:
             self._check_open(record)
             self._sweep()
@@ -191,6 +189,8 @@ class Shelf(ABC, Generic[Place]):
             return
         record.freed = True
         self._dropped.append(record)
+        if is_capturing(self.device):
+            return  # the next call gives it up
         if self._changed.acquire(blocking=False):
             try:
                 self._sweep()
@@ -199,7 +199,7 @@ class Shelf(ABC, Generic[Place]):
 
     def flush(self) -> None:
         """Wait until everything that was put has been moved."""
-        self._check_process()
+        self._check_caller()
         with self._changed:
             self._begin_call()
             self._make_room(0)
@@ -207,13 +207,14 @@ class Shelf(ABC, Generic[Place]):
 
     def traffic(self) -> Traffic:
         """Return what was moved so far."""
-        self._check_process()
+        self._check_caller()
         with self._changed:
             self._reap()
             self._sweep()
             stored = (self._stored_bytes(), self._most_stored_bytes)
+            taken = (self._pinned_bytes(), self._kept_bytes, self._most_kept_bytes)
         out, back = self._out, self._in
-        return Traffic(out.num_bytes, back.num_bytes, out.seconds, back.seconds, *stored)
+        return Traffic(out.num_bytes, back.num_bytes, out.seconds, back.seconds, *stored, *taken)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, device={str(self.device)!r})"
@@ -228,6 +229,7 @@ class Shelf(ABC, Generic[Place]):
         else:
             self._failure = failure
             self._vacate(record)
+            self._keep(record)
         self._copied(record)
         self._sweep()
         self._changed.notify_all()
@@ -245,15 +247,22 @@ class Shelf(ABC, Generic[Place]):
         else:
             self._leaving.discard(record)
             record.source = None
+            self._kept_bytes -= record.num_bytes if record.kept else 0
+            record.kept = False
             self._vacate(record)
 
     # Steps of the calls, under the lock
 
-    def _check_process(self) -> None:
+    def _check_caller(self) -> None:
         if self._pid != os.getpid():
             raise OffloadError(
                 f"{self!r} was made in process {self._pid}; a forked process has neither its threads nor its copy "
                 "streams: make a tier of its own there"
+            )
+        if is_capturing(self.device):
+            raise OffloadError(
+                f"{self!r} was called while a CUDA graph is captured, in which its copies can neither be waited for "
+                "nor bounded; capture without offloading, or offload at the boundaries of the graph"
             )
 
     def _check_open(self, record: Record[Place] | None = None) -> None:
@@ -285,7 +294,8 @@ class Shelf(ABC, Generic[Place]):
             self._begin_call()
             place = self._reserve(record.num_bytes)
         if place is None:
-            return self._report(self._full(record.num_bytes))
+            self._report(self._full(record.num_bytes))
+            return self._keep(record)
         record.place, record.busy = place, 1
         self._in_flight_bytes += record.num_bytes
         self._most_stored_bytes = max(self._most_stored_bytes, self._stored_bytes())
@@ -296,10 +306,23 @@ class Shelf(ABC, Generic[Place]):
             self._moved(record)
             raise
 
+    def _is_late_for(self, num_bytes: int) -> bool:
+        """Tell whether a tensor is to stay because copies are late: they are, and the bound on that leaves room."""
+        if not num_bytes or self._kept_bytes + num_bytes > self._keep_bytes:
+            return False
+        late_bytes = self._late_bytes()
+        return late_bytes > 0 and late_bytes + num_bytes > self.max_in_flight_bytes
+
+    def _keep(self, record: Record[Place]) -> None:
+        """Leave a tensor on the device until it is freed."""
+        record.kept = True
+        self._kept_bytes += record.num_bytes
+        self._most_kept_bytes = max(self._most_kept_bytes, self._kept_bytes)
+
     def _begin_fetch(self, record: Record[Place]) -> Arrival:
         """Step 5."""
         if record.source is not None:
-            return Taken(record.source.clone)
+            return Taken(partial(_clone, record.source, record.made))
         assert record.place is not None
         return self._bring(record, record.place)
 
@@ -317,3 +340,8 @@ class Shelf(ABC, Generic[Place]):
         place, record.place = record.place, None
         if place is not None:
             self._release(place)
+
+
+def _clone(source: Tensor, made: Moment | None) -> Tensor:
+    with reading(made):
+        return source.clone()

@@ -15,6 +15,7 @@ A pattern stands for sites as in a shell: `layers.*.mlp.up:0`, or a module's pat
 
 import fnmatch
 import functools
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -104,12 +105,15 @@ def watch_modules(model: nn.Module, stack: Callable[[], CallStack | None]) -> "M
 class ModuleWatch:
     """The hooks that name a model's calls.
 
-    An encoder layer of torch runs other kernels in evaluation, with other last bits, unless a module inside it has
-    hooks; so these modules have them only while forwards with gradients come.
+    A scripted module takes no hooks; what it saves is its caller's. An encoder layer of torch runs other kernels in
+    evaluation, with other last bits, unless a module inside it has hooks; so these modules have them only while
+    forwards with gradients come.
     """
 
     def __init__(self, model: nn.Module, stack: Callable[[], CallStack | None]) -> None:
-        paths = dict(model.named_modules())
+        paths = {
+            path: module for path, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)
+        }
         self._stack = stack
         self._fused = {
             f"{path}.{name}".strip("."): inner
@@ -122,12 +126,14 @@ class ModuleWatch:
         self._handles = _hooked(others, stack)
         self._fused_handles: list[RemovableHandle] = []
 
-    def names_calls(self, wanted: bool) -> None:
-        """Put hooks into torch's encoder layers, or take them off, where they are not so already."""
-        if wanted and self._fused and not self._fused_handles:
+    def name_calls(self) -> None:
+        """Put hooks into torch's encoder layers too, where they are not yet."""
+        if self._fused and not self._fused_handles:
             self._fused_handles = _hooked(self._fused, self._stack)
-        elif not wanted:
-            _take_off(self._fused_handles)
+
+    def spare_fused(self) -> None:
+        """Take the hooks off torch's encoder layers."""
+        _take_off(self._fused_handles)
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -136,10 +142,14 @@ class ModuleWatch:
 
 
 def _hooked(modules: Mapping[str, nn.Module], stack: Callable[[], CallStack | None]) -> list[RemovableHandle]:
-    handles = []
-    for path, module in modules.items():
-        handles.append(module.register_forward_pre_hook(_Enter(path, stack)))
-        handles.append(module.register_forward_hook(_Leave(path, stack)))
+    handles: list[RemovableHandle] = []
+    try:
+        for path, module in modules.items():
+            handles.append(module.register_forward_pre_hook(_Enter(path, stack)))
+            handles.append(module.register_forward_hook(_Leave(path, stack), always_call=True))
+    except BaseException:  # a module may take no hooks; then none has any
+        _take_off(handles)
+        raise
     return handles
 
 
@@ -186,6 +196,7 @@ class Rules:
         self._choices = sorted(choices.items(), key=lambda item: len(item[0]))
         self._default = default
         self._known: dict[tuple[str, int, str], list[tuple[Site, str]]] = {}
+        self._lock = threading.Lock()
         self.keeps_all = not any(choice not in ("keep", "recompute") for choice in choices.values())
 
     def next_save(self, call: ModuleCall, block: str = "") -> tuple[Site, str]:
@@ -201,12 +212,14 @@ class Rules:
         """
         known = self._known.get((call.module, call.number, block))
         if known is None:
-            known = self._known[call.module, call.number, block] = []
+            known = self._known.setdefault((call.module, call.number, block), [])
         save = call.num_saves
         call.num_saves = save + 1
-        while len(known) <= save:
-            site = Site(call.module, call.number, len(known))
-            known.append((site, self._choice(site, block)))
+        if len(known) <= save:
+            with self._lock:  # several threads' forwards may share an engine
+                while len(known) <= save:
+                    site = Site(call.module, call.number, len(known))
+                    known.append((site, self._choice(site, block)))
         return known[save]
 
     def _choice(self, site: Site, block: str) -> str:
@@ -216,7 +229,7 @@ class Rules:
 
     def sites(self) -> list[Site]:
         """Return the sites that were asked for so far."""
-        return list(dict.fromkeys(site for known in self._known.values() for site, _ in known))
+        return list(dict.fromkeys(site for known in list(self._known.values()) for site, _ in known))
 
 
 def matches(pattern: str, site: Site) -> bool:

@@ -1,7 +1,8 @@
 """The disk tier's file: it has no name, it bypasses the page cache where it can, and it says when it lies in memory.
 
 A file with a name survives `kill -9`, and a step's activations fill a disk after a few such runs. So the file is
-made without a name (O_TMPFILE), or its name is removed before the first byte. The page cache is memory too, the very
+made without a name (O_TMPFILE). Where the file system has none such, its name is removed right after it was made and
+before the first byte; a kill between those two leaves an empty file. The page cache is memory too, the very
 thing that runs short: O_DIRECT goes around it where the file system takes that. Some systems keep /tmp in memory
 (tmpfs); offloading to it frees nothing, which is warned about.
 """

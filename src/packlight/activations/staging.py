@@ -27,6 +27,9 @@ CHUNK_BYTES = 4 * 2**20
 class Staging(Protocol):
     """Room for one chunk. A part is uint8, 1-D, of at most CHUNK_BYTES."""
 
+    num_bytes: int
+    """What it takes of the host's memory."""
+
     def load(self, part: Tensor) -> memoryview:
         """Return a part's bytes; maybe with a tail of other bytes up to a whole page."""
 
@@ -42,6 +45,8 @@ class Staging(Protocol):
 
 class NoStaging:
     """The tensor's own memory."""
+
+    num_bytes = 0
 
     def load(self, part: Tensor) -> memoryview:
         """Return it."""
@@ -62,6 +67,7 @@ class HostStaging:
     def __init__(self) -> None:
         """Take the memory."""
         self._pages = Pages(CHUNK_BYTES, torch.device("cpu"))
+        self.num_bytes = self._pages.taken_bytes
 
     def load(self, part: Tensor) -> memoryview:
         """Copy the part to the pages."""
@@ -88,6 +94,7 @@ class DeviceStaging:
     def __init__(self, device: torch.device) -> None:
         """Take the memory, and a stream."""
         self._pages = Pages(CHUNK_BYTES, device)
+        self.num_bytes = self._pages.taken_bytes
         self._stream = torch.cuda.Stream(device)
 
     def load(self, part: Tensor) -> memoryview:

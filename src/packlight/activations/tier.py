@@ -9,11 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from packlight.activations.copies import Moment
+
+Place = TypeVar("Place")
 
 
 class OffloadError(RuntimeError):
@@ -35,6 +39,12 @@ class Traffic:
     stored_bytes: int
     """Bytes taken on the tier now, alignment included."""
     most_stored_bytes: int
+    """The most that this ever was."""
+    pinned_bytes: int = 0
+    """Host memory that the tier has taken for its copies now, pinned where the tensors live on a GPU."""
+    kept_bytes: int = 0
+    """Bytes of tensors that are left on the device now: the tier was full or failed, or its copies were late."""
+    most_kept_bytes: int = 0
     """The most that this ever was."""
 
 
@@ -128,6 +138,68 @@ class Witness:
                 f"expected version {self._version} instead. Hint: clone it before the operation, or use one that is "
                 "not in place"
             )
+
+
+@dataclass(eq=False)
+class Record(Generic[Place]):
+    """What a tier knows of one stored tensor; guarded by the tier's lock."""
+
+    num_bytes: int
+    numel: int
+    dtype: torch.dtype
+    witness: Witness
+    made: Moment | None
+    """When the tensor was put."""
+    source: Tensor | None
+    """The tensor itself: until it is moved, or for good where it could not be."""
+    place: Place | None = None
+    """Where its bytes lie; None for an empty tensor and for one that was kept."""
+    busy: int = 0
+    """Copies that use the place now."""
+    kept: bool = False
+    """Whether the source stays for good."""
+    freed: bool = False
+    ahead: "Arrival | None" = None
+    """What `prefetch` began."""
+    checksums: list[int] = field(default_factory=list)
+    """Of each chunk, where a tier takes them."""
+
+
+class Owner(Protocol[Place]):
+    """A tier, as the handles of its tensors see it."""
+
+    def fetch(self, record: Record[Place]) -> Tensor:
+        """See `Stored.get`."""
+
+    def fetch_ahead(self, record: Record[Place]) -> bool:
+        """See `Stored.prefetch`."""
+
+    def drop(self, record: Record[Place]) -> None:
+        """See `Stored.free`."""
+
+
+class Handle(Generic[Place]):
+    """What `put` returns: a `Stored`."""
+
+    def __init__(self, owner: Owner[Place], record: Record[Place]) -> None:
+        """Keep the tier alive as long as somebody may ask for the tensor."""
+        self._owner, self._record = owner, record
+        self.num_bytes = record.num_bytes
+
+    def get(self) -> Tensor:
+        """Return the tensor."""
+        return self._owner.fetch(self._record)
+
+    def prefetch(self) -> bool:
+        """Begin to bring it back, if the window allows."""
+        return self._owner.fetch_ahead(self._record)
+
+    def free(self) -> None:
+        """Give its bytes up."""
+        self._owner.drop(self._record)
+
+    def __del__(self) -> None:
+        self.free()
 
 
 class Stopwatch:

@@ -4,8 +4,11 @@
 // division. A tile is read twice, the second time from the first-level cache; a tensor with a single scale is read
 // twice from memory.
 //
-//   encode tile:  1 maxima   2 scales and their inverses   3 codes   (4 zeros where a group is not finite)
+//   encode tile:  1 maxima   2 scales and their inverses   3 codes
 //   decode tile:  1 values of the codes, times the scale   2 not beyond the dtype's range   3 rounded to the dtype
+//
+// Groups with elements that are not finite are marked by their scale's sign and go another way, which is compiled from
+// the same functions (MARKED), so that the others pay nothing for it.
 //
 // A tile with fewer elements, the last of a tensor, is done in a place of its own that is filled up with zeros.
 //
@@ -45,7 +48,6 @@ struct Half { uint16_t bits; };
 struct Bool { uint8_t bits; };
 
 constexpr int64_t MASK_CHUNK = 4096;            // elements, a multiple of 16: threads share no byte
-constexpr float SMALLEST_SCALE = 0x1p-112f;
 constexpr float ROUNDING = 12582912.f;          // 1.5 * 2^23: x + it has the integer nearest to x in its lowest bits
 constexpr int32_t INFINITY_BITS = 0x7f800000, NAN_BITS = 0x7fc00000;
 
@@ -53,7 +55,13 @@ constexpr int32_t INFINITY_BITS = 0x7f800000, NAN_BITS = 0x7fc00000;
 enum Kind : int { FP8 = 0, FP8_TENSOR = 1, INT8 = 2, INT4 = 3 };
 enum Type : int { FP32 = 0, BF16 = 1, FP16 = 2, BOOL = 3 };
 
-template <int KIND> constexpr float LARGEST = KIND == INT8 ? 127.f : KIND == INT4 ? 7.f : 448.f;
+template <int KIND> constexpr bool IS_E4M3 = KIND == FP8 || KIND == FP8_TENSOR;
+template <int KIND> constexpr int QUARTER_CODE = KIND == INT8 ? 127 : 7;  // of integers, and its negative
+template <int KIND, bool MARKED> constexpr float LARGEST = IS_E4M3<KIND> ? 448.f : QUARTER_CODE<KIND> - (MARKED ? 2 : 1);
+// What infinity and NaN have as codes in a marked group.
+template <int KIND> constexpr int32_t PLUS_INFINITY = IS_E4M3<KIND> ? 0x7f : QUARTER_CODE<KIND> - 1;
+template <int KIND> constexpr int32_t MINUS_INFINITY = IS_E4M3<KIND> ? 0xff : 1 - QUARTER_CODE<KIND>;
+template <int KIND> constexpr int32_t NOT_A_NUMBER = IS_E4M3<KIND> ? 0x80 : -1 - QUARTER_CODE<KIND>;
 // Elements of a group; of the format without groups as many as are done at once.
 template <int KIND> constexpr int GROUP = KIND == INT8 ? 128 : KIND == INT4 ? 32 : KIND == FP8 ? 16 : 64;
 constexpr int HALF = GROUP<INT4> / 2;  // what lies between the elements of a byte
@@ -180,16 +188,42 @@ INLINE void put(BFloat16* at, Floats x) {
 #endif
 }
 
+// With less, fp16's subnormals could not tell a code from zero.
+template <int KIND, class T> constexpr float SMALLEST_SCALE = 0x1p-112f;
+template <int KIND> constexpr float SMALLEST_SCALE<KIND, Half> = IS_E4M3<KIND> ? 0x1p-15f : 0x1p-22f;
+
 // ---- codes
 
-INLINE Words e4m3_codes(Floats ratio) {
-    const Ints most = magnitude(ratio);
+INLINE Ints negative(Floats x) { return (Ints)x >> 31; }  // -1 or 0
+
+INLINE Ints e4m3_codes(Floats x, Floats ratio) {
+    const Ints most = magnitude(ratio), bits = magnitude(x);
     const Ints normal = ((most + 0x7ffff + (most >> 20 & 1)) >> 20) - (120 << 3);
-    const Ints subnormal = (Ints)((Floats)most + 0x1p14f) - (141 << 23);  // 2^14 has a last bit of 2^-9
-    return (Words)(most < (121 << 23) ? subnormal : normal) | ((Words)ratio >> 24 & 0x80u);
+    const Ints rounded = (Ints)((Floats)most + 0x1p14f) - (141 << 23);  // 2^14 has a last bit of 2^-9
+    const Ints subnormal = larger(rounded, bits > 0 ? splat(1) : splat(0));
+    return (most < (121 << 23) ? subnormal : normal) | ((Ints)((Words)x >> 24) & 0x80);
 }
 
-INLINE Words integer_codes(Floats ratio) { return (Words)(ratio + ROUNDING); }  // in the lowest bits
+template <int KIND> INLINE Ints integer_codes(Floats x, Floats ratio) {
+    const Ints code = (Ints)(ratio + ROUNDING), quarter = negative(x) & 2 * QUARTER_CODE<KIND> ^ QUARTER_CODE<KIND>;
+    return (code == as_int(ROUNDING)) & (magnitude(x) != 0) ? quarter : code;
+}
+
+// The codes of a vector, in the lowest bits.
+template <int KIND, bool MARKED> INLINE Words codes_of(Floats x, float inverse) {
+    const Ints finite = magnitude(x) < INFINITY_BITS;
+    const Floats numbers = MARKED ? (Floats)((Ints)x & finite) : x, ratio = numbers * inverse;
+    Ints code;
+    if constexpr (IS_E4M3<KIND>) code = e4m3_codes(numbers, ratio);
+    else code = integer_codes<KIND>(numbers, ratio);
+    if constexpr (MARKED) {
+        if (IS_E4M3<KIND>) code = code == 0x80 ? splat(0) : code;  // what would be a negative zero
+        const Ints infinity = negative(x) ? splat(MINUS_INFINITY<KIND>) : splat(PLUS_INFINITY<KIND>);
+        const Ints special = magnitude(x) > INFINITY_BITS ? splat(NOT_A_NUMBER<KIND>) : infinity;
+        code = finite ? code : special;
+    }
+    return (Words)code;
+}
 
 // E4M3 is half precision with a shorter exponent: 2^8 times the value, subnormals too.
 INLINE Floats e4m3_values(Bytes codes) {
@@ -197,37 +231,60 @@ INLINE Floats e4m3_values(Bytes codes) {
     return from_halves((Shorts)wide << 7 & (uint16_t)0xbfff);
 }
 
-template <int KIND, class T> INLINE void encode_group(const T* x, uint8_t* codes, float inverse) {
+template <int KIND> INLINE Floats integer_values(Ints codes) {
+#ifdef __AVX512F__
+    if (KIND == INT4) {
+        const Floats values = {0, 1, 2, 3, 4, 5, 6, .25f, -8, -.25f, -6, -5, -4, -3, -2, -1};
+        return (Floats)_mm512_permutexvar_ps((__m512i)codes, (__m512)values);
+    }
+#endif
+    const Floats values = floats(codes);
+    const Floats quarter = (Floats)((Ints)values & INT32_MIN | as_int(.25f));
+    return magnitude(values) == as_int((float)QUARTER_CODE<KIND>) ? quarter : values;
+}
+
+template <int KIND, bool MARKED, class T> INLINE void encode_group(const T* x, uint8_t* codes, float inverse) {
     if constexpr (KIND == INT4) {
         for (int i = 0; i < HALF; i += LANES) {
-            const Words low = integer_codes(loaded(x + i) * inverse), high = integer_codes(loaded(x + HALF + i) * inverse);
+            const Words low = codes_of<KIND, MARKED>(loaded(x + i), inverse);
+            const Words high = codes_of<KIND, MARKED>(loaded(x + HALF + i), inverse);
             store(codes + i, lowest_bytes((low & 15u) | high << 4));
         }
         return;
     }
-    for (int i = 0; i < GROUP<KIND>; i += LANES) {
-        const Floats ratio = loaded(x + i) * inverse;
-        store(codes + i, lowest_bytes(KIND == INT8 ? integer_codes(ratio) : e4m3_codes(ratio)));
+    for (int i = 0; i < GROUP<KIND>; i += LANES) store(codes + i, lowest_bytes(codes_of<KIND, MARKED>(loaded(x + i), inverse)));
+}
+
+// Put results; `codes` tell which of a marked group are infinite or NaN.
+template <int KIND, bool MARKED, class T> INLINE void put_within(T* at, Floats x, Ints codes) {
+    x = larger(splat(-MOST<T>), smaller(splat(MOST<T>), x));
+    if constexpr (MARKED) {
+        x = codes == PLUS_INFINITY<KIND> ? (Floats)splat(INFINITY_BITS) : x;
+        x = codes == MINUS_INFINITY<KIND> ? -(Floats)splat(INFINITY_BITS) : x;
+        x = codes == NOT_A_NUMBER<KIND> ? (Floats)splat(NAN_BITS) : x;
     }
+    put(at, x);
 }
 
-template <class T> INLINE void put_within(T* at, Floats x) {
-    put(at, larger(splat(-MOST<T>), smaller(splat(MOST<T>), x)));
+template <int KIND, bool MARKED, class T> INLINE void put_integers(T* at, Ints codes, float scale) {
+    put_within<KIND, MARKED>(at, integer_values<KIND>(codes) * scale, codes);
 }
 
-template <int KIND, class T> INLINE void decode_group(const uint8_t* codes, float scale, T* y) {
+// The scale is above zero here.
+template <int KIND, bool MARKED, class T> INLINE void decode_group(const uint8_t* codes, float scale, T* y) {
     if constexpr (KIND == INT4) {
         for (int i = 0; i < HALF; i += LANES) {
             const Words bytes = widened(load<Bytes>(codes + i));
-            put_within(y + i, floats((Ints)(bytes << 28) >> 28) * scale);
-            put_within(y + HALF + i, floats((Ints)(bytes << 24) >> 28) * scale);
+            put_integers<KIND, MARKED>(y + i, (Ints)(bytes << 28) >> 28, scale);
+            put_integers<KIND, MARKED>(y + HALF + i, (Ints)(bytes << 24) >> 28, scale);
         }
         return;
     }
     for (int i = 0; i < GROUP<KIND>; i += LANES) {
         const Bytes bytes = load<Bytes>(codes + i);
-        if (KIND == INT8) put_within(y + i, floats((Ints)(widened(bytes) << 24) >> 24) * scale);
-        else put_within(y + i, e4m3_values(bytes) * (scale * 256.f));  // no scale is so large that this overflows
+        const Ints wide = (Ints)widened(bytes);
+        if constexpr (KIND == INT8) put_integers<KIND, MARKED>(y + i, (Ints)((Words)wide << 24) >> 24, scale);
+        else put_within<KIND, MARKED>(y + i, e4m3_values(bytes) * (scale * 256.f), wide);  // no scale lets this overflow
     }
 }
 
@@ -238,32 +295,66 @@ template <int KIND> constexpr int64_t NUM_CODE_BYTES(int64_t n) {
     return n / GROUP<KIND> * HALF + std::min<int64_t>(n % GROUP<KIND>, HALF);
 }
 
-template <int KIND, class T> INLINE Ints maxima(const T* x) {
+// The bits of a magnitude; with MARKED, of one that is not finite zero.
+template <bool MARKED> INLINE Ints counted(Floats x) {
+    const Ints most = magnitude(x);
+    return MARKED ? most & (most < INFINITY_BITS) : most;
+}
+
+template <int KIND, bool MARKED, class T> INLINE Ints maxima(const T* x) {
     Ints most[LANES];
     for (int g = 0; g < LANES; g++) {
-        most[g] = magnitude(loaded(x + g * GROUP<KIND>));
-        for (int i = LANES; i < GROUP<KIND>; i += LANES) most[g] = larger(most[g], magnitude(loaded(x + g * GROUP<KIND> + i)));
+        most[g] = counted<MARKED>(loaded(x + g * GROUP<KIND>));
+        for (int i = LANES; i < GROUP<KIND>; i += LANES)
+            most[g] = larger(most[g], counted<MARKED>(loaded(x + g * GROUP<KIND> + i)));
     }
     return largest_of_each(most);
 }
 
+// A scale as bits, rounded up to bf16.
+template <int KIND, bool MARKED, class T> INLINE Ints scales_of(Ints most) {
+    const Ints quotient = (Ints)((Floats)most / LARGEST<KIND, MARKED>);
+    return larger((quotient + 0xffff) & ~0xffff, splat(as_int(SMALLEST_SCALE<KIND, T>)));
+}
+
+// A tile in which some groups are to be marked.
+template <int KIND, class T>
+__attribute__((noinline)) void encode_marked_tile(const T* x, Ints most, uint8_t* codes, uint16_t* scales) {
+    constexpr int GROUP_BYTES = GROUP<KIND> / CODES_A_BYTE<KIND>;
+    const Ints marked = most >= INFINITY_BITS, finite = maxima<KIND, true>(x);
+    const Ints scale = marked ? scales_of<KIND, true, T>(finite) : scales_of<KIND, false, T>(finite);
+    store(scales, low_halves((Words)(scale | (marked & INT32_MIN)) >> 16));
+    const Floats inverse = 1.f / (Floats)scale;
+    for (int g = 0; g < LANES; g++) {
+        if (marked[g]) encode_group<KIND, true>(x + g * GROUP<KIND>, codes + g * GROUP_BYTES, inverse[g]);
+        else encode_group<KIND, false>(x + g * GROUP<KIND>, codes + g * GROUP_BYTES, inverse[g]);
+    }
+}
+
 template <int KIND, class T> INLINE void encode_tile(const T* x, uint8_t* codes, uint16_t* scales) {
     constexpr int GROUP_BYTES = GROUP<KIND> / CODES_A_BYTE<KIND>;
-    const Ints most = maxima<KIND>(x), infinite = most >= INFINITY_BITS;
-    const Ints quotient = (Ints)((Floats)most / LARGEST<KIND>);
-    const Ints scale = larger((quotient + 0xffff) & ~0xffff, splat(as_int(SMALLEST_SCALE)));
-    store(scales, low_halves((Words)(infinite ? splat(NAN_BITS) : scale) >> 16));
+    const Ints most = maxima<KIND, false>(x);
+    if (any(most >= INFINITY_BITS)) return encode_marked_tile<KIND>(x, most, codes, scales);
+    const Ints scale = scales_of<KIND, false, T>(most);
+    store(scales, low_halves((Words)scale >> 16));
     const Floats inverse = 1.f / (Floats)scale;
-    for (int g = 0; g < LANES; g++) encode_group<KIND>(x + g * GROUP<KIND>, codes + g * GROUP_BYTES, inverse[g]);
-    if (any(infinite))
-        for (int g = 0; g < LANES; g++)
-            if (infinite[g]) memset(codes + g * GROUP_BYTES, 0, GROUP_BYTES);
+    for (int g = 0; g < LANES; g++) encode_group<KIND, false>(x + g * GROUP<KIND>, codes + g * GROUP_BYTES, inverse[g]);
+}
+
+template <int KIND, class T>
+__attribute__((noinline)) void decode_marked_tile(const uint8_t* codes, Floats scale, T* y) {
+    constexpr int GROUP_BYTES = GROUP<KIND> / CODES_A_BYTE<KIND>;
+    for (int g = 0; g < LANES; g++) {
+        if (scale[g] < 0) decode_group<KIND, true>(codes + g * GROUP_BYTES, -scale[g], y + g * GROUP<KIND>);
+        else decode_group<KIND, false>(codes + g * GROUP_BYTES, scale[g], y + g * GROUP<KIND>);
+    }
 }
 
 template <int KIND, class T> INLINE void decode_tile(const uint8_t* codes, const uint16_t* scales, T* y) {
     constexpr int GROUP_BYTES = GROUP<KIND> / CODES_A_BYTE<KIND>;
     const Floats scale = (Floats)(widened(load<Shorts>(scales)) << 16);
-    for (int g = 0; g < LANES; g++) decode_group<KIND>(codes + g * GROUP_BYTES, scale[g], y + g * GROUP<KIND>);
+    if (any(scale < 0)) return decode_marked_tile<KIND>(codes, scale, y);
+    for (int g = 0; g < LANES; g++) decode_group<KIND, false>(codes + g * GROUP_BYTES, scale[g], y + g * GROUP<KIND>);
 }
 
 template <int KIND, class T> void encode_groups(const T* x, int64_t n, uint8_t* codes, uint16_t* scales, int threads) {
@@ -298,49 +389,56 @@ template <int KIND, class T> void decode_groups(const uint8_t* codes, const uint
 
 // ---- one scale for all
 
-template <class T> int32_t largest_magnitude(const T* x, int64_t n, int threads) {
+template <bool MARKED, class T> int32_t largest_magnitude(const T* x, int64_t n, int threads) {
     constexpr int SIZE = TILE<FP8_TENSOR>;
     const int64_t tiles = n / SIZE;
     int32_t most = 0;
     #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(max : most)
-    for (int64_t t = 0; t < tiles; t++) most = std::max(most, largest(maxima<FP8_TENSOR>(x + t * SIZE)));
+    for (int64_t t = 0; t < tiles; t++) most = std::max(most, largest(maxima<FP8_TENSOR, MARKED>(x + t * SIZE)));
     T last[SIZE] = {};
     if (n > tiles * SIZE) memcpy(last, x + tiles * SIZE, (n - tiles * SIZE) * sizeof(T));
-    return std::max(most, largest(maxima<FP8_TENSOR>(last)));
+    return std::max(most, largest(maxima<FP8_TENSOR, MARKED>(last)));
+}
+
+template <bool MARKED, class T> float encode_whole(const T* x, int64_t n, int32_t most, uint8_t* codes, int threads) {
+    constexpr int SIZE = GROUP<FP8_TENSOR>;
+    const float scale = std::max(as_float(most) / LARGEST<FP8_TENSOR, MARKED>, SMALLEST_SCALE<FP8_TENSOR, T>);
+    const float inverse = 1.f / scale;
+    #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t g = 0; g < n / SIZE; g++) encode_group<FP8_TENSOR, MARKED>(x + g * SIZE, codes + g * SIZE, inverse);
+    const int64_t rest = n % SIZE;
+    if (rest) {
+        T last[SIZE] = {};
+        uint8_t last_codes[SIZE];
+        memcpy(last, x + n - rest, rest * sizeof(T));
+        encode_group<FP8_TENSOR, MARKED>(last, last_codes, inverse);
+        memcpy(codes + n - rest, last_codes, rest);
+    }
+    return MARKED ? -scale : scale;
 }
 
 template <class T> void encode_whole(const T* x, int64_t n, uint8_t* codes, float* scale, int threads) {
-    constexpr int SIZE = GROUP<FP8_TENSOR>;
-    const int32_t most = largest_magnitude(x, n, threads);
-    if (most >= INFINITY_BITS) {
-        *scale = as_float(NAN_BITS);
-        if (n) memset(codes, 0, n);
-        return;
-    }
-    *scale = std::max(as_float(most) / LARGEST<FP8_TENSOR>, SMALLEST_SCALE);
-    const float inverse = 1.f / *scale;
-    #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t g = 0; g < n / SIZE; g++) encode_group<FP8_TENSOR>(x + g * SIZE, codes + g * SIZE, inverse);
-    const int64_t rest = n % SIZE;
-    if (!rest) return;
-    T last[SIZE] = {};
-    uint8_t last_codes[SIZE];
-    memcpy(last, x + n - rest, rest * sizeof(T));
-    encode_group<FP8_TENSOR>(last, last_codes, inverse);
-    memcpy(codes + n - rest, last_codes, rest);
+    const int32_t most = largest_magnitude<false>(x, n, threads);
+    if (most < INFINITY_BITS) *scale = encode_whole<false>(x, n, most, codes, threads);
+    else *scale = encode_whole<true>(x, n, largest_magnitude<true>(x, n, threads), codes, threads);
 }
 
-template <class T> void decode_whole(const uint8_t* codes, const float* scale, int64_t n, T* y, int threads) {
+template <bool MARKED, class T> void decode_whole(const uint8_t* codes, float scale, int64_t n, T* y, int threads) {
     constexpr int SIZE = GROUP<FP8_TENSOR>;
     #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t g = 0; g < n / SIZE; g++) decode_group<FP8_TENSOR>(codes + g * SIZE, *scale, y + g * SIZE);
+    for (int64_t g = 0; g < n / SIZE; g++) decode_group<FP8_TENSOR, MARKED>(codes + g * SIZE, scale, y + g * SIZE);
     const int64_t rest = n % SIZE;
     if (!rest) return;
     T last[SIZE];
     uint8_t last_codes[SIZE] = {};
     memcpy(last_codes, codes + n - rest, rest);
-    decode_group<FP8_TENSOR>(last_codes, *scale, last);
+    decode_group<FP8_TENSOR, MARKED>(last_codes, scale, last);
     memcpy(y + n - rest, last, rest * sizeof(T));
+}
+
+template <class T> void decode_whole(const uint8_t* codes, const float* scale, int64_t n, T* y, int threads) {
+    if (*scale < 0) decode_whole<true>(codes, -*scale, n, y, threads);
+    else decode_whole<false>(codes, *scale, n, y, threads);
 }
 
 // ---- masks

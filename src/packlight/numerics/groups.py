@@ -4,20 +4,31 @@ An activation is written once, read once and thrown away, so its codes need no h
 matters is that a group of neighbours has a scale of its own: activations have outliers, and one scale for all would
 push most of them below the smallest code. Tensors here are flat, and groups are of consecutive elements.
 
-    name         codes              elements a scale   scale   bytes an element
-    fp8          E4M3               16                 bf16    1 + 1/8     COAT's input of non-linear layers
-    fp8_tensor   E4M3               all                fp32    1           COAT's input of linear layers
-    int8         -127 to 127        128                bf16    1 + 1/64
-    int4         -7 to 7, two/byte  32                 bf16    1/2 + 1/16
-    mask         one bit            none               none    1/8         exact: booleans, signs of ReLU's results
+    name         codes                    elements a scale   scale   bytes an element
+    fp8          E4M3                     16                 bf16    1 + 1/8     COAT's input of non-linear layers
+    fp8_tensor   E4M3                     all                fp32    1           COAT's input of linear layers
+    int8         -126 to 126, +-1/4       128                bf16    1 + 1/64
+    int4         -6 to 6, +-1/4, 2/byte   32                 bf16    1/2 + 1/16
+    mask         one bit                  none               none    1/8         exact: booleans, ReLU's signs
 
-    scale  = max |x| / MAX, rounded up (to bf16, so that no ratio exceeds MAX), at least 2^-112
-    code   = nearest code (of two the even one) of x * (1 / scale)
+    scale  = max |x| / MAX over finite x, rounded up (to bf16, so that no ratio exceeds MAX), at least a least scale
+    code   = nearest code (of two the even one) of x * (1 / scale); if that is 0 and x is not, the smallest of x's sign
     result = value(code) * scale, not beyond the dtype's largest number, rounded to the dtype
 
+Backward divides by what it saved, so what is not zero does not become zero. The smallest code is 2^-9 of E4M3; of an
+integer, the code one beyond MAX stands for a quarter, which is nearer to what it is used for than 0 or 1 are.
+
+A sign of the scale says that some of its elements are not finite: a mask's -inf among scores is no accident. Each comes
+back as it was, from a code of its own, and the others lose nothing but one step of an integer's range:
+
+                     largest finite   infinities   NaN    a quarter
+    E4M3             448              7F, FF       80     (none; -0 comes back as 0)
+    int8             125              126, -126    -128   127, -127
+    int4             5                6, -6        -8     7, -7
+
 Each operation is in fp32 and rounded once. With the least scale of 2^-112, no result depends on a subnormal number
-(an fp32 one has the code 0), so that flushing them changes nothing. A group with a NaN or an infinity has a NaN as its
-scale and 0 as its codes: all of it comes back as NaN, so that it shows.
+(an fp32 one has the smallest code), so that flushing them changes nothing. fp16 numbers have a larger least scale, with
+which the smallest code is their smallest number.
 
 int4 has two codes a byte as in `codes`: the low nibble of a group's byte i is element i, the high one i + 16; a last
 group of fewer than 16 elements takes a byte each.
@@ -26,6 +37,7 @@ Source: Xi et al., "COAT: Compressing Optimizer states and Activation for Memory
 (arXiv 2410.19313), section 5: mixed-granularity activation quantisation.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -38,7 +50,15 @@ Coding = Literal["e4m3", "int8", "int4"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MASK_DTYPES = (torch.bool, *DTYPES)
 SMALLEST_SCALE = 2.0**-112
-LARGEST: dict[Coding, float] = {"e4m3": 448.0, "int8": 127.0, "int4": 7.0}
+LARGEST: dict[Coding, float] = {"e4m3": 448.0, "int8": 126.0, "int4": 6.0}
+#: What an integer's code beyond the largest stands for, in units of the scale.
+QUARTER = 0.25
+#: Codes in groups whose scale is below zero, and what they stand for.
+SPECIAL: dict[Coding, dict[int, float]] = {
+    "e4m3": {0x7F: math.inf, 0xFF: -math.inf, 0x80: math.nan},
+    "int8": {126: math.inf, -126: -math.inf, -128: math.nan},
+    "int4": {6: math.inf, -6: -math.inf, -8: math.nan},
+}
 
 
 class WorstError(NamedTuple):
@@ -71,6 +91,18 @@ class GroupFormat:
     def largest(self) -> float:
         """Return the largest value of a code, in units of the scale."""
         return LARGEST[self.coding]
+
+    @property
+    def largest_of_marked(self) -> float:
+        """Return the largest value of a finite code where another code of the group is infinite or NaN."""
+        return self.largest if self.coding == "e4m3" else self.largest - 1
+
+    def smallest_scale(self, dtype: torch.dtype) -> float:
+        """Return the least scale for numbers of a dtype: with less, fp16's subnormals could not tell a code from 0."""
+        if dtype != torch.float16:
+            return SMALLEST_SCALE
+        smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        return smallest * 2.0**9 if self.coding == "e4m3" else smallest / QUARTER
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -113,7 +145,9 @@ def worst_error(fmt: GroupFormat) -> WorstError:
     """Return how far the codes of a format may be off.
 
     E4M3 has 3 bits behind its leading one: half of its last is at most 2^-4 of the value, and below 2^-6, where its
-    steps are 2^-9, it is 2^-10. An integer is off by a half. The scale is at most (1 + 2^-7) max |x| / MAX, or 2^-112.
+    steps are 2^-9, half of one; what would become 0 becomes a step, and is a step off at most. An integer is off by a
+    half; what would become 0 is between 0 and a half and becomes a quarter. The scale is at most
+    (1 + 2^-7) max |x| / MAX, where MAX is one less in a group that is not all finite, or the least scale.
 
     Two roundings of the ratio add at most 2^-22 |x|, and the result has the rounding of its own dtype.
 
@@ -123,7 +157,7 @@ def worst_error(fmt: GroupFormat) -> WorstError:
     Returns:
         The bound, relative and in units of the scale.
     """
-    return WorstError(2.0**-4, 2.0**-10) if fmt.coding == "e4m3" else WorstError(0.0, 0.5)
+    return WorstError(2.0**-4, 2.0**-9) if fmt.coding == "e4m3" else WorstError(0.0, 0.5)
 
 
 def encode(flat: Tensor, fmt: GroupFormat) -> tuple[Tensor, Tensor]:
@@ -135,16 +169,26 @@ def encode(flat: Tensor, fmt: GroupFormat) -> tuple[Tensor, Tensor]:
 
     Returns:
         Codes, uint8, (fmt.num_code_bytes(n),): the bits of float8_e4m3fn numbers or of int8 ones, or two nibbles.
-        Scales, fmt.scale_dtype, (fmt.num_scales(n),).
+        Scales, fmt.scale_dtype, (fmt.num_scales(n),): below zero where an element of the group is not finite.
     """
     groups = _in_groups(flat.float(), fmt)
-    largest = groups.abs().amax(1)
-    scale = _rounded_up(largest / torch.full_like(largest, fmt.largest), fmt.scale_dtype).clamp_(min=SMALLEST_SCALE)
-    finite = largest.isfinite()
+    magnitude = groups.view(torch.int32) & 0x7FFFFFFF  # as bits, where a subnormal that is flushed is no zero
+    is_finite = magnitude < 0x7F800000
+    is_marked = ~is_finite.all(1)
+    finite = torch.where(is_finite, groups, 0.0)
+    largest = finite.abs().amax(1)
+    top = torch.full_like(largest, fmt.largest).masked_fill_(is_marked, fmt.largest_of_marked)
+    scale = _rounded_up(largest / top, fmt.scale_dtype).clamp_(min=fmt.smallest_scale(flat.dtype))
     # No clamp: a ratio exceeds MAX by its own rounding at most, and the nearest code takes that away.
-    ratios = torch.where(finite[:, None], groups * scale.reciprocal()[:, None], 0.0)
-    codes = _codes(ratios, fmt.coding)[: fmt.num_code_bytes(flat.numel())]
-    return codes, torch.where(finite, scale, torch.nan).to(fmt.scale_dtype)
+    codes = _codes(finite * scale.reciprocal()[:, None], fmt.coding)
+    smallest = torch.where(groups.signbit(), *_smallest_codes(fmt.coding)).int()
+    codes = torch.where(_is_zero(codes, fmt.coding) & (magnitude > 0), smallest, codes)
+    if fmt.coding == "e4m3":
+        codes.masked_fill_(is_marked[:, None] & (codes == 0x80), 0)
+    for code, value in SPECIAL[fmt.coding].items():
+        codes.masked_fill_(groups.isnan() if math.isnan(value) else groups == value, code)
+    packed = _packed(codes, fmt.coding)[: fmt.num_code_bytes(flat.numel())]
+    return packed, torch.where(is_marked, -scale, scale).to(fmt.scale_dtype)
 
 
 def decode(codes: Tensor, scales: Tensor, fmt: GroupFormat, numel: int, dtype: torch.dtype) -> Tensor:
@@ -160,9 +204,12 @@ def decode(codes: Tensor, scales: Tensor, fmt: GroupFormat, numel: int, dtype: t
     Returns:
         dtype, (numel,): a new tensor.
     """
-    values = _in_groups(_values(codes, fmt, numel), fmt) * scales.float()[:, None]
-    most = torch.finfo(dtype).max
-    return values.view(-1)[:numel].clamp(-most, most).to(dtype)
+    numbers = _in_groups(_unpacked(codes, fmt, numel), fmt)
+    most, scale = torch.finfo(dtype).max, scales.float()[:, None]
+    decoded = (_values(numbers, fmt.coding) * scale.abs()).clamp(-most, most).to(dtype)
+    for code, value in SPECIAL[fmt.coding].items():
+        decoded.masked_fill_((scale < 0) & (numbers == code), value)
+    return decoded.view(-1)[:numel]
 
 
 def encode_mask(flat: Tensor) -> Tensor:
@@ -213,25 +260,48 @@ def _rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _codes(ratios: Tensor, coding: Coding) -> Tensor:
+    """Return the nearest codes, int32: bits of E4M3 numbers, or integers."""
     if coding == "e4m3":
-        return ratios.to(torch.float8_e4m3fn).view(torch.uint8).view(-1)
-    codes = torch.round(ratios).to(torch.int8).view(torch.uint8)
-    if coding == "int8":
-        return codes.view(-1)
-    low, high = (codes & 15).chunk(2, 1)
+        return ratios.to(torch.float8_e4m3fn).view(torch.uint8).int()
+    return torch.round(ratios).int()
+
+
+def _is_zero(codes: Tensor, coding: Coding) -> Tensor:
+    return codes & 0x7F == 0 if coding == "e4m3" else codes == 0
+
+
+def _smallest_codes(coding: Coding) -> tuple[int, int]:
+    """Return the codes that are nearest to zero: below it, and above it."""
+    beyond = int(LARGEST[coding]) + 1
+    return (0x81, 0x01) if coding == "e4m3" else (-beyond, beyond)
+
+
+def _values(numbers: Tensor, coding: Coding) -> Tensor:
+    """Return what codes stand for in units of their scales, fp32; of special codes anything."""
+    if coding == "e4m3":
+        return numbers.to(torch.uint8).view(torch.float8_e4m3fn).float()
+    below, above = _smallest_codes(coding)
+    return numbers.float().masked_fill_(numbers == below, -QUARTER).masked_fill_(numbers == above, QUARTER)
+
+
+def _packed(numbers: Tensor, coding: Coding) -> Tensor:
+    """Return rows of codes as bytes, 1-D."""
+    if coding != "int4":
+        return numbers.to(torch.uint8).view(-1)
+    low, high = (numbers & 15).to(torch.uint8).chunk(2, 1)
     return (low | (high << 4)).view(-1)
 
 
-def _values(codes: Tensor, fmt: GroupFormat, numel: int) -> Tensor:
-    """Return what codes stand for in units of their scales: fp32, (numel,)."""
+def _unpacked(codes: Tensor, fmt: GroupFormat, numel: int) -> Tensor:
+    """Return the codes in bytes: int32, (numel,)."""
     if fmt.coding == "e4m3":
-        return codes.view(torch.float8_e4m3fn).float()
+        return codes.int()
     if fmt.coding == "int8":
-        return codes.view(torch.int8).float()
+        return codes.view(torch.int8).int()
     half = fmt.group_elements // 2
     rows = pad(codes, (0, -codes.numel() % half)).view(-1, half)
     nibbles = torch.cat((rows & 15, rows >> 4), 1).view(-1)[:numel]
-    return (nibbles ^ 8).float() - 8.0
+    return (nibbles ^ 8).int() - 8
 
 
 def _bit_numbers(device: torch.device) -> Tensor:

@@ -131,11 +131,18 @@ def carry_out(plan: Plan, model: nn.Module) -> Carried:
         A handle whose `remove()` undoes it.
 
     Raises:
-        ValueError: the plan names blocks that the model does not have.
+        ValueError: the plan names blocks or sites that the model does not have.
     """
     sites = plan.site_choices()
     if not sites:  # nothing needs the engine's hooks
         return recompute(model, sorted(plan.recomputed()))
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    missing = [site for site in sites if site.rpartition(":")[0].partition("@")[0] not in modules]
+    if missing:
+        raise ValueError(
+            f"the plan has a choice for what {missing[0]!r} saves, and the model has no such module; "
+            "was it made for another model?"
+        )
     return Engine(model, dict.fromkeys(plan.recomputed(), "recompute") | sites)
 
 

@@ -39,12 +39,16 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class _Replay:
+class Replay:
     """A region's second run: its peak above what lives then, and what it saves again (storage -> release)."""
 
     region: Region
     peak_bytes: int
     saved: dict[int, int]
+
+
+NUM_PEAKS = 8
+"""So many peaks are looked at beside the highest."""
 
 
 class StepCost:
@@ -70,6 +74,7 @@ class StepCost:
         self.blocks = list(dict.fromkeys(replay.region.block for replay in self._replays))
         self.groups = {group.name: group for group in find_groups(profile)}
         self._spans: list[Span] = []
+        self._lasting: torch.Tensor | None = None
 
     def price(
         self,
@@ -90,14 +95,7 @@ class StepCost:
         """
         chosen = frozenset(recomputed)
         replays = [replay for replay in self._replays if replay.region.block in chosen]
-        ends = self._ends(chosen)
-        self._spans = []
-        if treated:
-            ends = self._find_ends(chosen, treated)
-            gone = {at for at, save in enumerate(self.profile.saves) if self._block_of(save) in chosen}
-            for name, treatment in treated.items():
-                self._spans += spans(self.profile, self.groups[name], treatment, gone)
-        live = self._live_bytes(ends, replays)
+        ends, live = self._line(chosen, replays, treated or {})
         at, replayed = int(live.argmax()), None
         peak_bytes = int(live[at])
         for replay in replays:
@@ -105,8 +103,22 @@ class StepCost:
             if int(live[before]) + replay.peak_bytes > peak_bytes:
                 at, peak_bytes, replayed = before, int(live[before]) + replay.peak_bytes, replay
         seconds = self.profile.seconds * self.profile.num_microbatches + sum(map(self.recompute_seconds, chosen))
+        seconds += sum(self.treatment_seconds(name, treatment) for name, treatment in (treated or {}).items())
         cost = Cost(peak_bytes, self._moment(at), self._by_category(at, ends, replays, replayed), seconds, at)
         return cost if optimizer is None else self._with_optimizer(cost, ends, optimizer)
+
+    def _line(
+        self, chosen: frozenset[str], replays: list["Replay"], treated: Mapping[str, Treatment]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where each storage of the first run ends, and the live bytes after each event."""
+        ends = self._ends(chosen)
+        self._spans = []
+        if treated:
+            ends = self._find_ends(chosen, treated)
+            gone = {at for at, save in enumerate(self.profile.saves) if self._block_of(save) in chosen}
+            for name, treatment in treated.items():
+                self._spans += spans(self.profile, self.groups[name], treatment, gone)
+        return ends, self._live_bytes(ends, replays)
 
     def treatable(self, recomputed: Collection[str]) -> list[Group]:
         """Return the groups that have nothing to do with recomputed blocks: no save inside, and no input of one."""
@@ -115,6 +127,65 @@ class StepCost:
         inside = {at for at, save in enumerate(self.profile.saves) if self._block_of(save) in recomputed}
         groups = (group for group in self.groups.values() if group.storage not in inputs)
         return [group for group in groups if inside.isdisjoint(group.saves)]
+
+    # What `program.py` writes rows from
+
+    def blocks_of(self, group: Group) -> set[str]:
+        """Return the blocks that save a group's storage, or take it as an input."""
+        saving = (self._block_of(self.profile.saves[index]) for index in group.saves)
+        taking = (region.block for region in self.profile.regions if group.storage in region.inputs)
+        return {block for block in (*saving, *taking) if block is not None}
+
+    def block_of(self, save: Save) -> str | None:
+        """Return the block that a save is made in; None outside of blocks."""
+        return self._block_of(save)
+
+    def replays(self) -> list["Replay"]:
+        """Return the second runs that recomputation would take."""
+        return self._replays
+
+    def constant_bytes(self, event: int) -> int:
+        """Return what lives at an event whatever is chosen for saves: nothing that lives only because of them."""
+        alive = (self._born <= event) & (self._died > event)
+        carried = self._carried(self._ends(frozenset())) if event < self.profile.forward_end else 0
+        carried += self.profile.carried_bytes if event < self.profile.backward_start else 0
+        return self.resident_bytes + carried + int(self._sizes[alive].sum())
+
+    def alive_by_choice(self, event: int) -> list[int]:
+        """Return the storages that may live at an event because of a save, or as the input of a recomputed block."""
+        lasting = self._last_reasons()
+        found = (self._born <= event) & (self._died <= event) & (lasting > event)
+        return [int(index) for index in found.nonzero().flatten()]
+
+    def replay_bytes(self, replay: "Replay", event: int) -> int:
+        """Return what lives at an event because of a second run."""
+        region = replay.region
+        num_bytes = region.copied_bytes if region.start <= event < region.released else 0
+        num_bytes += replay.peak_bytes if event == max(0, region.unpacked - 1) else 0
+        again = self._saved_again(replay) if event >= region.unpacked else []
+        return num_bytes + sum(size for size, used in again if used > event)
+
+    def peaks(self, recomputed: Collection[str], treated: Mapping[str, Treatment], *, above_bytes: int) -> list[int]:
+        """Return the events of the highest peaks above a number of bytes, the highest first."""
+        chosen = frozenset(recomputed)
+        replays = [replay for replay in self._replays if replay.region.block in chosen]
+        live = self._line(chosen, replays, treated)[1].clone()
+        for replay in replays:
+            before = max(0, replay.region.unpacked - 1)
+            live[before] = live[before] + replay.peak_bytes
+        rises = torch.cat([live.new_tensor([True]).bool(), live[1:] > live[:-1]])
+        falls = torch.cat([live[:-1] >= live[1:], live.new_tensor([True]).bool()])
+        (events,) = torch.where(rises & falls & (live > above_bytes))
+        order = live[events].argsort(descending=True, stable=True)[:NUM_PEAKS]
+        return [int(event) for event in events[order]]
+
+    def _last_reasons(self) -> torch.Tensor:
+        if self._lasting is None:
+            self._lasting = self._ends(frozenset()).clone()
+            for replay in self._replays:
+                inputs = torch.tensor(replay.region.inputs, dtype=torch.int64)
+                self._lasting[inputs] = self._lasting[inputs].clamp(min=replay.region.released)
+        return self._lasting
 
     def held_bytes(self, block: str, *, at: int | None = None) -> int:
         """Return what lives only because a block's saves keep it: at an event, or in all."""
@@ -129,7 +200,16 @@ class StepCost:
         seconds = sum(replay.region.forward_seconds for replay in self._replays if replay.region.block == block)
         return seconds * self.profile.num_microbatches
 
-    def _replay(self, region: Region, saves: list[Save]) -> _Replay:
+    def treatment_seconds(self, name: str, treatment: Treatment) -> float:
+        """Return what encoding and decoding a group adds to a step."""
+        num_elements = self.profile.saves[self.groups[name].saves[0]].num_elements
+        return num_elements * self.profile.codec_seconds.get(treatment.codec, 0.0) * self.profile.num_microbatches
+
+    def group_bytes(self, name: str) -> int:
+        """Return what a group holds for backward if it is kept."""
+        return self.profile.storages[self.groups[name].storage].num_bytes
+
+    def _replay(self, region: Region, saves: list[Save]) -> Replay:
         """Run through a region's events up to its last save; early stop ends the second run there."""
         storages = self.profile.storages
         inside = [at for at, storage in enumerate(storages) if region.start <= storage.born < region.last_packed]
@@ -144,7 +224,7 @@ class StepCost:
             if when < region.last_packed:
                 live += num_bytes
                 peak = max(peak, live)
-        return _Replay(region, peak + region.copied_bytes, saved)
+        return Replay(region, peak + region.copied_bytes, saved)
 
     def _ends(self, chosen: frozenset[str]) -> torch.Tensor:
         """Return the event at which each storage of the first run ends, int64 of shape (num_storages,)."""
@@ -176,7 +256,7 @@ class StepCost:
         side[torch.tensor(region.outputs, dtype=torch.int64)] = False
         return torch.where(side, region.end, ends)
 
-    def _live_bytes(self, ends: torch.Tensor, replays: list[_Replay]) -> torch.Tensor:
+    def _live_bytes(self, ends: torch.Tensor, replays: list[Replay]) -> torch.Tensor:
         """Return the live bytes after each event, int64 of shape (num_events + 1,)."""
         num_events = self.profile.num_events
         change = torch.zeros(num_events + 1, dtype=torch.int64)
@@ -199,7 +279,7 @@ class StepCost:
                 change[used] -= num_bytes
         return change.cumsum(0)[:-1] if num_events else change.cumsum(0)
 
-    def _saved_again(self, replay: _Replay) -> list[tuple[int, int]]:
+    def _saved_again(self, replay: Replay) -> list[tuple[int, int]]:
         """Return the bytes of what a second run saves, each with the event at which backward lets go of it."""
         made = [(self.profile.storages[index].num_bytes, used) for index, used in replay.saved.items()]
         return [*made, *replay.region.saved_copies]
@@ -220,7 +300,7 @@ class StepCost:
         )
 
     def _by_category(
-        self, at: int, ends: torch.Tensor, replays: list[_Replay], replayed: _Replay | None
+        self, at: int, ends: torch.Tensor, replays: list[Replay], replayed: Replay | None
     ) -> dict[str, int]:
         """Divide the live bytes at an event; an activation is a storage that outlives the pass that made it."""
         divided = dict.fromkeys(CATEGORIES, 0) | dict(self.profile.resident_bytes)

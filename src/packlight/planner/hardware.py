@@ -8,7 +8,7 @@ plans, and the first real step then scales them.
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from packlight.activations.compress import CODECS, Encoded
 from packlight.optim.state import group_settings, init_state
 from packlight.optim.stepping import update
 
@@ -29,12 +30,14 @@ class Rates:
         bytes_per_second: bytes read and written by a large copy.
         launch_seconds: least time of an operator.
         update_seconds_per_element: the low-bit optimiser step, for one parameter element.
+        codec_seconds: to encode and decode one element of a saved tensor, by codec.
     """
 
     flops_per_second: float
     bytes_per_second: float
     launch_seconds: float
     update_seconds_per_element: float
+    codec_seconds: Mapping[str, float]
 
 
 @functools.cache
@@ -50,7 +53,20 @@ def measure(device_type: str) -> Rates:
         scalar = torch.ones(1, dtype=torch.float32, device=device)
         launch_seconds = _best_seconds(lambda: scalar + 1, device)
         update_seconds = _update_seconds(device)
-    return Rates(2 * 1024**3 / flops_seconds, 2 * block.nbytes / copy_seconds, launch_seconds, update_seconds)
+        codec_seconds = {codec: _codec_seconds(codec, block[: 2**20]) for codec in CODECS}
+    return Rates(
+        2 * 1024**3 / flops_seconds, 2 * block.nbytes / copy_seconds, launch_seconds, update_seconds, codec_seconds
+    )
+
+
+def _codec_seconds(codec: str, values: torch.Tensor) -> float:
+    """Measure an encoding and its decoding, in seconds for one element."""
+
+    def run() -> None:
+        encoded = Encoded(values, codec)
+        encoded.get()
+
+    return _best_seconds(run, values.device, repeats=3) / values.numel()
 
 
 def _update_seconds(device: torch.device) -> float:

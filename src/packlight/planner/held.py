@@ -9,6 +9,7 @@ its first save to the release of its last; and the storage itself is there again
 Backward takes views of a group out one by one; those that overlap share one storage.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,14 @@ def find_groups(profile: Profile) -> list[Group]:
             kind = saves[min(signs, len(saves) - 1)].encoding  # of the first save that is held as the storage itself
             exact = kind in ("mask", "sign") and not (signs and len(saves) > 1)
             groups.append(Group(saves[0].site, storage, tuple(indices), exact, can_encode=kind not in ("bytes", "")))
-    return groups
+    shared = _shared_sites(profile, groups)
+    return [group for group in groups if shared.isdisjoint(profile.saves[at].site for at in group.saves)]
+
+
+def _shared_sites(profile: Profile, groups: Sequence[Group]) -> set[str]:
+    """Return the sites at which several groups are saved: where the model runs twice in a step."""
+    sites = Counter(site for group in groups for site in {profile.saves[at].site for at in group.saves})
+    return {site for site, number in sites.items() if number > 1}
 
 
 def spans(profile: Profile, group: Group, treatment: Treatment, gone: Collection[int]) -> list[Span]:
@@ -101,7 +109,8 @@ def _code_spans(saves: Sequence[Save], codec: str, treatment: Treatment) -> list
     if treatment.choice != "compress":  # the tier's window is the plan's, not the group's
         return []
     num_bytes = encoded_bytes(codec, saves[0].num_elements)
-    return [(num_bytes, saves[0].packed, max(save.released for save in saves))]
+    born = max(0, saves[0].packed - 1)  # before anything else happens: what the function was given lives still
+    return [(num_bytes, born, max(save.released for save in saves))]
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -2,12 +2,12 @@
 
 A script names neither its model nor its step. The idea: its optimiser names the parameters that are trained, the first
 outermost module that is called with gradients and holds them is the model, and that call has real shapes. The loss
-outside the model is seen in step 1, under the most saving choice of blocks; the states' format is decided when the
-optimiser steps for the first time, because states do not exist before.
+outside the model is seen in step 1, under the most saving plan; the states' format is decided when the optimiser steps
+for the first time, because states do not exist before.
 
 ```
 1 the model is called for the first time   profile on fake tensors, first plan; nothing fits: stop before training
-2 step 1 runs, every block recomputed      the loss, the microbatches and the gradients' lives are seen
+2 step 1 runs under the most saving plan   the loss, the microbatches and the gradients' lives are seen
 3 the optimiser steps for the first time   profile with what was seen, final plan; states and blocks as it says
 4 steps 1 to 3 are measured                later steps run at full speed
 ```
@@ -24,7 +24,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from packlight.activations.recompute import recompute
 from packlight.budget import Budget, BudgetError
 from packlight.planner.apply import Carried, adopt_formats, carry_out
 from packlight.planner.hardware import measure
@@ -33,7 +32,7 @@ from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements
 from packlight.planner.measure import ModuleHook, StepWatch, other_bytes
 from packlight.planner.profile import ProfileError, profile
 from packlight.planner.request import SessionStop, Settings
-from packlight.planner.solve import device_bytes, joined, most_saving, predicted_step_seconds, rescale, solve
+from packlight.planner.solve import device_bytes, joined, least_plan, predicted_step_seconds, rescale, solve
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
 
@@ -51,6 +50,7 @@ class Session(Listener):
         self._watch: StepWatch | None = None
         self._call: Call | None = None
         self._step: Profile | None = None
+        self._first: Plan | None = None
         self._model: nn.Module | None = None
         self._seen: Seen | None = None
         self._blocks: Carried | None = None
@@ -188,7 +188,8 @@ class Session(Listener):
         if self.settings.stop_before_step:
             raise SessionStop("planned", exit_status=0)
         assert self._model is not None
-        self._blocks = recompute(self._model, sorted(most_saving(step)))  # step 2
+        self._first = least_plan(step, Budget.of(plan.budget_bytes), exact=self.settings.exact)
+        self._blocks = carry_out(self._first, self._model)  # step 2
         self._step = step
 
     def _carry_out_given(self, plan: Plan) -> None:
@@ -254,7 +255,7 @@ class Session(Listener):
 
     def _plan_again(self) -> None:
         """Plan with what step 1 has shown, and carry that out (step 3)."""
-        assert self._watch is not None
+        assert self._watch is not None and self._first is not None
         watch, seconds = self._watch, self._watch.step_seconds_so_far()
         was_on = watch.pause()
         self._seen = Seen(
@@ -269,7 +270,7 @@ class Session(Listener):
         )
         self._put_blocks_back()
         step, plan = self._make_plan(self._seen)
-        self._pace = seconds, predicted_step_seconds(step, most_saving(step))
+        self._pace = seconds, predicted_step_seconds(step, self._first)
         plan = rescale(plan, *self._pace)
         self.settings.tell(plan, "after step 1, ")
         self.plan, self._call = plan, None  # a batch is not held longer than it is needed
@@ -328,9 +329,8 @@ def _noted(step: Profile, model: nn.Module) -> Profile:
     """Say what is not supported yet."""
     if type(model).__name__ != "OptimizedModule":
         return step
-    return replace(
-        step, notes=(*step.notes, "the model is wrapped by torch.compile; under packlight it may run eagerly")
-    )
+    note = "the model is wrapped by torch.compile; under packlight it may run eagerly"
+    return replace(step, notes=(*step.notes, note))
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:

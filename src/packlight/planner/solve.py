@@ -1,15 +1,13 @@
 """Finds the fastest plan whose predicted peak fits the budget.
 
-torch's own choices are all or nothing, or a fraction that nobody can relate to bytes. The idea, for blocks that are
-kept or recomputed: look at where the peak stands, and recompute the block that spares the most bytes there for each
-second it costs; among equals the earliest, whose bytes live longest. Repeat until the peak fits and a little further,
-then take back every choice that turns out not to be needed. This is done for each state format, and the fastest
-result is taken, the exact one where that costs no time. Every step is judged by the whole line of events (`cost.py`),
-never by the sum of what was spared.
+torch's own choices are all or nothing, or a fraction that nobody can relate to bytes. Here every block may be
+recomputed and every storage group encoded, for each format of the optimiser's states; an integer program chooses
+(`program.py`, `search.py`), the whole line of events judges (`cost.py`), and the fastest result is taken, the exact one
+where that costs no time.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +16,13 @@ from torch import nn
 
 from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.cost import Cost, StepCost
+from packlight.planner.hardware import measure
+from packlight.planner.held import Treatment
 from packlight.planner.loop import Loss, Seen, listed
 from packlight.planner.measure import other_bytes
 from packlight.planner.profile import profile
+from packlight.planner.program import Option
+from packlight.planner.search import Chosen, Search
 from packlight.records import Choice, Estimate, Plan
 from packlight.step import OptimizerCost, Profile
 
@@ -30,8 +32,11 @@ HEADROOM = 0.01
 LOADED_BATCHES = 2
 """On the CPU a data loader's next batches share the device with the step; so many are left room for."""
 
-NUM_FURTHER = 3
-"""So many blocks more than needed are chosen, to see whether earlier ones can then be taken back for less."""
+EXACT_CODEC = "mask"
+"""How groups are encoded that lose nothing by it."""
+
+LOSSY_CODEC = "int8"
+"""How others are: of the codecs of about a byte an element the one with the least error."""
 
 EXACT_FORMATS = ("fp32", "as is")
 
@@ -76,6 +81,8 @@ def plan(
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     allowed = Budget.of(budget, total_bytes=device_bytes(device) if device.type != "meta" else None)
+    if device.type != "meta":
+        measure(device.type)  # what measuring leaves behind is counted too
     beside_bytes = None if device.type == "meta" else other_bytes(model, listed(optimizer))
     step = profile(model, batch, optimizer, loss=loss, seen=Seen(other_bytes=beside_bytes))
     return solve(step, allowed, exact=exact)
@@ -112,28 +119,71 @@ def solve(step: Profile, budget: Budget, *, exact: bool = False) -> Plan:
 def _decide(step: Profile, budget: Budget, *, exact: bool) -> Plan | int:
     """Return the fastest plan that fits, or the smallest budget that one would."""
     costs = StepCost(step)
-    spare_bytes = LOADED_BATCHES * step.batch_bytes if step.device == "cpu" else 0
-    allowed_bytes = int(budget.device_bytes * (1 - HEADROOM)) - spare_bytes
     allowed = [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS]
     formats: list[OptimizerCost | None] = [*allowed] or [None]
-    smallest = min(_least(costs, optimizer).peak_bytes for optimizer in formats)
-    smallest_budget_bytes = math.ceil((smallest + spare_bytes) / (1 - HEADROOM))
-    found = [result for optimizer in formats if (result := _fit(costs, optimizer, allowed_bytes)) is not None]
+    options = _options(costs, exact=exact)
+    searches = [Search(costs, optimizer, options) for optimizer in formats]
+    smallest = min(search.least().cost.peak_bytes for search in searches)
+    smallest_budget_bytes = math.ceil((smallest + _spare_bytes(step)) / (1 - HEADROOM))
+    limit_bytes = _limit_bytes(step, budget)
+    found = [chosen for search in searches if (chosen := search.fastest(limit_bytes)) is not None]
     if not found:
         return smallest_budget_bytes
     plain = costs.price((), formats[0])
     # Lossy states are not chosen for speed alone: a plan as fast as the training as it is counts as no slower than any.
-    recomputed, optimizer, cost = min(found, key=lambda result: max(result[2].seconds, plain.seconds))
+    chosen = min(found, key=lambda each: max(each.cost.seconds, plain.seconds))
+    return _plan_of(costs, chosen, plain, budget, exact=exact, smallest_bytes=smallest_budget_bytes)
+
+
+def least_plan(step: Profile, budget: Budget, *, exact: bool) -> Plan:
+    """Return the plan with the lowest peak, with the optimiser as it is.
+
+    Args:
+        step: the profile.
+        budget: bytes allowed on the device; where exact choices fit it, no others are made.
+        exact: make no others anyway.
+
+    Returns:
+        The plan, which may exceed the budget.
+    """
+    costs, optimizer = StepCost(step), step.optimizers[0] if step.optimizers else None
+    chosen = Search(costs, optimizer, _options(costs, exact=True)).least()
+    if chosen.cost.peak_bytes > _limit_bytes(step, budget) and not exact:
+        chosen = Search(costs, optimizer, _options(costs, exact=False)).least()
+    plain = costs.price((), optimizer)
+    return _plan_of(costs, chosen, plain, budget, exact=exact, smallest_bytes=chosen.cost.peak_bytes)
+
+
+def _spare_bytes(step: Profile) -> int:
+    return LOADED_BATCHES * step.batch_bytes if step.device == "cpu" else 0
+
+
+def _limit_bytes(step: Profile, budget: Budget) -> int:
+    """Return what the step may take of a budget."""
+    return int(budget.device_bytes * (1 - HEADROOM)) - _spare_bytes(step)
+
+
+def _plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, exact: bool, smallest_bytes: int) -> Plan:
     return Plan(
-        device=step.device,
+        device=costs.profile.device,
         budget_bytes=budget.device_bytes,
         exact=exact,
-        choices=_choices(costs, recomputed),
-        state_formats=dict(optimizer.formats) if optimizer else {},
-        estimate=_estimate(cost, plain),
-        smallest_budget_bytes=smallest_budget_bytes,
-        notes=step.notes,
+        choices=_choices(costs, chosen.recomputed, chosen.treated),
+        state_formats=dict(chosen.optimizer.formats) if chosen.optimizer else {},
+        estimate=_estimate(chosen.cost, plain),
+        smallest_budget_bytes=smallest_bytes,
+        notes=costs.profile.notes,
     )
+
+
+def _options(costs: StepCost, *, exact: bool) -> dict[Option, float]:
+    """Return what may be done with each group, and its seconds a step."""
+    options: dict[Option, float] = {}
+    for name, group in costs.groups.items():
+        if group.exact or (group.can_encode and not exact):
+            treatment = Treatment("compress", EXACT_CODEC if group.exact else LOSSY_CODEC)
+            options[name, treatment] = costs.treatment_seconds(name, treatment)
+    return options
 
 
 def _refusal(budget: Budget, smallest_bytes: int, *, exact: bool) -> str:
@@ -144,66 +194,8 @@ def _refusal(budget: Budget, smallest_bytes: int, *, exact: bool) -> str:
     )
 
 
-def most_saving(step: Profile) -> frozenset[str]:
-    """Return every block whose recomputation spares bytes."""
-    costs = StepCost(step)
-    return frozenset(block for block in costs.blocks if costs.held_bytes(block) > 0)
-
-
-_Result = tuple[frozenset[str], OptimizerCost | None, Cost]
-
-
-def _fit(costs: StepCost, optimizer: OptimizerCost | None, allowed_bytes: int) -> _Result | None:
-    """Find the blocks to recompute for one state format, None where even the best choice does not fit."""
-    found: list[_Result] = []
-    recomputed: frozenset[str] = frozenset()
-    cost = costs.price(recomputed, optimizer)
-    while len(found) <= NUM_FURTHER:
-        if cost.peak_bytes <= allowed_bytes:
-            found.append(_without_needless(costs, (recomputed, optimizer, cost), allowed_bytes))
-        block = _best_block(costs, recomputed, cost)
-        if block is None or (found and not found[0][0]):
-            break
-        recomputed |= {block}
-        cost = costs.price(recomputed, optimizer)
-    return min(found, key=lambda result: result[2].seconds, default=None)
-
-
-def _without_needless(costs: StepCost, result: _Result, allowed_bytes: int) -> _Result:
-    """Take back every block that need not be recomputed, the slowest first."""
-    recomputed, optimizer, cost = result
-    for block in sorted(recomputed, key=costs.recompute_seconds, reverse=True):
-        without = costs.price(recomputed - {block}, optimizer)
-        if without.peak_bytes <= allowed_bytes:
-            recomputed, cost = recomputed - {block}, without
-    return recomputed, optimizer, cost
-
-
-def _least(costs: StepCost, optimizer: OptimizerCost | None) -> Cost:
-    """Find the smallest peak that recomputing can reach for one state format."""
-    recomputed: frozenset[str] = frozenset()
-    best = cost = costs.price(recomputed, optimizer)
-    while (block := _best_block(costs, recomputed, cost)) is not None:
-        recomputed |= {block}
-        cost = costs.price(recomputed, optimizer)
-        best = min(best, cost, key=lambda each: each.peak_bytes)
-    return best
-
-
-def _best_block(costs: StepCost, recomputed: Collection[str], cost: Cost) -> str | None:
-    """Return the block that spares the most bytes at the peak for each second, None where none spares any."""
-    best, best_ratio = None, 0.0
-    for block in costs.blocks:
-        if block not in recomputed:
-            spared_bytes = costs.held_bytes(block, at=cost.at)
-            ratio = spared_bytes / max(costs.recompute_seconds(block), 1e-9)
-            if ratio > best_ratio * (1 + 1e-6):
-                best, best_ratio = block, ratio
-    return best
-
-
-def _choices(costs: StepCost, recomputed: Collection[str]) -> tuple[Choice, ...]:
-    return tuple(
+def _choices(costs: StepCost, recomputed: Collection[str], treated: Mapping[str, Treatment]) -> tuple[Choice, ...]:
+    blocks = [
         Choice(
             group=block,
             choice="recompute" if block in recomputed else "keep",
@@ -212,7 +204,24 @@ def _choices(costs: StepCost, recomputed: Collection[str]) -> tuple[Choice, ...]
         )
         for block in costs.blocks
         if costs.held_bytes(block) > 0
-    )
+    ]
+    groups = [
+        Choice(
+            group=name,
+            choice=treatment.choice,
+            bytes=costs.group_bytes(name),
+            seconds=costs.treatment_seconds(name, treatment),
+            codec=treatment.codec,
+            sites=tuple(costs.profile.saves[at].site for at in costs.groups[name].saves),
+        )
+        for name, treatment in treated.items()
+    ]
+    return (*blocks, *groups)
+
+
+def treated_by(plan: Plan) -> dict[str, Treatment]:
+    """Return what a plan does with groups, as `StepCost.price` takes it."""
+    return {each.group: Treatment(each.choice, each.codec) for each in plan.choices if each.sites}
 
 
 def _estimate(cost: Cost, plain: Cost) -> Estimate:
@@ -227,13 +236,13 @@ def _estimate(cost: Cost, plain: Cost) -> Estimate:
     )
 
 
-def predicted_step_seconds(step: Profile, recomputed: Collection[str]) -> float:
-    """Return the predicted time of forward, loss and backward with some blocks recomputed, without the optimiser."""
-    return StepCost(step).price(recomputed, None).seconds
+def predicted_step_seconds(step: Profile, plan: Plan) -> float:
+    """Return the predicted time of forward, loss and backward under a plan, without the optimiser."""
+    return StepCost(step).price(plan.recomputed(), None, treated=treated_by(plan)).seconds
 
 
 def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
-    """Recompute what either of two plans recomputes, for batches of both kinds.
+    """Do what either of two plans does, for batches of both kinds.
 
     Args:
         step: the profile that `plan` was made for.
@@ -243,9 +252,13 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     Returns:
         The joint plan; it expects the larger of the two peaks.
     """
+    costs = StepCost(step)
     recomputed = plan.recomputed() | (before.recomputed() & {choice.group for choice in plan.choices})
+    free = {group.name for group in costs.treatable(recomputed)}
+    both = treated_by(before) | treated_by(plan)
+    treated = {name: treatment for name, treatment in both.items() if name in free}
     optimizer = next((cost for cost in step.optimizers if cost.formats == plan.state_formats), None)
-    cost = StepCost(step).price(recomputed, optimizer)
+    cost = costs.price(recomputed, optimizer, treated=treated)
     estimate = before.estimate
     if cost.peak_bytes >= estimate.device_peak_bytes:
         estimate = replace(
@@ -254,10 +267,7 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
             peak_by_category=cost.by_category,
             peak_moment=cost.moment,
         )
-    choices = tuple(
-        replace(choice, choice="recompute" if choice.group in recomputed else "keep") for choice in plan.choices
-    )
-    return replace(plan, choices=choices, estimate=estimate)
+    return replace(plan, choices=_choices(costs, recomputed, treated), estimate=estimate)
 
 
 def rescale(made: Plan, measured_seconds: float, predicted_seconds: float) -> Plan:

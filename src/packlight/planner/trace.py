@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from packlight.activations.blocks import Block, find_blocks
 from packlight.activations.buffers import drawn_state, set_drawn_state
-from packlight.activations.compress import encoding_of, is_relu
+from packlight.activations.compress import Compared, encoding_of, is_relu
 from packlight.activations.engine import MIN_BYTES
 from packlight.activations.recompute import copied_buffers, follows_protocol, recomputes_itself
 from packlight.activations.resident import Resident
@@ -66,6 +66,7 @@ class Trace:
         self.saves: list[DraftSave] = []
         self._inside: list[int] = []
         self._calls: CallStack | None = None
+        self._compared = Compared()
         self._lasting = Resident((), ())
         self._named: set[int] = set()
         self.notes: list[str] = []
@@ -134,7 +135,7 @@ class Trace:
         self.line.explicit_phase = "forward"
         self._lasting = Resident([*self.model.parameters(), *self.model.buffers()], (call.args, call.kwargs))
         names = watch_modules(self.model, lambda: self._calls)
-        names.names_calls(True)
+        names.name_calls()
         self._hooks.append(names)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             outputs = [self._call(call) for _ in range(self.seen.num_forwards)]
@@ -143,7 +144,7 @@ class Trace:
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _call(self, call: Call) -> Any:
-        self._calls = CallStack()
+        self._calls, self._compared = CallStack(), Compared()
         try:
             return self.model(*call.args, **call.kwargs)
         finally:
@@ -188,6 +189,7 @@ class Trace:
         stays = (index is None or index < self.num_resident) and not copied
         save = DraftSave(-1 if index is None else index, region, self.line.now())
         if self._calls is not None:
+            self._keep_exact(self._compared.saved_beside(tensor))
             self._describe(save, tensor)
         if not stays:
             (self.regions[region].copy_saves if copied else self.saves).append(save)
@@ -205,6 +207,13 @@ class Trace:
         is_first = save.storage not in self._named
         self._named.add(save.storage)
         save.encoding = "sign" if is_first and is_relu(tensor) else encoding_of(tensor) or "bytes"
+
+    def _keep_exact(self, packed: list[Any]) -> None:
+        """Note what may not be rounded, as the engine does: a function that is known by now compares it."""
+        storages = {held.save.storage for held in packed if isinstance(held, HeldSave)}
+        for save in self.saves if storages else ():
+            if save.storage in storages and save.encoding == "codes":
+                save.encoding = "bytes"
 
     def _release(self, save: DraftSave) -> None:
         save.released = self.line.tick()
@@ -290,5 +299,6 @@ class Trace:
             carried_bytes=self.seen.tail.carried_bytes if self.seen.tail else 0,
             batch_bytes=self.batch_bytes,
             carries_outputs=self.seen.carries_outputs,
+            codec_seconds=self.line.rates.codec_seconds,
             notes=(*notes, *self.notes),
         )
