@@ -42,7 +42,8 @@ DEFAULT = "packlight 4bit"
 BLOCKS = ("packlight 4bit blocks", "packlight 4bit blocks, nearest")
 DEEPSPEED = ("deepspeed CPUAdam", "deepspeed CPUAdam, 16-bit states")
 LOW_BIT_PEERS = ("bitsandbytes 8bit", "torchao 4bit", "torchao 8bit", "torchao fp8")
-SMALL = (BASELINE, "torch foreach", DEFAULT, DEEPSPEED[0], *LOW_BIT_PEERS[:2], "flashoptim")
+SMALL_PEERS = (*LOW_BIT_PEERS[:2], "flashoptim")
+SMALL = (BASELINE, "torch foreach", DEFAULT, DEEPSPEED[0], *SMALL_PEERS)
 GROUPS = {"cpu": ("fp32", "bf16", "small", "linear"), "cuda": ("bf16", "small", "small-matrices", "linear")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOW_SHARES = ("1", "2", "4", "8", "16")
@@ -52,6 +53,8 @@ NUM_SMALL = {"cpu": 500, "cuda": 2000}
 LINEAR_SIZES = 5  # each four times the one before
 MOST_TEMPORARY_BYTES = 2**20
 LEAST_COPY_BANDWIDTH_FRACTION = 0.85
+# An element of the largest tensor, whose bytes come from memory, beside one of a tensor 64 times smaller.
+MOST_GROWTH = 1.5
 MIB = 2**20
 
 
@@ -123,17 +126,45 @@ def bounds(group: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in group["rows"]:
         claims = row["contender"].startswith("packlight") and group["group"] in DTYPES
         if claims:
-            value = row["temporary_tensor_bytes"]
-            made.append(_bound(group, f"{row['contender']}: temporary bytes", value, MOST_TEMPORARY_BYTES))
+            # On CUDA the process's resident memory is not where a step works.
+            for what in ("tensor", "resident") if group["device"] == "cpu" else ("tensor",):
+                value = row[f"temporary_{what}_bytes"]
+                made.append(_bound(group, f"{row['contender']}: temporary {what} bytes", value, MOST_TEMPORARY_BYTES))
         if claims and group["device"] == "cuda" and row["contender"] in (DEFAULT, *BLOCKS):
             value, limit = 1 / row["copy_bandwidth_fraction"], 1 / LEAST_COPY_BANDWIDTH_FRACTION
             made.append(_bound(group, f"{row['contender']} / the copy of as many bytes", value, limit))
     return made
 
 
+def growth(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Hold the groups of `linear` against its claim: an element costs about the same in a tensor of any size.
+
+    Args:
+        groups: the records of all groups.
+
+    Returns:
+        One record, or none where `linear` was not measured: what an element costs at the largest size, as a multiple of
+        what it costs at the second smallest. The smallest lies in a cache.
+    """
+    linear = sorted((group for group in groups if group["group"] == "linear"), key=lambda group: group["num_elements"])
+    costs = {
+        group["num_elements"]: row["nanoseconds_per_element"]
+        for group in linear
+        for row in group["rows"]
+        if row["contender"] == DEFAULT
+    }
+    if len(costs) < 3:
+        return []
+    small, large = list(costs)[1], list(costs)[-1]
+    claim = f"{DEFAULT}: an element of {large:,} / one of {small:,}"
+    return [_bound(linear[-1], claim, costs[large] / costs[small], MOST_GROWTH)]
+
+
 def _ratio_limits(name: str, device: str) -> Iterator[tuple[str, str, float]]:
     if name.startswith("small"):
         yield DEFAULT, BASELINE, 1.0
+        for other in SMALL_PEERS if name == "small-matrices" else ():
+            yield DEFAULT, other, 1.0
     elif name in DTYPES and device == "cpu":
         for ours in (DEFAULT, *BLOCKS):
             yield ours, BASELINE, 0.75 if ours == DEFAULT else 0.60
@@ -276,7 +307,7 @@ def main(
         if name == "linear":
             console.print(linear_table(part))
         groups += part
-    claims = [claim for group in groups for claim in bounds(group)]
+    claims = [claim for group in groups for claim in bounds(group)] + growth(groups)
     console.print(bounds_table(claims))
     if path:
         record = {

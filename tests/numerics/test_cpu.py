@@ -130,6 +130,29 @@ def test_nan_and_inf_go_where_the_reference_has_them(name: str, shape: tuple[int
     assert not any(bool(decode(moment).view(-1)[57].isfinite()) for moment in ours.moments)
 
 
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(256, 384), (100, 333), (5003,)])
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_finite_gradient_whose_square_is_not_shows(
+    name: str, shape: tuple[int, ...], engine: Engine, seed: int
+) -> None:
+    """Nothing is held where it is without a sign of it: in fp32, as in torch.optim, the element alone is."""
+    trained, reference_trained = both(torch.randn(shape), name)
+    for step in range(1, 4):
+        grad = gradient(shape) + 0.1
+        if step == 2:
+            grad.view(-1)[57] = 1e22
+        before = trained.param.clone()
+        adamw([trained], [grad], step, DECOUPLED, engine=engine, stochastic=True)
+        adamw([reference_trained], [grad], step, DECOUPLED, stochastic=True)
+    changed = (trained.param != before).view(-1)
+    changed[57] = True
+    assert bool(changed.all())
+    assert bool(trained.param.view(-1)[32:64].isnan().all()) == (name != "fp32")
+    assert bool(trained.param.view(-1)[128:].isfinite().all())
+    assert [each for each in differing(trained, reference_trained) if "codes" not in each] == []
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("shape", [(16_384, 128), (65, 2**16), (33, 8191)])
 def test_rows_as_short_and_as_long_as_a_matrix_may_have(

@@ -175,6 +175,18 @@ def test_no_code_of_a_second_moment_stands_for_zero(key: str) -> None:
     assert bool((decode(encode(values, moment_format)) > 0).all())
 
 
+@pytest.mark.parametrize("key", [key for key in SECOND_MOMENTS if "rank" not in SECOND_MOMENTS[key].scale])
+@pytest.mark.parametrize("exponent", [-117, -119, -130])
+def test_below_the_smallest_scale_a_second_moment_is_the_least_part_of_it_or_zero(key: str, exponent: int) -> None:
+    values = torch.full((128, 256), 2.0**exponent)
+    values[:, 1::2] = 0
+    decoded = decode(encode(values, SECOND_MOMENTS[key]))
+    assert bool((decoded >= 0).all())
+    assert bool((decoded <= 1.01 * 2.0**exponent).all())  # 1.01: bf16 scales are rounded up
+    if exponent > -118:
+        assert bool((decoded > 0).all())
+
+
 def test_fp32_alone_stores_a_zero_second_moment_as_zero() -> None:
     assert decode(encode(torch.zeros(100), FP32)).count_nonzero() == 0
 

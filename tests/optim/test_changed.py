@@ -1,5 +1,6 @@
 """What is remembered between steps does not outlive its reasons: everything may change before the next step."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -125,3 +126,112 @@ def test_momentum_switched_on_later_starts_from_the_gradient(seed: int) -> None:
             optimizer.param_groups[0]["momentum"] = momentum
             step(each, optimizer, grad)
     torch.testing.assert_close(param, twin_param, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_are_freed_between_steps(seed: int) -> None:
+    param, optimizer = trained()
+    param.grad = torch.randn(SIZE)
+    optimizer.step()
+    gradient = weakref.ref(param.grad)
+    optimizer.zero_grad()
+    assert gradient() is None
+
+
+Change = Callable[[torch.nn.Parameter, AdamW], None]
+
+
+def _moments_are_replaced(param: torch.nn.Parameter, optimizer: AdamW) -> None:
+    optimizer.state[param]["exp_avg_codes"] = optimizer.state[param]["exp_avg_codes"].clone().zero_()
+
+
+def _moments_are_moved(param: torch.nn.Parameter, optimizer: AdamW) -> None:
+    codes = optimizer.state[param]["exp_avg_codes"]
+    codes.data = codes.flip(0)
+
+
+def _steps_are_counted(param: torch.nn.Parameter, optimizer: AdamW) -> None:
+    optimizer.state[param]["step"] += 5
+
+
+def _state_is_forgotten(param: torch.nn.Parameter, optimizer: AdamW) -> None:
+    del optimizer.state[param]
+
+
+def _parameter_is_moved(param: torch.nn.Parameter, optimizer: AdamW) -> None:
+    param.data = param.data + 1
+
+
+def _dtype_is_changed(param: torch.nn.Parameter, optimizer: AdamW) -> None:
+    param.data = param.data.bfloat16()
+
+
+def _a_group_comes(param: torch.nn.Parameter, optimizer: AdamW) -> None:
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "lr": 0.1})
+
+
+def _hyper_parameters_are_changed(param: torch.nn.Parameter, optimizer: AdamW) -> None:
+    optimizer.param_groups[0].update(lr=0.3, betas=(0.5, 0.5), weight_decay=0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_moments_are_replaced, _moments_are_moved, _steps_are_counted, _state_is_forgotten),
+        *(_parameter_is_moved, _dtype_is_changed, _a_group_comes, _hyper_parameters_are_changed),
+    ],
+)
+def test_a_change_between_steps_is_seen_as_by_an_optimiser_that_remembers_nothing(change: Change, seed: int) -> None:
+    make = twin(seed, state_format="4bit", bf16_rounding="nearest")
+    (one, first), (other, second) = make(), make()
+    for param, optimizer in ((one, first), (other, second)):
+        change(param, optimizer)
+    second._roster.clear()
+    for _ in range(2):
+        grad = torch.randn(SIZE).to(one.dtype)
+        step(one, first, grad)
+        step(other, second, grad.clone())
+    assert torch.equal(one, other)
+    states = first.state[one], second.state[other]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_parameters_that_take_turns_are_stepped_as_each_alone(seed: int) -> None:
+    params = [torch.nn.Parameter(torch.randn(SIZE)) for _ in range(3)]
+    alone = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    together = AdamW(params, lr=1e-2, state_format="fp32")
+    optimizers = [AdamW([param], lr=1e-2, state_format="fp32") for param in alone]
+    for active in ([0, 1, 2], [0, 1, 2], [0, 2], [0, 2], [1], [0, 1, 2], [0, 1, 2]):
+        for index, (param, twin_param) in enumerate(zip(params, alone, strict=True)):
+            param.grad = torch.randn(SIZE) if index in active else None
+            twin_param.grad = None if param.grad is None else param.grad.clone()
+        together.step()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, alone, strict=True))
+
+
+def test_a_step_that_failed_leaves_nothing_behind(seed: int) -> None:
+    (one, first), (other, second) = twin(seed, state_format="4bit")(), twin(seed, state_format="4bit")()
+    one.grad = torch.randn(SIZE).to_sparse()
+    with pytest.raises(ValueError, match="sparse=False"):
+        first.step()
+    grad = torch.randn(SIZE)
+    step(one, first, grad)
+    step(other, second, grad)
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("make", [lambda params: AdamW(params), lambda params: SGD(params, momentum=0.9), SGD])
+def test_a_default_device_does_not_matter(make: Callable[[object], torch.optim.Optimizer], seed: int) -> None:
+    one = torch.nn.Parameter(torch.randn(SIZE))
+    other = torch.nn.Parameter(one.detach().clone())
+    first, second = make([one]), make([other])
+    for _ in range(2):
+        grad = torch.randn(SIZE)
+        step(other, second, grad)
+        with torch.device("meta"):
+            step(one, first, grad)
+            first.load_state_dict(first.state_dict())
+    assert torch.equal(one, other)
+    assert all(value.is_cpu for state in first.state.values() for value in state.values())

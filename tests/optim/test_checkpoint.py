@@ -203,14 +203,47 @@ def test_torchs_sgd_without_momentum_goes_on_in_ours() -> None:
     train(net, ours, steps=range(2, 3))
 
 
-def test_adams_decay_does_not_change_its_kind_by_loading() -> None:
-    for own, other in ((AdamW, Adam), (Adam, AdamW)):
+@pytest.mark.parametrize("source", ["ours", "portable", "torch"])
+def test_adams_decay_does_not_change_its_kind_by_loading_and_a_warning_says_so(source: str) -> None:
+    for own, other, theirs in ((AdamW, Adam, torch.optim.Adam), (Adam, AdamW, torch.optim.AdamW)):
         left, right = gpt(), gpt()
         optimizer = own(left.parameters())
-        optimizer.load_state_dict(other(left.parameters(), weight_decay=0.5).state_dict())
+        kind: Any = theirs if source == "torch" else other
+        form = {"format": "portable"} if source == "portable" else {}
+        saved = kind(left.parameters(), weight_decay=0.5).state_dict(**form)
+        with pytest.warns(UserWarning, match=f"Load it into packlight.{other.__name__}, or set weight_decay"):
+            optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0].get("decoupled_weight_decay", own.decoupled) is own.decoupled
         train(left, optimizer, steps=range(2))
         train(right, own(right.parameters(), weight_decay=0.5), steps=range(2))
         assert same(left, right)
+
+
+@pytest.mark.parametrize("source", ["ours", "torch"])
+def test_without_decay_or_with_the_same_kind_loading_is_silent(source: str) -> None:
+    ours: tuple[Any, Any] = (AdamW, Adam)
+    adamw, adam = ours if source == "ours" else (torch.optim.AdamW, torch.optim.Adam)
+    net = gpt()
+    AdamW(net.parameters()).load_state_dict(adam(net.parameters()).state_dict())
+    Adam(net.parameters()).load_state_dict(adamw(net.parameters(), weight_decay=0.0).state_dict())
+    AdamW(net.parameters()).load_state_dict(adamw(net.parameters(), weight_decay=0.5).state_dict())
+    Adam(net.parameters()).load_state_dict(adam(net.parameters(), weight_decay=0.5).state_dict())
+
+
+@pytest.mark.parametrize(("before", "after"), [("master32", "master24"), ("master24", "master32")])
+def test_error_bits_are_kept_in_the_other_number_of_them(before: Any, after: Any, seed: int) -> None:
+    net = gpt(torch.bfloat16)
+    first = AdamW(net.parameters(), bf16_rounding=before)
+    train(net, first, steps=range(3))
+    second = AdamW(net.parameters(), bf16_rounding=after)
+    second.load_state_dict(through_file(first.state_dict()))
+    for param in net.parameters():
+        old, new = (one.state[param]["param_error"] for one in (first, second))
+        parts = [each.to(torch.int32) * (256 if each.dtype == torch.int8 else 1) for each in (old, new)]
+        # 8 bits are rounded to nearest, but for the largest, which is cut off.
+        assert int((parts[0] - parts[1]).abs().max()) <= (0 if after == "master32" else 255)
+        assert float((parts[0] - parts[1]).abs().float().mean()) <= 90  # 64 on average
+        assert int(new.count_nonzero()) > 0
 
 
 def _foreign(make: Callable[[Any], torch.optim.Optimizer]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import nn
 from packlight.numerics import FORMATS
 from packlight.numerics.formats import MAX_FP32_ELEMENTS
 from packlight.optim import AdamW
-from packlight.optim.policy import StateFormatChoice, format_of, is_embedding
+from packlight.optim.policy import StateFormatChoice, format_of, formats_of, is_embedding
 from packlight.optim.state import init_state
 from tests.cases import CASES, GPT, Bert
 
@@ -16,6 +16,8 @@ EMBEDDINGS = [
     *("transformer.wte.weight", "transformer.wpe.weight", "wte.weight", "model.embed_tokens.weight"),
     *("bert.embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight", "embed.weight"),
     *("encoder.embedding.weight", "tok_emb.weight", "pos_emb.weight", "pos_embed", "embedding.weight"),
+    *("shared.weight", "model.shared.weight", "gpt_neox.embed_in.weight", "transformer.tokens_embed.weight"),
+    *("decoder.embed_positions.weight", "tok_embeddings.weight", "userEmbedding.weight", "item_embedding.weight"),
 ]
 OTHERS = [
     *("lm_head.weight", "patch_embed.proj.weight", "vit.embeddings.patch_embeddings.projection.weight"),
@@ -26,6 +28,18 @@ OTHERS = [
         "weight",
         "0.weight",
         "emb.0.weight",
+        *(
+            "embed_out.weight",
+            "unembed.weight",
+            "output_embedding.weight",
+            "shared.0.weight",
+            "mlp.shared_expert.weight",
+        ),
+        *(
+            "embeddings.patch_embedding.weight",
+            "embeddings_project.weight",
+            "encoder.embedding_hidden_mapping_in.weight",
+        ),
     ),
 ]
 MATRIX, VECTOR = (100, 70), (9001,)
@@ -96,6 +110,26 @@ def test_format_follows_the_rule(
 def test_format_that_cannot_be_told_is_refused(choice: StateFormatChoice, name: str | None, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         format_of(choice, name=name, shape=MATRIX)
+
+
+def test_formats_of_a_model_are_told_by_its_modules_whatever_their_names() -> None:
+    net = nn.Module()
+    net.table, net.head = nn.Embedding(100, 70), nn.Linear(70, 100, bias=False)
+    net.embed_tokens, net.tied = nn.Linear(70, 100), nn.Linear(70, 100, bias=False)
+    net.bag = nn.EmbeddingBag(100, 70)
+    net.tied.weight = net.table.weight
+    assert formats_of(net, "4bit") == {
+        "table.weight": "8bit",
+        "head.weight": "4bit",
+        "embed_tokens.weight": "4bit",
+        "embed_tokens.bias": "fp32",
+        "bag.weight": "8bit",
+    }
+    (group,) = AdamW(net.named_parameters(), state_format=formats_of(net, "4bit")).param_groups
+    assert group["state_formats"] == list(formats_of(net, "4bit").values())
+    assert set(formats_of(net, "fp8").values()) == {"fp8", "fp32"}
+    with pytest.raises(ValueError, match="'5bit'"):
+        formats_of(net, "5bit")
 
 
 @pytest.mark.parametrize("state_format", FORMATS)

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from packlight.optim import SGD, Adam, AdamW
+from packlight.optim import release as releasing
 from tests.cases import GPT, NUM_BYTES, windows
+
+# Told once to users; the tests mean to go that way.
+pytestmark = pytest.mark.filterwarnings("ignore:release_gradients=True updates parameters inside backward:UserWarning")
 
 KINDS: dict[str, Callable[..., Any]] = {
     "AdamW": AdamW,
@@ -107,9 +113,31 @@ def test_second_backward_before_the_step_is_refused() -> None:
     AdamW(net.parameters()).step()
     optimizer = AdamW(net.parameters(), release_gradients=True)
     loss_of(net, 0).backward()
-    with pytest.raises(RuntimeError, match="accumulated"):
+    before = copy.deepcopy(net)
+    with pytest.raises(RuntimeError, match=r"accumulated.*have the first gradient's update; this one has been dropped"):
         loss_of(net, 1).backward()
+    assert same(net, before)
+    assert all(param.grad is None for param in net.parameters())
     optimizer.step()
+    assert same(net, before)
+
+
+def test_what_release_takes_away_is_said_once_when_the_optimiser_is_built() -> None:
+    releasing._warn_once.cache_clear()
+    net = gpt()
+    with pytest.warns(UserWarning, match=r"clip_grad_norm_.*clip_coefficient.*GradScaler.*accumulation") as seen:
+        optimizers = [AdamW(net.parameters(), release_gradients=True) for _ in range(2)]
+    del optimizers[0]
+    assert [Path(each.filename).name for each in seen] == [Path(__file__).name]
+    loss_of(net, 0).backward()
+    assert float(nn.utils.clip_grad_norm_(net.parameters(), 1.0)) == 0
+
+
+def test_nothing_is_said_without_release() -> None:
+    releasing._warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdamW(gpt().parameters())
 
 
 @pytest.mark.parametrize("coefficient", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
@@ -117,7 +145,7 @@ def test_clip_coefficient_is_refused(coefficient: Tensor | float) -> None:
     net = gpt()
     optimizer = AdamW(net.parameters(), release_gradients=True)
     loss_of(net, 0).backward()
-    with pytest.raises(RuntimeError, match="without release_gradients"):
+    with pytest.raises(RuntimeError, match=r"done already, by unclipped gradients: load.*without release_gradients"):
         optimizer.step(clip_coefficient=coefficient)
 
 
@@ -129,7 +157,7 @@ def test_grad_scaler_is_refused(freeze: bool) -> None:
     net.head.requires_grad_(True)  # frozen when the optimiser was made: its gradient waits for step()
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(net, 0)).backward()
-    with pytest.raises(RuntimeError, match="without release_gradients"):
+    with pytest.raises(RuntimeError, match=r"by scaled and unchecked gradients: load.*without release_gradients"):
         scaler.step(optimizer)
 
 

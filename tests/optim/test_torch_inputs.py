@@ -37,7 +37,11 @@ SKIPPED_ERRORS = {"betas must be either both floats or both Tensors": "tensors a
 # most (8bit: half of 1/127, of the block's largest) or .04 (fp8: an E4M3 number, 2^-4 / sqrt(3)). With beta1 .9
 # ten such errors add up to sqrt(sum .81^k) = 2 times that. A second moment's root at .25 to .5 of its block's
 # largest is off by a quarter of 1/16, 1/256 or a 2^-4 of itself: 6 to 12 %, .8 % and 2 %.
-UPDATE_ERROR = {"4bit": 0.4, "8bit": 0.05, "fp8": 0.12}
+# The published map of first moments is coarser (.165), which adds up to .33. factored knows row and column means of ten
+# squares only: for random gradients each element's sum differs from them by sqrt(2 / 10), its root by half of that.
+UPDATE_ERROR = {"4bit": 0.4, "8bit": 0.05, "fp8": 0.12, "paper4bit": 0.4, "factored": 0.45}
+# These store vectors of more than 4096 elements in few bits, too.
+PUBLISHED = {"paper4bit", "factored"}
 
 SHAPES = [(70, 150), (5001,), (3, 4), (), (6, 40, 5, 5)]
 NUM_STEPS = 10
@@ -114,10 +118,13 @@ def test_low_bit_update_is_as_close_as_its_format_allows(
     for a, b, c, shape in zip(found, expected, start, SHAPES, strict=True):
         error = float((a - b).norm() / (b - c).norm())
         print(f"{state_format} {shape}: {error:.3f}")
-        assert error <= (UPDATE_ERROR[state_format] if len(shape) > 1 and a.numel() > 4096 else 1e-5)
+        low_bit = a.numel() > 4096 and (len(shape) > 1 or state_format in PUBLISHED)
+        assert error <= (UPDATE_ERROR[state_format] if low_bit else 1e-5)
 
 
-@pytest.mark.parametrize("state_format", UPDATE_ERROR)
+@pytest.mark.parametrize(
+    "state_format", [name for name in UPDATE_ERROR if name != "factored"]
+)  # that divides by its means at once
 @pytest.mark.parametrize(("kind", "options"), [*_inputs()])
 def test_first_step_knows_no_rounding(kind: str, options: dict[str, Any], state_format: str, seed: int) -> None:
     _, ours = KINDS[kind]
@@ -151,7 +158,6 @@ def test_what_torch_refuses_is_refused(
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_option_of_torchs_is_taken_or_named_here(kind: str) -> None:
     theirs, ours = KINDS[kind]
-    ours = packlight.AdamW if ours is packlight.Adam else ours  # Adam passes its options on
     options = set(inspect.signature(theirs).parameters) - set(inspect.signature(ours).parameters)
     assert options <= {"decoupled_weight_decay"}  # Adam and AdamW are two classes
 

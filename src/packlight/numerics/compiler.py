@@ -4,9 +4,10 @@ A kernel shipped as a binary has to suit the oldest CPU that anyone has; built w
 own vectors. PyTorch's way to build at first use, torch.utils.cpp_extension, wants ninja and Python's headers,
 goes by file times, whatever the CPU, and waits forever for a lock that a killed process left. Here the source
 has a plain C interface, one call of the compiler builds it, and moving the complete file into place needs no
-lock.
+lock. A source may be several libraries, told apart by macros: each is built when it is wanted, and those wanted
+together at the same time.
 
-    1  the key: a hash of source, compiler and its version, flags, CPU
+    1  the key: a hash of source, macros, compiler and its version, flags, CPU
     2  a file of that key in the cache folder, with the checksum in its name: load it
     3  none: try the wanted flags on a tiny program, go without those that are refused (a warning says which)
     4  build in a folder beside the cached files, move the result among them, load it
@@ -21,6 +22,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -29,15 +31,17 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 # No -ffast-math and no contraction to fused multiply-adds: results are compared with PyTorch's.
-REQUIRED_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -std=c++17 -Wno-psabi -shared -fPIC".split()
+REQUIRED_FLAGS = "-O2 -ffp-contract=off -fno-math-errno -fno-trapping-math -std=c++17 -Wno-psabi -shared -fPIC".split()
 # It needs the linker and OpenMP's header and runtime, as a real source does.
 TINY_PROGRAM = """
 #ifdef _OPENMP
@@ -52,9 +56,14 @@ KEPT_OUTPUT_CHARACTERS = 4000
 # The lines of /proc/cpuinfo that tell apart what -march=native and -mcpu=native do: x86, ARM, POWER.
 CPU_LINES = {"flags", "Features", "CPU implementer", "CPU part", "cpu"}
 
-Flags = tuple[str, ...]
+# Who waits for longer is told what for.
+NOTED_SECONDS = 2.0
 
-_loaded: dict[Path, ctypes.CDLL] = {}
+Flags = tuple[str, ...]
+Macros = Mapping[str, int]
+
+_log = logging.getLogger(__name__)
+_loaded: dict[tuple[Path, Flags], ctypes.CDLL] = {}
 _lock = threading.Lock()
 
 
@@ -81,31 +90,34 @@ class CompilerFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class _Build:
-    """One source with one compiler (its command, what it says of its version) and the flags for each purpose."""
+    """One source and its macros with one compiler (its command, what it says of its version) and flags by purpose."""
 
     source: Path
+    macros: Flags
     compiler: Flags
     version: str
     flags: tuple[Flags, ...]
 
     def command(self, output: Path) -> list[str]:
         # The source comes first: --as-needed drops a library that stands before the code that needs it.
-        flags = (flag for purpose in (REQUIRED_FLAGS, *self.flags) for flag in purpose)
+        flags = (flag for purpose in (REQUIRED_FLAGS, self.macros, *self.flags) for flag in purpose)
         return [*self.compiler, str(self.source), *flags, "-o", str(output)]
 
     @functools.cached_property
     def key(self) -> str:
-        parts = (self.compiler, self.version, REQUIRED_FLAGS, self.flags, _cpu_identity(), self.source.read_bytes())
+        flags = REQUIRED_FLAGS, self.macros, self.flags
+        parts = (self.compiler, self.version, *flags, _cpu_identity(), self.source.read_bytes())
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def load(source: Path) -> ctypes.CDLL:
+def load(source: Path, macros: Macros | None = None) -> ctypes.CDLL:
     """Load the library that one C++ file makes, building it where no earlier build fits.
 
-    A process loads a file once, after a failure it tries again. Threads and processes may call at the same time.
+    A process loads a library once, after a failure it tries again. Threads and processes may call at the same time.
 
     Args:
         source: a C++17 file whose functions are `extern "C"`, and which is right without its OpenMP pragmas too.
+        macros: names and values; each set of them makes a library of its own.
 
     Returns:
         The library; its functions have no types yet.
@@ -115,29 +127,67 @@ def load(source: Path) -> ctypes.CDLL:
         CompilerFailed: if it cannot build the file, or the result does not load.
         ValueError: if others may write to the cache folder, or CXX is not a command line.
     """
-    path = source.resolve()
+    return load_all(source, [macros or {}])[0]
+
+
+def load_all(source: Path, choices: Sequence[Macros]) -> list[ctypes.CDLL]:
+    """Load several libraries of one C++ file, as `load` does; those that have to be built are built side by side.
+
+    Args:
+        source: see `load`.
+        choices: the macros of each.
+
+    Returns:
+        The libraries.
+
+    Raises:
+        CompilerMissing, CompilerFailed, ValueError: as `load`.
+    """
+    path, wanted = source.resolve(), [tuple(f"-D{name}={value}" for name, value in each.items()) for each in choices]
     with _lock:
-        if path not in _loaded:
-            _loaded[path] = _load(path)
-        return _loaded[path]
+        if missing := [macros for macros in dict.fromkeys(wanted) if (path, macros) not in _loaded]:
+            libraries = _load(path, missing)
+            _loaded.update({(path, macros): library for macros, library in zip(missing, libraries, strict=True)})
+        return [_loaded[path, macros] for macros in wanted]
 
 
-def _load(source: Path) -> ctypes.CDLL:
+def _load(source: Path, wanted: Sequence[Flags]) -> list[ctypes.CDLL]:
     compiler, version = find_compiler()
     options = _options()
     folder = cache_folder()
-    build = _Build(source, compiler, version, tuple(alternatives[0] for alternatives in options))
-    library = _cached(folder, build)
-    if library is None:
+    flags = tuple(alternatives[0] for alternatives in options)
+    builds = [_Build(source, macros, compiler, version, flags) for macros in wanted]
+    found = [_cached(folder, build) for build in builds]
+    if absent := [at for at, library in enumerate(found) if library is None]:
+        start = time.perf_counter()
         try:
             with tempfile.TemporaryDirectory(prefix="building-", dir=folder, ignore_cleanup_errors=True) as scratch:
-                build = _Build(source, compiler, version, _accepted(build, options, Path(scratch)))
-                library = _cached(folder, build) or _built(build, Path(scratch), folder)
+                flags = _accepted(builds[0], options, Path(scratch))
+                builds = [replace(build, flags=flags) for build in builds]
+                with ThreadPoolExecutor(min(len(absent), os.cpu_count() or 1)) as pool:
+                    build_one = functools.partial(_cached_or_built, scratch=Path(scratch), folder=folder)
+                    for at, library in zip(absent, pool.map(build_one, [builds[at] for at in absent]), strict=True):
+                        found[at] = library
         except OSError as error:  # the disk is full, or the result does not load
-            raise CompilerFailed(source, build.command(Path("built.so")), str(error)) from error
-    for complaint in _complaints(build, library):
-        warnings.warn(complaint, stacklevel=3)
-    return library
+            raise CompilerFailed(source, builds[0].command(Path("built.so")), str(error)) from error
+        _note(source, len(absent), time.perf_counter() - start, folder)
+    libraries = [library for library in found if library is not None]
+    for complaint in dict.fromkeys(each for pair in zip(builds, libraries, strict=True) for each in _complaints(*pair)):
+        warnings.warn(complaint, stacklevel=4)
+    return libraries
+
+
+def _cached_or_built(build: _Build, *, scratch: Path, folder: Path | None) -> ctypes.CDLL:
+    return _cached(folder, build) or _built(build, Path(tempfile.mkdtemp(dir=scratch)), folder)
+
+
+def _note(source: Path, number: int, seconds: float, folder: Path | None) -> None:
+    """Say what somebody has waited for."""
+    if seconds > NOTED_SECONDS:
+        where = "not kept" if folder is None else f"kept in {folder}"
+        _log.warning(
+            "packlight built %d kernels of %s for this processor in %.1f s, %s", number, source.name, seconds, where
+        )
 
 
 def find_compiler() -> tuple[tuple[str, ...], str]:
@@ -211,7 +261,7 @@ def cache_folder() -> Path | None:
     warnings.warn(
         f"packlight cannot keep its compiled kernels ({reason}), each process builds them anew: "
         "set PACKLIGHT_CACHE to a folder of your own",
-        stacklevel=4,
+        stacklevel=5,
     )
     return None
 
@@ -294,7 +344,7 @@ def _accepted(build: _Build, options: Sequence[Sequence[Flags]], scratch: Path) 
 
     def works(*flags: Flags) -> bool:
         output = Path(tempfile.mkdtemp(dir=scratch)) / "tiny.so"  # the loader knows a library by its path
-        command = _Build(source, build.compiler, build.version, flags).command(output)
+        command = _Build(source, (), build.compiler, build.version, flags).command(output)
         with contextlib.suppress(OSError):
             return _run(command, TMPDIR=str(scratch))[0] == 0 and bool(ctypes.CDLL(str(output)))
         return False

@@ -14,7 +14,8 @@ byte formulas, checkpoints) reads these records.
     expanded   sign (e / 448)^(1/k), e = |float8_e4m3fn(c)|, k of its block       both moments, fp8
     factored   nothing is coded: row and column means only                        second moments
 
-A second moment stands in a denominator, so no code but fp32's stands for zero there.
+A second moment stands in a denominator, so no code but fp32's stands for zero there. Codes count parts of a scale:
+where that is below 2^-118, as for gradients below 2e-18, they decode to the least part of it, or to zero.
 
 Which format a tensor really gets is decided from its logical shape alone, never from a shard, a device or a
 dtype: the same parameter has the same bits everywhere. Small tensors stay in fp32, whatever the parameter's

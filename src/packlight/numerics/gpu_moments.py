@@ -39,14 +39,15 @@ _INFINITY, _NAN = tl.constexpr(0x7F800000), tl.constexpr(0x7FC00000)
 
 @triton.jit
 def _load_scales(scale: tl.tensor, place: tl.tuple, factor: tl.tensor, WIDTH: tl.constexpr) -> tl.tuple:
-    """Return the scales of both halves times a factor, (1, lines) each."""
+    """Return the scales of both halves times a factor, (1, lines) each; an infinite one becomes a NaN."""
     start, base, _, low_lines, high_lines, _, _ = place
     if WIDTH == 64:
-        low = load(scale + (start >> 7), base >> 7, low_lines) * factor
+        low = load(scale + (start >> 7), base >> 7, low_lines)
         high = low
     else:
-        low = load(scale + (start >> 5), base >> 5, low_lines) * factor
-        high = load(scale + (start >> 5) + 2, base >> 5, high_lines) * factor
+        low = load(scale + (start >> 5), base >> 5, low_lines)
+        high = load(scale + (start >> 5) + 2, base >> 5, high_lines)
+    low, high = (low + (low - low)) * factor, (high + (high - high)) * factor
     return low[None, :], high[None, :]
 
 

@@ -7,7 +7,8 @@ rows and columns are in `second_moments`.
 A decoded value is multiplied by the scale, and in a step by the moment's decay. Both are folded into one number
 per block here, as kernels do, so the reference rounds where they round. Block scales of zero, and those too
 small for a reciprocal, code everything as zero's neighbour and decode to zeros; a NaN or an infinity makes its
-whole block NaN or infinite at the next step, so it shows.
+whole block NaN at the next step, so it shows. So does a finite gradient whose square is infinite: an infinite scale
+would otherwise hold the block's parameters where they are, as m / inf = 0, without a sign of it.
 
 Source: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023 (arXiv 2309.01507),
 section 2.
@@ -99,7 +100,7 @@ def load(moment: Moment, start: int, stop: int, *, factor: float = 1.0) -> Tenso
     """
     if moment.format.coding == "fp32":
         return moment.tensors[""].view(-1)[start:stop] * factor
-    scale = _blocks(moment, "scale", start, stop).float() * factor
+    scale = _scales(moment, start, stop) * factor
     return _ratios(moment, start, stop) * _spread(scale, moment, stop - start)
 
 
@@ -129,7 +130,7 @@ def root_units(moment: Moment, start: int, stop: int, *, factor: float = 1.0) ->
     Returns:
         fp32, (stop - start,): a new tensor.
     """
-    units = _blocks(moment, "scale", start, stop).float() * (factor / levels_of(moment.format))
+    units = _scales(moment, start, stop) * (factor / levels_of(moment.format))
     return _spread(units, moment, stop - start)
 
 
@@ -195,6 +196,11 @@ def _ratios(moment: Moment, start: int, stop: int) -> Tensor:
         return coding.softsign_values(codes)
     powers = _blocks(moment, "power", start, stop)
     return coding.expanded_values(_as_blocks(moment, codes), powers).view(-1)[: stop - start]
+
+
+def _scales(moment: Moment, start: int, stop: int) -> Tensor:
+    scale = _blocks(moment, "scale", start, stop).float()
+    return scale + (scale - scale)  # an infinity becomes a NaN
 
 
 def _block_scales(moment: Moment, start: int, values: Tensor, *, span: float) -> tuple[Tensor, Tensor]:

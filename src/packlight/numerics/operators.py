@@ -8,6 +8,7 @@ in place. One call does all parameters of one device, dtype and step; `call.Call
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def _sgd_step_cuda(*args: Any) -> None:
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_IS_CPU, _DTYPE = attrgetter("is_cpu"), attrgetter("dtype")
 _DIRECT: dict[Any, Callable[..., None]] = {
     (adamw_step, "cpu"): _adamw_step_cpu,
     (sgd_step, "cpu"): _sgd_step_cpu,
@@ -119,7 +121,7 @@ def count(steps: Sequence[Tensor], amount: int) -> None:
         amount: what is added.
     """
     listens = _get_current_dispatch_mode() is not None or not _PLAIN.issuperset(map(type, steps))
-    plain = not listens and {(each.device.type, each.dtype) for each in steps} == {("cpu", torch.float32)}
+    plain = not listens and all(map(_IS_CPU, steps)) and set(map(_DTYPE, steps)) == {torch.float32}
     if plain and cpu.count(steps, amount):
         torch.autograd.graph.increment_version(steps)
     else:

@@ -2,7 +2,7 @@
 
 `AdamW`, `Adam` and `SGD` stand in for torch.optim's; `adopt` makes an existing torch.optim.AdamW or Adam keep its
 states compactly, in place, for a script that builds its own optimiser. `state_bytes` says what a parameter's states
-will take before they exist.
+will take before they exist; `formats_of` chooses formats by a model's modules instead of names.
 
 Example:
     >>> import torch
@@ -14,7 +14,8 @@ Example:
 
 from packlight.optim.adamw import Adam, AdamW
 from packlight.optim.adopt import Adoption, adopt, can_adopt
+from packlight.optim.policy import formats_of
 from packlight.optim.sgd import SGD
 from packlight.optim.state import state_bytes
 
-__all__ = ["SGD", "Adam", "AdamW", "Adoption", "adopt", "can_adopt", "state_bytes"]
+__all__ = ["SGD", "Adam", "AdamW", "Adoption", "adopt", "can_adopt", "formats_of", "state_bytes"]

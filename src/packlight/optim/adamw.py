@@ -8,6 +8,7 @@ Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization", ICLR 2019 (
 2309.01507).
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -55,7 +56,8 @@ class AdamW(CompactOptimizer):
         bf16_rounding: of bf16 parameters: "stochastic", "nearest", or "master24" and "master32" for 8 and 16
             error bits beside each (the effect of a 24- or 32-bit master copy).
         release_gradients: update each parameter inside backward, as soon as its gradient is complete, and free
-            the gradient. Not with accumulation, clipping by norm or a GradScaler.
+            the gradient. Not with accumulation, clipping by norm or a GradScaler, as a warning says once. A copy or
+            a pickle of the optimiser does not release gradients: build it anew and load its state_dict.
 
     Raises:
         ValueError: an unknown format, a hyper-parameter out of range, amsgrad, differentiable, a parameter dtype
@@ -94,7 +96,8 @@ class AdamW(CompactOptimizer):
         release_gradients: bool = False,
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        own = {"state_format": state_format, "seed": seed, "bf16_rounding": bf16_rounding}
+        own: dict[str, Any] = {"state_format": state_format, "seed": seed, "bf16_rounding": bf16_rounding}
+        own["decoupled_weight_decay"] = self.decoupled  # as torch's groups say it, for whoever loads a checkpoint
         self.check(options | own | {"amsgrad": amsgrad, "differentiable": differentiable})
         super().__init__(params, options | own, release_gradients=release_gradients)
 
@@ -119,6 +122,29 @@ class AdamW(CompactOptimizer):
         """Return the hyper-parameters of a param group."""
         return group_settings({**group, "decoupled_weight_decay": self.decoupled})
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict as `CompactOptimizer` does; weight decay stays this class's.
+
+        Args:
+            state_dict: of AdamW or Adam; a UserWarning says where its weight decay was of the other kind.
+
+        Raises:
+            ValueError: as `CompactOptimizer.load_state_dict`.
+        """
+        if any(
+            group.get("weight_decay") and group.get("decoupled_weight_decay", self.decoupled) != self.decoupled
+            for group in state_dict["param_groups"]
+        ):
+            kinds = "decoupled", "a part of the gradient"
+            here, there = kinds if self.decoupled else kinds[::-1]
+            warnings.warn(
+                f"a checkpoint came whose weight decay is {there}, and in {type(self).__name__} it is {here}: the same "
+                f"factor does something else now. Load it into packlight.{'Adam' if self.decoupled else 'AdamW'}, or "
+                "set weight_decay anew.",
+                stacklevel=2,
+            )
+        super().load_state_dict(state_dict)
+
 
 class Adam(AdamW):
     """torch.optim.Adam with states in a chosen format: weight decay is a part of the gradient.
@@ -129,7 +155,36 @@ class Adam(AdamW):
     decoupled = False
     converter = Converter(MOMENTS, {**TORCH_OPTIONS, "decoupled_weight_decay": False}, portable_state, group_options)
 
-    def __init__(self, params: ParamsT, *args: Any, **options: Any) -> None:
-        if len(args) < 4:
-            options.setdefault("weight_decay", 0.0)
-        super().__init__(params, *args, **options)
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: Literal[False] = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: Literal[False] = False,
+        fused: bool | None = None,
+        state_format: StateFormatChoice = "4bit",
+        seed: int = 0,
+        bf16_rounding: Literal["stochastic", "nearest", "master24", "master32"] = "stochastic",
+        release_gradients: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            differentiable=differentiable,
+            state_format=state_format,
+            seed=seed,
+            bf16_rounding=bf16_rounding,
+            release_gradients=release_gradients,
+        )

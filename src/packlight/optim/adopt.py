@@ -161,8 +161,7 @@ class Adoption:
         for group in self._optimizer.param_groups:
             managed = [(param, param.grad) for param in group["params"] if param in self._formats]
             found = [(param, grad) for param, grad in managed if grad is not None]
-            for _, grad in found:
-                check_dense(grad)
+            check_dense(grad for _, grad in found)
             entries = [self._entry(param, grad, seed_of(0, places[param])) for param, grad in found]
             run(entries, group_settings(group), scalars, lr=group["lr"])
 

@@ -2,7 +2,7 @@
 
 Everything meets in the portable form, which is torch's: `step` and fp32 moments. A state that already has the wanted
 format is copied as it is, so resuming changes no bit; any other is decoded and encoded again. Error bits beside a bf16
-parameter go with compact states of the same rounding, and start at zero otherwise.
+parameter are kept, 8 of 16 where there is room for no more; they start at zero where none came.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packlight.numerics.rounding import ERROR_DTYPES, LARGEST_ERROR_8BIT
 from packlight.optim.state import (
     MOMENTS,
     State,
     error_dtype,
     from_portable,
     step_device,
+    step_tensor,
     stored_moments,
     to_portable,
 )
@@ -92,9 +94,9 @@ class Converter:
         else:
             portable = to_portable(state, shape=param.shape, state_format=saved_format, moments=moments)
             compact = from_portable(portable, state_format=state_format, moments=moments, device=param.device)
-        compact["step"] = torch.as_tensor(state.get("step", compact["step"]), dtype=torch.float32).to(
-            step_device(param), copy=True
-        )
+        step = state.get("step", compact["step"])
+        step = step if isinstance(step, Tensor) else step_tensor(step)
+        compact["step"] = step.to(step_device(param), torch.float32, copy=True)
         return _with_error(compact, state.get("param_error"), param, group["bf16_rounding"])
 
 
@@ -102,7 +104,16 @@ def _with_error(compact: State, error: Any, param: Tensor, rounding: str) -> Sta
     wanted = error_dtype(param.dtype, rounding)
     compact.pop("param_error", None)
     if wanted is not None:
-        fits = isinstance(error, Tensor) and error.dtype == wanted and error.numel() == param.numel()
+        came = isinstance(error, Tensor) and error.dtype in ERROR_DTYPES.values() and error.numel() == param.numel()
         zeros = torch.zeros(param.numel(), dtype=wanted, device=param.device)
-        compact["param_error"] = error.to(param.device, copy=True) if fits else zeros
+        compact["param_error"] = _as_error(error, wanted).to(param.device, copy=True) if came else zeros
     return compact
+
+
+def _as_error(error: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return error bits in the wanted number: 8 with zeros below, or the upper 8 of 16, as a step would round them."""
+    if error.dtype == dtype:
+        return error
+    if dtype == torch.int16:
+        return error.to(dtype) * 256
+    return ((error.to(torch.int32) + 128) >> 8).clamp_(max=LARGEST_ERROR_8BIT).to(dtype)

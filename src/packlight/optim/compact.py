@@ -24,22 +24,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from packlight.numerics.noise import seed_of
 from packlight.numerics.settings import AdamWSettings, SGDSettings
 from packlight.optim.checkpoint import Converter
 from packlight.optim.policy import format_of
 from packlight.optim.release import Release
+from packlight.optim.roster import Options, Roster
 from packlight.optim.state import (
     State,
     check_dtype,
     check_range,
-    check_unmade,
-    init_state,
     nbytes,
     state_bytes,
-    state_keys,
 )
-from packlight.optim.stepping import Entry, Known, Scalars, check_dense, run
+from packlight.optim.stepping import Scalars, check_dense, run
 
 ROUNDINGS = ("stochastic", "nearest", "master24", "master32")
 
@@ -68,8 +65,7 @@ class CompactOptimizer(Optimizer):
 
     def _forget(self) -> None:
         self._release = None
-        self._known: dict[int, Known] = {}
-        self._num_calls = 0
+        self._roster = Roster()
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise where an option is out of its range.
@@ -150,21 +146,23 @@ class CompactOptimizer(Optimizer):
         scalars = self._scalars(clip_coefficient)
         if self._release is not None:
             self._release.close_round(scalars)
-        self._num_calls += 1
-        for group, params in [(group, self._dense(group["params"])) for group in self.param_groups]:
-            self._run(group, params, scalars)
+        call = self._roster.call(self.param_groups, list(map(self._options, self.param_groups)), self.state)
+        for part in call.parts:
+            settings, lr = self.settings(part.group), part.group["lr"]
+            for batch in part.batches:
+                batch.run(settings, scalars, lr=lr)
+        self._roster.keep(call)
         return loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def update(self, param: Tensor) -> None:
         """Do one step for one of the parameters, which has a gradient."""
-        self._num_calls += 1
-        group = self._known_of(param).group
-        if not any(group is each for each in self.param_groups):
-            self._known = {}
-            group = self._known_of(param).group
-        self._run(group, self._dense([param]), Scalars())
+        known, grad = self._roster.one(param, self.param_groups), param.grad
+        check_dense([grad])
+        if grad is not None:
+            entry = self._roster.entry(known, grad, self._options(known.group), self.state)
+            run([entry], self.settings(known.group), Scalars(), lr=known.group["lr"])
 
     def state_bytes(self) -> int:
         """Return the exact bytes of the states, also before the first step.
@@ -227,10 +225,11 @@ class CompactOptimizer(Optimizer):
 
         def put(_: Optimizer) -> None:
             for group, before in zip(self.param_groups, own, strict=True):
-                for key in before.keys() - group.keys() | {"state_formats", "bf16_rounding"}:
+                kept = before.keys() & {"state_formats", "bf16_rounding", "decoupled_weight_decay"}
+                for key in before.keys() - group.keys() | kept:
                     group[key] = before[key]
             self.state.update(taken)
-            self._known.clear()
+            self._roster.clear()
 
         hooks = (
             self.register_load_state_dict_pre_hook(take),
@@ -254,53 +253,8 @@ class CompactOptimizer(Optimizer):
             if _holds(loaded["state"].get(index))
         }
 
-    def _dense(self, params: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        found = [(param, param.grad) for param in params if param.grad is not None]
-        for _, grad in found:
-            check_dense(grad)
-        return found
-
-    def _run(self, group: dict[str, Any], params: Sequence[tuple[Tensor, Tensor]], scalars: Scalars) -> None:
-        moments = self.moments(group)
-        entries = [self._entry(self._known_of(param), grad, group, moments) for param, grad in params]
-        run(entries, self.settings(group), scalars, lr=group["lr"])
-
-    def _known_of(self, param: Tensor) -> Known:
-        """Return what is known of a parameter, by its identity: a tensor's hash takes longer."""
-        known = self._known.get(id(param))
-        if known is None or known.param is not param:
-            placed = [(one, group) for group in self.param_groups for one in _parameters(group)]
-            histories = {id(each.param): each.history for each in self._known.values()}
-            self._known = {
-                id(each): Known(each, group, state_format, index, histories.get(id(each)))
-                for index, ((each, state_format), group) in enumerate(placed)
-            }
-            known = self._known.get(id(param))
-        if known is None:
-            raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} came that is in no param group any more; "
-                "build the optimiser anew instead of taking groups out of it"
-            )
-        return known
-
-    def _entry(self, known: Known, grad: Tensor, group: dict[str, Any], moments: tuple[str, ...]) -> Entry:
-        param, state_format = known.param, known.state_format if moments else ""
-        rounding, seed = group["bf16_rounding"], group["seed"]
-        if known.seeds is None or known.seeds[0] != seed:
-            known.seeds = seed, seed_of(seed, known.index)
-        state: State = self.state[param]
-        if known.moments is not moments:
-            known.moments, known.keys = moments, state_keys(state_format, param.shape, moments)
-        if not ("step" in state and all(map(state.__contains__, known.keys))):
-            check_unmade(state, param, moments, state_format=state_format)
-            fresh = init_state(param, known.state_format, moments=moments, rounding=rounding)
-            state = self.state[param] = fresh | _error_of(state)
-            known.history, known.keys = None, state_keys(state_format, param.shape, moments)
-        tensors = tuple([state[key] for key in known.keys])
-        if known.history is None:
-            known.history = int(state["step"])
-        known.history = hash((known.history, self._num_calls))
-        return Entry(param, grad, state, tensors, state_format, rounding, known.seeds[1], known.history)
+    def _options(self, group: dict[str, Any]) -> Options:
+        return self.moments(group), group["bf16_rounding"], group["seed"]
 
     def _scalars(self, clip_coefficient: Tensor | float | None) -> Scalars:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -321,10 +275,6 @@ class CompactOptimizer(Optimizer):
             return 0
         rounding = group["bf16_rounding"]
         return state_bytes(param.shape, param.dtype, state_format, moments=self.moments(group), rounding=rounding)
-
-
-def _error_of(state: State) -> State:
-    return {key: value for key, value in state.items() if key == "param_error"}
 
 
 def _holds(state: Mapping[str, Any] | None) -> bool:

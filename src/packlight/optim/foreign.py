@@ -250,7 +250,7 @@ def _step_tensor(step: Any) -> Tensor:
     number = _plain(step)
     if not isinstance(number, int | float):
         raise ValueError(f"step came as {step!r}, one number was wanted. {GENERAL_HINT}")
-    return torch.tensor(float(number), dtype=torch.float32)
+    return torch.tensor(float(number), dtype=torch.float32, device="cpu")
 
 
 def _with_momentum(group: Mapping[str, Any]) -> Mapping[str, Any]:

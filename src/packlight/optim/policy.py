@@ -8,7 +8,8 @@ its name instead;
 only the small tensors stay in fp32 then too, which is the formats' own rule. The published formats have the
 published rule: everything above 4096 elements.
 
-The decision needs nothing but name and full shape, so one device, shards and a resumed run agree on it.
+Names can mislead: where the model is at hand, `formats_of` goes by its modules. Otherwise the decision needs nothing
+but name and full shape, so one device, shards and a resumed run agree on it.
 
 Source: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023 (arXiv 2309.01507),
 appendix D.1 (small tensors, norms and biases); the embedding rule is that of 8-bit optimisers, Dettmers et al.,
@@ -18,14 +19,25 @@ ICLR 2022 (arXiv 2110.02861), section 2.3.
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import nn
+
 from packlight.numerics.formats import moment_formats
 
 StateFormatChoice = str | Mapping[str, str] | Callable[[str], str]
 
 EMBEDDING_FORMATS = {"4bit": "8bit"}
 OWN_FORMATS = frozenset({"4bit", "8bit", "fp8"})
-# The module that holds the weight, as transformers, timm, fairseq and GPT-2 (wte, wpe) name it.
-_EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|\w*embedding\w*|emb|tok_emb|pos_emb|wte|wpe)(\.weight)?$", re.IGNORECASE)
+# The module that holds the weight: word_embeddings, position_embedding, tok_emb, pos_embed; embed_tokens, embed_in;
+# wte and wpe (GPT-2), shared (T5, BART). Not patch embeddings, which are convolutions, nor embed_out and unembeddings,
+# which are heads, nor projections between widths (embeddings_project, embedding_hidden_mapping_in).
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:"
+    r"(?!\w*(?:patch|output|unembed))\w*(?:embed|embeds|embedding|embeddings|(?:\b|_)emb)"
+    r"|embed(?:ding)?_(?:tokens?|positions?|words?|types?|in|table)"
+    r"|wte|wpe|shared"
+    r")(?:\.weight)?$",
+    re.IGNORECASE,
+)
 
 
 def format_of(
@@ -69,6 +81,31 @@ def format_of(
     return chosen
 
 
+def formats_of(model: nn.Module, choice: str) -> dict[str, str]:
+    """Return every parameter's format as a name once for all gives it, with embeddings told by their modules.
+
+    Args:
+        model: the model; its embeddings are the `nn.Embedding` and `nn.EmbeddingBag` in it.
+        choice: a format's name.
+
+    Returns:
+        From each parameter's name to its format, for an optimiser's `state_format`.
+
+    Raises:
+        ValueError: an unknown format.
+
+    Example:
+        >>> formats_of(nn.ModuleDict({"items": nn.Embedding(200, 64), "up": nn.Linear(64, 256)}), "4bit")
+        {'items.weight': '8bit', 'up.weight': '4bit', 'up.bias': 'fp32'}
+    """
+    modules = (each for each in model.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag))
+    tables = {id(module.weight) for module in modules}
+    return {
+        name: format_of(choice, name=name, shape=param.shape, embedding=id(param) in tables)
+        for name, param in model.named_parameters()
+    }
+
+
 def is_embedding(name: str) -> bool:
     """Tell from a parameter's name whether it is an embedding's weight.
 
@@ -76,6 +113,6 @@ def is_embedding(name: str) -> bool:
         name: as `model.named_parameters()` gives it.
 
     Returns:
-        True for names such as "transformer.wte.weight" and "embeddings.word_embeddings.weight".
+        True for names such as "transformer.wte.weight", "shared.weight" and "embeddings.word_embeddings.weight".
     """
     return _EMBEDDING.search(name) is not None

@@ -196,7 +196,7 @@ def from_portable(
 
 def step_tensor(step: Any) -> Tensor:
     """Return a step count as torch's optimisers hold it: fp32, 0-dim, on the CPU."""
-    return torch.tensor(float(step), dtype=torch.float32)
+    return torch.tensor(float(step), dtype=torch.float32, device="cpu")  # also under torch.set_default_device
 
 
 def step_device(param: Tensor) -> torch.device:

@@ -9,7 +9,7 @@ Parameters whose steps went through the same calls have the same number whatever
 told apart by a history of calls, not by the number.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -50,31 +50,6 @@ class Entry(NamedTuple):
     history: int
 
 
-@dataclass
-class Known:
-    """What an optimiser knows of a parameter besides its state.
-
-    Attributes:
-        param: the parameter.
-        group: its param group.
-        state_format: of its state.
-        index: its place among all parameters.
-        history: equal for parameters that went through the same steps; None before the first.
-        seeds: the group's seed, and the parameter's own that comes of it.
-        moments: the names of its state's moments when `keys` were found.
-        keys: of its state's tensors, in the order of the kernels.
-    """
-
-    param: Tensor
-    group: dict[str, Any]
-    state_format: str
-    index: int
-    history: int | None = None
-    seeds: tuple[int, int] | None = None
-    moments: tuple[str, ...] | None = None
-    keys: tuple[str, ...] = ()
-
-
 class Scalars(NamedTuple):
     """What scales or forbids a step, on the device or the host.
 
@@ -85,6 +60,94 @@ class Scalars(NamedTuple):
 
     coefficient: Tensor | float | None = None
     found_inf: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """Parameters that one call does.
+
+    Attributes:
+        state_format: of all of them, as in `Entry`.
+        rounding: of all of them.
+        params: the parameters, all of one device and dtype.
+        grads: their gradients; a batch that is kept for the next step has none, so that they can be freed.
+        states: the tensors of their moments, one parameter's after the other's.
+        errors: their error bits, where they have any.
+        steps: their step counters, all of one number.
+        seeds: of their random bits.
+    """
+
+    state_format: str
+    rounding: str
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[Tensor]
+    errors: list[Tensor]
+    steps: list[Tensor]
+    seeds: list[int]
+
+    @classmethod
+    def of(cls, entries: list[Entry]) -> "Batch":
+        """Return the batch of parameters that go together."""
+        return cls(
+            entries[0].state_format,
+            entries[0].rounding,
+            [entry.param for entry in entries],
+            [entry.grad for entry in entries],
+            [tensor for entry in entries for tensor in entry.tensors],
+            [entry.state["param_error"] for entry in entries if "param_error" in entry.state],
+            [entry.state["step"] for entry in entries],
+            [entry.seed for entry in entries],
+        )
+
+    def run(self, settings: AdamWSettings | SGDSettings, scalars: Scalars, *, lr: Tensor | float) -> None:
+        """Do one step; the arguments are those of `run`."""
+        device = self.params[0].device
+        found_inf = scalars.found_inf
+        skipped = None if found_inf is None else found_inf.to(device, torch.float32).reshape(())
+        if device.type != "cuda" and skipped is not None:
+            if float(skipped) != 0:
+                return
+            skipped = None
+        operators.count(self.steps, 1)
+        try:
+            self._call(settings, scalars, skipped, lr)
+        except ValueError:
+            operators.count(self.steps, -1)
+            raise
+        if skipped is not None:
+            torch._foreach_sub_(self.steps, [(skipped != 0).float()] * len(self.steps))
+
+    def _call(
+        self, settings: AdamWSettings | SGDSettings, scalars: Scalars, skipped: Tensor | None, lr: Tensor | float
+    ) -> None:
+        adamw = isinstance(settings, AdamWSettings)
+        call = Call(
+            self.params,
+            self.grads,
+            self.states,
+            self.errors,
+            _numbers(settings, self.steps[0], scalars.coefficient, lr),
+            self.steps[0],
+            skipped,
+            self.seeds,
+            self.state_format,
+            isinstance(settings, AdamWSettings) and settings.beta2 >= MIN_STOCHASTIC_BETA2,
+            self.rounding,
+        )
+        operators.run(operators.adamw_step if adamw else operators.sgd_step, call)
+
+
+def batches_of(entries: Iterable[Entry]) -> list[Batch]:
+    """Put parameters together that one call can do."""
+    batches: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        param = entry.param
+        step = entry.state["step"]
+        number = entry.history if step.is_cuda else int(step)  # on the host it can be looked at
+        key = (param.device, param.dtype, entry.state_format, entry.rounding, number)
+        batches.setdefault(key, []).append(entry)
+    return [Batch.of(each) for each in batches.values()]
 
 
 def run(
@@ -98,15 +161,8 @@ def run(
         scalars: what scales or forbids the step.
         lr: the learning rate where it is a tensor on the device; `settings` has it otherwise.
     """
-    batches: dict[tuple[Any, ...], list[Entry]] = {}
-    for entry in entries:
-        param = entry.param
-        step = entry.state["step"]
-        number = entry.history if step.is_cuda else int(step)  # on the host it can be looked at
-        key = (param.device, param.dtype, entry.state_format, entry.rounding, number)
-        batches.setdefault(key, []).append(entry)
-    for batch in batches.values():
-        _run_batch(batch, settings, scalars, lr)
+    for batch in batches_of(entries):
+        batch.run(settings, scalars, lr=lr)
 
 
 def update(
@@ -125,7 +181,7 @@ def update(
     Raises:
         ValueError: the gradient is sparse.
     """
-    check_dense(grad)
+    check_dense([grad])
     tensors = tensors_of(state, state_format, param.shape)
     run([Entry(param, grad, state, tensors, state_format, "nearest", seed, 0)], settings, Scalars(), lr=settings.lr)
 
@@ -135,53 +191,17 @@ def tensors_of(state: State, state_format: str, shape: tuple[int, ...]) -> tuple
     return tuple(state[key] for key in state_keys(state_format, shape, MOMENTS))
 
 
-def check_dense(grad: Tensor) -> None:
+def check_dense(grads: Iterable[Tensor | None]) -> None:
     """Raise where a gradient is not an ordinary dense tensor.
 
     Raises:
         ValueError: it is sparse.
     """
-    if grad.layout != torch.strided:
+    for layout in {grad.layout for grad in grads if grad is not None} - {torch.strided}:
         raise ValueError(
-            f"a gradient of layout {grad.layout} came, a dense one was wanted. "
+            f"a gradient of layout {layout} came, a dense one was wanted. "
             "Build the embedding with sparse=False, or give its parameter to torch.optim.SparseAdam."
         )
-
-
-def _run_batch(
-    batch: Sequence[Entry], settings: AdamWSettings | SGDSettings, scalars: Scalars, lr: Tensor | float
-) -> None:
-    first = batch[0]
-    adamw = isinstance(settings, AdamWSettings)
-    found_inf = scalars.found_inf
-    skipped = None if found_inf is None else found_inf.to(first.param.device, torch.float32).reshape(())
-    if first.param.device.type != "cuda" and skipped is not None:
-        if float(skipped) != 0:
-            return
-        skipped = None
-    steps = [entry.state["step"] for entry in batch]
-    operators.count(steps, 1)
-    numbers = _numbers(settings, first.state["step"], scalars.coefficient, lr)
-    try:
-        call = Call(
-            [entry.param for entry in batch],
-            [entry.grad for entry in batch],
-            [tensor for entry in batch for tensor in entry.tensors],
-            [entry.state["param_error"] for entry in batch if "param_error" in entry.state],
-            numbers,
-            first.state["step"],
-            skipped,
-            [entry.seed for entry in batch],
-            first.state_format,
-            isinstance(settings, AdamWSettings) and settings.beta2 >= MIN_STOCHASTIC_BETA2,
-            first.rounding,
-        )
-        operators.run(operators.adamw_step if adamw else operators.sgd_step, call)
-    except ValueError:
-        operators.count(steps, -1)
-        raise
-    if skipped is not None:
-        torch._foreach_sub_(steps, [(skipped != 0).float()] * len(steps))
 
 
 def _numbers(
@@ -194,4 +214,5 @@ def _numbers(
         numbers: Tensor = on_device(settings, step=step, lr=lr, coefficient=coefficient)
         return numbers
     scaled = settings if coefficient is None else replace(settings, coefficient=float(coefficient))
-    return torch.tensor(scaled.numbers(float(step)), dtype=torch.float32)
+    # On the CPU also under torch.set_default_device, since a CPU kernel reads them.
+    return torch.tensor(scaled.numbers(float(step)), dtype=torch.float32, device="cpu")
