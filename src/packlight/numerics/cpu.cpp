@@ -84,8 +84,9 @@ constexpr int SCALES = KIND == BITS8 ? GROUPS : 1;
 constexpr int VECTORS = GROUP / LANES;             // of each half, in one turn of the inner loop
 constexpr int ERROR_BYTES = ROUNDING == MASTER24 ? 1 : ROUNDING == MASTER32 ? 2 : 0;
 constexpr int64_t TASK_BLOCKS = 512;               // 64 Ki elements: far more than it takes to hand out a task
-// Of a matrix, a task has so many columns at most: their maxima and divisors stay in the first-level cache.
-constexpr int64_t STRIP_COLUMNS = 2048;
+// Of a large matrix, whose columns each task has to begin with and end with. It has so many at most: memory that the
+// threads need does not grow beyond them. Shorter pieces of rows would cost time, as each is a new stream from memory.
+constexpr int64_t MATRIX_TASK_BLOCKS = 2048, MATRIX_TASKS = 64, STRIP_COLUMNS = 8192;
 constexpr int64_t PREFETCH_BLOCKS = 4;             // about the latency of memory
 constexpr float SMALLEST_SCALE = 0x1p-118f;
 constexpr float TO_INTEGER = 8388608.f;            // 2^23: x + it has the integer nearest to x in its lowest bits
@@ -243,13 +244,21 @@ INLINE void store_high_halves(BFloat16* at, Words a, Words b) {
 
 // ---- tables of 16 and of borders
 
-struct Table { Floats part[16 / LANES]; };
-
-INLINE Table table_of(const float* values, float factor) {
-    Table table;
-    for (int i = 0; i < 16 / LANES; i++) table.part[i] = loaded(values + i * LANES) * factor;
-    return table;
+#if WIDTH == 64
+struct Table { Floats values; };
+INLINE Table table_of(const float* values) { return {loaded(values)}; }
+INLINE Floats looked_up(const Table& table, Words index) {
+    return (Floats)_mm512_permutexvar_ps((__m512i)index, (__m512)table.values);
 }
+#else
+struct Table { const float* values; };
+INLINE Table table_of(const float* values) { return {values}; }
+INLINE Floats looked_up(const Table& table, Words index) {
+    Floats y;
+    for (int i = 0; i < LANES; i++) y[i] = table.values[index[i] & 15];
+    return y;
+}
+#endif
 
 #if WIDTH == 32
 INLINE Floats of_8(Floats table, Words index) {
@@ -261,16 +270,79 @@ INLINE Floats chosen(Floats a, Floats b, Words highest) {
 }
 #endif
 
-// By the low or the high four bits of bytes.
-template <bool HIGH> INLINE Floats looked_up(const Table& table, Words bytes) {
-    const Words index = HIGH ? bytes >> 4 : bytes;
-#if WIDTH == 64
-    return (Floats)_mm512_permutexvar_ps((__m512i)index, (__m512)table.part[0]);
-#elif WIDTH == 32
-    return chosen(of_8(table.part[0], index), of_8(table.part[1], index), bytes << (HIGH ? 24 : 28));
+// Four vectors go together, from e, e + LANES, e + HALF and e + HALF + LANES on, operation by operation. So neighbours
+// among instructions do not wait for each other, and a processor that looks ahead some dozens of them is busy.
+#define EACH _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+template <class V> struct Four {
+    V v[4];
+    V& operator[](int i) { return v[i]; }
+    const V& operator[](int i) const { return v[i]; }
+};
+INLINE int place(int i) { return (i & 1) * LANES + (i & 2) * (HALF / 2); }
+
+#if WIDTH == 32
+// Two nibbles of 16 bytes each, such that unpacking bytes, then words, puts them into vectors in their order.
+INLINE __m256i nibbles_of(const uint8_t* codes) {
+    const __m256i twice = _mm256_broadcastsi128_si256(load<__m128i>(codes));
+    const __m256i order = _mm256_setr_epi32(0x03020100, 0x0b0a0908, 0x03020100, 0x0b0a0908,
+                                            0x07060504, 0x0f0e0d0c, 0x07060504, 0x0f0e0d0c);
+    const __m256i spread = _mm256_shuffle_epi8(twice, order);
+    return _mm256_and_si256(_mm256_srlv_epi32(spread, _mm256_setr_epi32(0, 0, 4, 4, 0, 0, 4, 4)), _mm256_set1_epi8(15));
+}
+// Floats of which these are the high halves; the low halves are zero, or given.
+INLINE Four<Floats> joined(__m256i low_1, __m256i low_2, __m256i high_1, __m256i high_2) {
+    return {(Floats)_mm256_unpacklo_epi16(low_1, high_1), (Floats)_mm256_unpackhi_epi16(low_1, high_1),
+            (Floats)_mm256_unpacklo_epi16(low_2, high_2), (Floats)_mm256_unpackhi_epi16(low_2, high_2)};
+}
+#endif
+
+// The bytes of a table's 16 numbers, by their places in a number.
+struct Planes { alignas(16) uint8_t bytes[4][16]; };
+
+INLINE Planes planes_of(const float* values) {
+    Planes planes;
+    for (int i = 0; i < 16; i++)
+        for (int place = 0; place < 4; place++) planes.bytes[place][i] = (uint8_t)((uint32_t)as_int(values[i]) >> 8 * place);
+    return planes;
+}
+
+INLINE Four<Floats> looked_up(const Table& table, const Planes& planes, const uint8_t* codes) {
+#if WIDTH == 32
+    const __m256i nibbles = nibbles_of(codes);
+    auto plane = [&](int place) {
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load<__m128i>(planes.bytes[place])), nibbles);
+    };
+    const __m256i a = plane(0), b = plane(1), c = plane(2), d = plane(3);
+    (void)table;
+    return joined(_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b), _mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d));
 #else
-    Floats y;
-    for (int i = 0; i < LANES; i++) y[i] = ((const float*)&table)[index[i] & 15];
+    (void)planes;
+    Four<Floats> y;
+    for (int i = 0; i < 2; i++) {
+        const Words bytes = widened(load<Bytes>(codes + i * LANES));
+        y[i] = looked_up(table, bytes), y[i + 2] = looked_up(table, bytes >> 4);
+    }
+    return y;
+#endif
+}
+
+// Codes plus 1.
+INLINE Four<Floats> levels_of(const uint8_t* codes) {
+#if WIDTH == 32
+    const __m256i nibbles = nibbles_of(codes);
+    // The high bytes of the numbers 1 to 16, whose other bytes are zero.
+    const __m256i third = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+        (char)0x80, 0, 0x40, (char)0x80, (char)0xa0, (char)0xc0, (char)0xe0, 0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, (char)0x80));
+    const __m256i fourth = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+        0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41));
+    const __m256i c = _mm256_shuffle_epi8(third, nibbles), d = _mm256_shuffle_epi8(fourth, nibbles), zero = {};
+    return joined(zero, zero, _mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d));
+#else
+    Four<Floats> y;
+    for (int i = 0; i < 2; i++) {
+        const Words bytes = widened(load<Bytes>(codes + i * LANES));
+        y[i] = floats((Ints)((bytes & 15u) + 1u)), y[i + 2] = floats((Ints)((bytes >> 4) + 1u));
+    }
     return y;
 #endif
 }
@@ -297,16 +369,15 @@ NOINLINE Borders borders_of(const int32_t* cells) {
         if (!positive[i]) positive[i] = as_int(INFINITE) | (((i ? positive[i - 1] : negative[0]) & 15) + 1);
     return {loaded((const float*)positive), loaded((const float*)negative)};
 }
-INLINE Floats border_beside(const Borders& borders, Floats x) {
-    const Words cell = cell_of(x);
+INLINE Floats border_of(const Borders& borders, Floats x, Words cell) {
     return chosen(of_8(borders.positive, cell), of_8(borders.negative, cell), (Words)x);
 }
 #else
 struct Borders { const int32_t* cells; };
 
 INLINE Borders borders_of(const int32_t* cells) { return {cells}; }
-INLINE Floats border_beside(const Borders& borders, Floats x) {
-    const Ints cell = (Ints)(x + (TO_INTEGER + 15.f));
+INLINE Words cell_of(Floats x) { return (Words)(x + (TO_INTEGER + 15.f)); }
+INLINE Floats border_of(const Borders& borders, Floats, Words cell) {
 #if WIDTH == 64
     const __m512i low = load<__m512i>(borders.cells), high = load<__m512i>(borders.cells + LANES);
     return (Floats)_mm512_permutex2var_epi32(low, (__m512i)cell, high);
@@ -320,9 +391,12 @@ INLINE Floats border_beside(const Borders& borders, Floats x) {
 
 // ---- random bits, as in noise.py
 
-INLINE Words words(uint64_t offset, uint32_t key) {
-    const uint32_t first = (uint32_t)offset * MULTIPLIER_1 + (uint32_t)(offset >> 32) * WEYL + key;
-    const Words x = lanes() * MULTIPLIER_1 + first;
+// What a block has in common, and the words of the vectors at e and e + HALF: offsets of blocks are multiples of 128.
+INLINE uint32_t first_word(uint64_t offset, uint32_t key) {
+    return (uint32_t)offset * MULTIPLIER_1 + (uint32_t)(offset >> 32) * WEYL + key;
+}
+INLINE Words words(uint32_t first, int e) {
+    const Words x = (lanes() + (uint32_t)e) * MULTIPLIER_1 + first;
     return (x ^ x >> 15) * MULTIPLIER_2;
 }
 INLINE Floats uniform(Words word, bool second_half, float least) {  // between least and least + 1
@@ -379,6 +453,7 @@ struct Block {
 struct Work {
     alignas(64) float m[BLOCK], s[BLOCK];
     float m_inverse[GROUPS], s_inverse[GROUPS];
+    uint32_t first_word;         // of the random bits for its codes
     uint32_t row_most[2];        // of its row, and of the next, where it has elements of that
     Block at;
 };
@@ -387,6 +462,8 @@ struct Work {
 struct Step {
     Numbers numbers;
     Tables tables;
+    Table book;
+    Planes planes;
     Borders borders;
     uint32_t key;
     int64_t rows;                // of a matrix
@@ -474,42 +551,46 @@ template <bool SECOND> NOINLINE int expansion_power(const float* x, int length, 
 
 // ---- coding
 
-// Levels in the lowest bits, nearest to or below a random shift of what comes.
-INLINE Words root_codes(Floats levels, Words random, bool second_half) {
-    if (STOCHASTICALLY) levels = levels + uniform(random, second_half, -.5f);
-    return (Words)(larger(levels, splat(1.f)) + (TO_INTEGER - 1.f));
-}
-
-INLINE Words signed_codes(Floats x, const Borders& borders) {
-    const Floats border = border_beside(borders, x);
-    return (Words)((Ints)border - (x > border));
-}
-
-// The codes of a vector in their lowest bits, unless they are four bits wide.
-template <bool SECOND> INLINE Words codes_of(const Work& work, int e, Words random, const Step& step) {
-    const int group = KIND == BITS8 ? e / GROUP : 0;
-    const Floats ratio = loaded((SECOND ? work.s : work.m) + e) * (SECOND ? work.s_inverse : work.m_inverse)[group];
-    if (KIND == FP8) {
-        const Floats share = SECOND && STOCHASTICALLY ? uniform(random, e >= HALF, 0.f) : Floats{};
-        return expanded_codes<SECOND>(ratio, *(SECOND ? work.at.s_power : work.at.m_power), share, step.tables);
+// The codes of four vectors in their lowest bits, unless they are four bits wide.
+template <bool SECOND> INLINE Four<Words> codes_of(const Work& work, int e, const Step& step) {
+    Four<Floats> x;
+    Four<Words> code;
+    EACH x[i] = loaded((SECOND ? work.s : work.m) + e + place(i)) *
+        (SECOND ? work.s_inverse : work.m_inverse)[KIND == BITS8 ? (e + place(i)) / GROUP : 0];
+    Four<Floats> noise = {};
+    if (SECOND && STOCHASTICALLY) {
+        const Words random[2] = {words(work.first_word, e), words(work.first_word, e + LANES)};
+        EACH noise[i] = uniform(random[i & 1], i >= 2, KIND == FP8 ? 0.f : -.5f);
     }
-    if (SECOND) return root_codes(ratio, random, e >= HALF);
-    if (FOUR_BITS) return signed_codes(ratio, step.borders);
-    // An integer in the lowest bits, a negative one as well.
-    return (Words)(ratio * 254.f / (as_floats(magnitude(ratio)) + 1.f) + 1.5f * TO_INTEGER);
+    if (KIND == FP8) {
+        const int power = *(SECOND ? work.at.s_power : work.at.m_power);
+        EACH code[i] = expanded_codes<SECOND>(x[i], power, noise[i], step.tables);
+    } else if (SECOND) {  // integers nearest to the root, or to a shifted one
+        if (STOCHASTICALLY) EACH x[i] = x[i] + noise[i];
+        EACH code[i] = (Words)(larger(x[i], splat(1.f)) + (TO_INTEGER - 1.f));
+    } else if (FOUR_BITS) {
+        Four<Words> cell;
+        Four<Floats> border;
+        EACH cell[i] = cell_of(x[i]);
+        EACH border[i] = border_of(step.borders, x[i], cell[i]);
+        EACH code[i] = (Words)((Ints)border[i] - (x[i] > border[i]));
+    } else {  // integers, negative ones as well
+        Four<Floats> y;
+        EACH y[i] = x[i] * 254.f / (as_floats(magnitude(x[i])) + 1.f);
+        EACH code[i] = (Words)(y[i] + 1.5f * TO_INTEGER);
+    }
+    return code;
 }
 
-// The codes of vector i of both halves of a quarter of a block.
+// The codes of a quarter of each half of a block.
 struct Codes {
     Words low[VECTORS], high[VECTORS];
 
-    template <bool SECOND> __attribute__((always_inline)) void make(const Work& work, int j, int i, const Step& step) {
-        const int k = j + i * LANES;
-        Words random = {};
-        if (SECOND && STOCHASTICALLY) random = words(work.at.offset + k, step.key);
-        const Words first = codes_of<SECOND>(work, k, random, step);
-        const Words second = codes_of<SECOND>(work, k + HALF, random, step);
-        low[i] = FOUR_BITS ? (first & 15u) + (second << 4) : first, high[i] = second;
+    __attribute__((always_inline)) void add(const Four<Words>& codes, int at) {
+        for (int i = 0; i < 2; i++) {
+            low[at + i] = FOUR_BITS ? (codes[i] & 15u) + (codes[i + 2] << 4) : codes[i];
+            high[at + i] = codes[i + 2];
+        }
     }
     __attribute__((always_inline)) void put(uint8_t* codes, int j) const {
         store_bytes(codes + j, low);
@@ -535,9 +616,9 @@ NOINLINE void encode(const Work& work, const Step& step) {
     if (KIND == FP32) return;
     for (int j = 0; j < HALF; j += GROUP) {
         Codes m, s;
-        for (int i = 0; i < VECTORS; i++) {
-            m.make<false>(work, j, i, step);
-            if (ADAMW) s.make<true>(work, j, i, step);
+        for (int i = 0; i < VECTORS; i += 2) {
+            m.add(codes_of<false>(work, j + i * LANES, step), i);
+            if (ADAMW) s.add(codes_of<true>(work, j + i * LANES, step), i);
         }
         m.put(work.at.m_codes, j);
         if (ADAMW) s.put(work.at.s_codes, j);
@@ -546,9 +627,8 @@ NOINLINE void encode(const Work& work, const Step& step) {
 
 // ---- stepping
 
-// What codes of a block are worth: values of the first moment, decayed; of the second v, or what a level is worth.
+// What codes of a block are multiplied by.
 struct Worth {
-    Table m, v;
     float m_unit[GROUPS], s_unit[GROUPS], row_unit, next_row_unit, row_inverse, next_row_inverse;
 
     __attribute__((always_inline)) Worth(const Block& at, const Step& step, bool edge) {
@@ -560,12 +640,6 @@ struct Worth {
             m_unit[i] = scale_at(at.m_scale, i) * n.m_decay;
             if (ADAMW) s_unit[i] = scale_at(at.s_scale, i) * s_factor;
         }
-        if (FOUR_BITS) m = table_of(step.tables.values, m_unit[0]);
-        if (KIND == BITS4 && ADAMW) {
-            static constexpr float counts[16] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
-            v = table_of(counts, s_unit[0]);
-            for (Floats& part : v.part) part = part * part;
-        }
         if (!MATRIX) return;
         row_unit = at.row[0] * s_unit[0], row_inverse = 1.f / at.row[step.rows];
         if (!edge || at.in_row >= at.length) return;
@@ -576,86 +650,134 @@ struct Worth {
 // Largest magnitudes; NaNs may have a sign, which is cut off at the end.
 struct Most { Words m, s, row, next_row; };
 
-// Steps 1 and 2 of the vector at e. EDGE: blocks that are short or in two rows, and AdamW's rare L2 weight decay, whose
-// branch would cost the others a tenth.
-template <bool EDGE>
-INLINE Floats step_vector(Work& work, int e, Words m_bytes, Words s_bytes, const Worth& worth, const Step& step, Most& most) {
-    const Block& at = work.at;
-    const Numbers& n = step.numbers;
-    const int group = KIND == BITS8 ? e / GROUP : 0;
-    const Ints exists = EDGE ? (Ints)lanes() + e < at.length : Ints{};
-    const Ints in_row = EDGE ? (Ints)lanes() + e < at.in_row : Ints{};
-    Floats p = parameters(at.param + e, at.error, e), g = gradients(at.grad + e), m;
-    if (!ADAMW || (EDGE && n.l2 != 0)) g = g * n.coefficient;
-    if ((!ADAMW || EDGE) && n.l2 != 0) g = g + p * n.l2;
-    if (FOUR_BITS) m = e < HALF ? looked_up<false>(worth.m, m_bytes) : looked_up<true>(worth.m, m_bytes);
-    if (KIND == FP32) m = loaded((const float*)at.m_codes + e) * n.m_decay;
-    if (KIND == BITS8) {
-        const Floats level = floats((Ints)(m_bytes << 24) >> 24);
-        m = level / (254.f - as_floats(magnitude(level))) * worth.m_unit[group];
-    }
-    if (KIND == FP8) m = expanded_values(m_bytes, step.tables.expanded + 128 * *at.m_power) * worth.m_unit[0];
-    m = m + g * n.gradient_to_m;
-    if (ADAMW) {
-        const Floats gs = g * n.gradient_to_root;
-        Floats old, unit;
-        if (KIND == FP32) old = loaded((const float*)at.s_codes + e) * n.beta2;
-        if (KIND == FP8) old = expanded_values(s_bytes, step.tables.expanded + 128 * *at.s_power) * worth.s_unit[0];
-        if (KIND == BITS4) old = e < HALF ? looked_up<false>(worth.v, s_bytes) : looked_up<true>(worth.v, s_bytes);
-        if (KIND == BITS4_MATRIX) {
-            Floats by_row = splat(worth.row_unit);
-            if (EDGE) by_row = in_row ? by_row : splat(worth.next_row_unit);
-            unit = smaller(by_row, loaded(at.old_column + e) * worth.s_unit[0]);
-        }
-        if (KIND == BITS8) unit = splat(worth.s_unit[group]);
-        if (KIND == BITS4_MATRIX || KIND == BITS8) {
-            const Words code = KIND == BITS8 ? s_bytes : e < HALF ? s_bytes & 15u : s_bytes >> 4;
-            old = floats((Ints)(code + 1u)) * unit;
-            old = old * old;
-        }
-        const Floats v = old + gs * gs;
-        Floats s = root(v);
-        p = p * n.decay - m / (s * n.root_to_denom + n.denom_eps);
-        if (EDGE) s = exists ? s : Floats{};
-        if (MATRIX) {
-            store(at.column_most + e, larger((Words)s, load<Words>(at.column_most + e)));
-            Floats inverse = splat(worth.row_inverse);
-            if (EDGE) {
-                inverse = in_row ? inverse : splat(worth.next_row_inverse);
-                most.row = larger(most.row, (Words)s & (Words)in_row);
-                most.next_row = larger(most.next_row, (Words)s & ~(Words)in_row);
-            } else {
-                most.row = larger(most.row, (Words)s);
-            }
-            s = s * larger(inverse, loaded(at.inverse_column + e));
-        }
-        if (KIND == FP8) s = EDGE ? (exists ? v : Floats{}) : v;
-        if (KIND == FP32) {
-            store((float*)at.s_codes + e, v);
-        } else {
-            most.s = larger(most.s, (Words)s);
-            store(work.s + e, s);
-        }
+// What codes stand for, before they are multiplied by a unit.
+template <bool SECOND> INLINE Four<Floats> decoded(const Block& at, int e, const Step& step) {
+    const uint8_t* codes = (SECOND ? at.s_codes : at.m_codes) + e;
+    Four<Floats> x = {};
+    if (FOUR_BITS) return SECOND ? levels_of(codes) : looked_up(step.book, step.planes, codes);
+    if (KIND == FP32) return x;
+    Four<Words> code;
+    EACH code[i] = widened(load<Bytes>(codes + place(i)));
+    if (KIND == FP8) {
+        const float* values = step.tables.expanded + 128 * *(SECOND ? at.s_power : at.m_power);
+        EACH x[i] = expanded_values(code[i], values);
+    } else if (SECOND) {
+        EACH x[i] = floats((Ints)(code[i] + 1u));
     } else {
-        Floats move = m * n.m_to_p;
-        if (n.gradient_to_p != 0) move = move + g * n.gradient_to_p;
-        p = p - move;
+        EACH x[i] = floats((Ints)(code[i] << 24) >> 24);
+        EACH x[i] = x[i] / (254.f - as_floats(magnitude(x[i])));
     }
-    if (KIND == FP32) {
-        store((float*)at.m_codes + e, m);
-    } else {
-        if (EDGE) m = exists ? m : Floats{};
-        most.m = larger(most.m, (Words)magnitude(m));
-        store(work.m + e, m);
-    }
-    return p;
+    return x;
 }
 
-INLINE void put(float* at, Floats a, Floats b, const Block&, int, Words, Words) { store(at, a), store(at + LANES, b); }
-INLINE void put(BFloat16* at, Floats a, Floats b, const Block& block, int e, Words random_a, Words random_b) {
-    const Words first = rounded(a, block.error, e, random_a);
-    store_high_halves(at, first, rounded(b, block.error, e + LANES, random_b));
-}
+// Four vectors of a block on their way through steps 1 and 2. EDGE: blocks that are short or in two rows, and AdamW's
+// rare L2 weight decay, whose branch would cost the others a tenth.
+template <bool EDGE> struct Vectors {
+    Work& work;
+    const Worth& worth;
+    const Step& step;
+    const int e;
+    Four<Floats> g, m, v, s, move;
+
+    // New moments; the roots take long.
+    __attribute__((always_inline)) void begin() {
+        const Block& at = work.at;
+        const Numbers& n = step.numbers;
+        EACH g[i] = gradients(at.grad + e + place(i));
+        if (!ADAMW || (EDGE && n.l2 != 0)) EACH g[i] = g[i] * n.coefficient;
+        if ((!ADAMW || EDGE) && n.l2 != 0)
+            EACH g[i] = g[i] + parameters(at.param + e + place(i), at.error, e + place(i)) * n.l2;
+        if (ADAMW) {
+            v = decoded<true>(at, e, step);
+            EACH v[i] = KIND == FP32 ? loaded((const float*)at.s_codes + e + place(i)) * n.beta2 : v[i] * s_unit(e + place(i));
+            if (FOUR_BITS || KIND == BITS8) EACH v[i] = v[i] * v[i];
+            EACH s[i] = g[i] * n.gradient_to_root;
+            EACH s[i] = s[i] * s[i];
+            EACH v[i] = v[i] + s[i];
+            EACH s[i] = root(v[i]);
+        }
+        m = decoded<false>(at, e, step);
+        EACH m[i] = KIND == FP32 ? loaded((const float*)at.m_codes + e + place(i)) * n.m_decay
+                                 : m[i] * worth.m_unit[KIND == BITS8 ? (e + place(i)) / GROUP : 0];
+        EACH m[i] = m[i] + g[i] * n.gradient_to_m;
+    }
+    // What a level of the second moment is worth.
+    __attribute__((always_inline)) Floats s_unit(int at) const {
+        const Floats unit = splat(worth.s_unit[KIND == BITS8 ? at / GROUP : 0]);
+        if (!MATRIX) return unit;
+        Floats by_row = splat(worth.row_unit);
+        if (EDGE) by_row = (Ints)lanes() + at < work.at.in_row ? by_row : splat(worth.next_row_unit);
+        return smaller(by_row, loaded(work.at.old_column + at) * unit);
+    }
+    // The parameter's change, in which dividing takes long.
+    __attribute__((always_inline)) void go_on() {
+        const Numbers& n = step.numbers;
+        if (ADAMW) {
+            EACH move[i] = s[i] * n.root_to_denom;
+            EACH move[i] = move[i] + n.denom_eps;
+            EACH move[i] = m[i] / move[i];
+        } else {
+            EACH move[i] = m[i] * n.m_to_p;
+            if (n.gradient_to_p != 0) EACH move[i] = move[i] + g[i] * n.gradient_to_p;
+        }
+    }
+    // What is to be stored of the moments, and the largest of it.
+    __attribute__((always_inline)) void keep(Most& low, Most& high) {
+        if (MATRIX) divide(low, high);
+        EACH {
+            const Ints exists = (Ints)lanes() + (e + place(i)) < work.at.length;
+            if (KIND == FP8) s[i] = v[i];
+            if (EDGE && ADAMW) s[i] = exists ? s[i] : Floats{};
+            if (EDGE && KIND != FP32) m[i] = exists ? m[i] : Floats{};
+        }
+        if (KIND == FP32) {
+            EACH store((float*)work.at.m_codes + e + place(i), m[i]);
+            if (ADAMW) EACH store((float*)work.at.s_codes + e + place(i), v[i]);
+            return;
+        }
+        EACH store(work.m + e + place(i), m[i]);
+        EACH (i < 2 ? low : high).m = larger((i < 2 ? low : high).m, (Words)magnitude(m[i]));
+        if (!ADAMW) return;
+        EACH store(work.s + e + place(i), s[i]);
+        EACH (i < 2 ? low : high).s = larger((i < 2 ? low : high).s, (Words)s[i]);
+    }
+    // Row and column maxima of roots, and roots over the divisors.
+    __attribute__((always_inline)) void divide(Most& low, Most& high) {
+        const Block& at = work.at;
+        EACH {
+            const int o = e + place(i);
+            const Ints in_row = (Ints)lanes() + o < at.in_row;
+            Most& most = i < 2 ? low : high;
+            if (EDGE) s[i] = (Ints)lanes() + o < at.length ? s[i] : Floats{};
+            store(at.column_most + o, larger((Words)s[i], load<Words>(at.column_most + o)));
+            Floats inverse = splat(worth.row_inverse);
+            if (EDGE) inverse = in_row ? inverse : splat(worth.next_row_inverse);
+            most.row = larger(most.row, EDGE ? (Words)s[i] & (Words)in_row : (Words)s[i]);
+            if (EDGE) most.next_row = larger(most.next_row, (Words)s[i] & ~(Words)in_row);
+            s[i] = s[i] * larger(inverse, loaded(at.inverse_column + o));
+        }
+    }
+    // New parameters.
+    __attribute__((always_inline)) void put(uint32_t first_word) const {
+        const Block& at = work.at;
+        Four<Floats> p;
+        EACH p[i] = parameters(at.param + e + place(i), at.error, e + place(i));
+        if (ADAMW) EACH p[i] = p[i] * step.numbers.decay;
+        EACH p[i] = p[i] - move[i];
+        write(at.param + e, p, first_word);
+    }
+    __attribute__((always_inline)) void write(float* to, const Four<Floats>& p, uint32_t) const {
+        EACH store(to + place(i), p[i]);
+    }
+    __attribute__((always_inline)) void write(BFloat16* to, const Four<Floats>& p, uint32_t first_word) const {
+        Four<Words> bits;
+        Words random[2] = {};
+        if (ROUNDING == STOCHASTIC) random[0] = words(first_word, e), random[1] = words(first_word, e + LANES);
+        EACH bits[i] = rounded(p[i], work.at.error, e + place(i), random[i & 1]);
+        store_high_halves(to, bits[0], bits[1]);
+        store_high_halves(to + HALF, bits[2], bits[3]);
+    }
+};
 
 // Steps 1 to 3 of one block, and step 4 of the one before it.
 template <bool EDGE, bool BEFORE> INLINE void step_block(Work& work, const Work& before, const Step& step) {
@@ -663,35 +785,22 @@ template <bool EDGE, bool BEFORE> INLINE void step_block(Work& work, const Work&
     const Worth worth(at, step, EDGE);
     uint32_t m_most[GROUPS], s_most[GROUPS];
     Most low = {}, high = {};
-    #pragma GCC unroll 1
+    const uint32_t first = first_word(at.offset, step.key ^ PARAMETER_STREAM);
+    work.first_word = first_word(at.offset, step.key);
+    #pragma GCC unroll 2
     for (int j = 0; j < HALF; j += GROUP) {
         if (KIND == BITS8) low = high = Most{};
         Codes m, s;
         #pragma GCC unroll 4
         for (int i = 0; i < VECTORS; i += 2) {
-            Floats p[4];
-            Words random[2] = {};
-            #pragma GCC unroll 2
-            for (int next = 0; next < 2; next++) {
-                const int k = j + (i + next) * LANES;
-                Words m_low = {}, m_high = {}, s_low = {}, s_high = {};
-                if (KIND != FP32) {
-                    m_low = widened(load<Bytes>(at.m_codes + k));
-                    m_high = FOUR_BITS ? m_low : widened(load<Bytes>(at.m_codes + k + HALF));
-                    if (ADAMW) s_low = widened(load<Bytes>(at.s_codes + k));
-                    if (ADAMW) s_high = FOUR_BITS ? s_low : widened(load<Bytes>(at.s_codes + k + HALF));
-                }
-                p[next] = step_vector<EDGE>(work, k, m_low, s_low, worth, step, low);
-                p[2 + next] = step_vector<EDGE>(work, k + HALF, m_high, s_high, worth, step, high);
-                if (PACKLIGHT_BF16 && ROUNDING == STOCHASTIC) random[next] = words(at.offset + k, step.key ^ PARAMETER_STREAM);
-                if (KIND != FP32 && BEFORE) {
-                    m.make<false>(before, j, i + next, step);
-                    if (ADAMW) s.make<true>(before, j, i + next, step);
-                }
-            }
             const int k = j + i * LANES;
-            put(at.param + k, p[0], p[1], at, k, random[0], random[1]);
-            put(at.param + k + HALF, p[2], p[3], at, k + HALF, random[0], random[1]);
+            Vectors<EDGE> vectors{work, worth, step, k, {}, {}, {}, {}, {}};
+            vectors.begin();
+            if (KIND != FP32 && BEFORE) m.add(codes_of<false>(before, k, step), i);
+            vectors.go_on();
+            vectors.keep(low, high);
+            if (KIND != FP32 && BEFORE && ADAMW) s.add(codes_of<true>(before, k, step), i);
+            vectors.put(first);
         }
         if (KIND != FP32 && BEFORE) {
             m.put(before.at.m_codes, j);
@@ -712,8 +821,7 @@ NOINLINE void step_whole(Work& work, const Work& before, const Step& step) { ste
 
 // ---- blocks of a parameter
 
-Block block_at(const Item& item, int64_t block) {
-    Block at{};
+INLINE void place(Block& at, const Item& item, int64_t block) {
     const int64_t o = block * BLOCK, codes = FOUR_BITS ? block * HALF : KIND == FP32 ? o * 4 : o;
     const int64_t scales = KIND == BITS8 ? block * GROUPS * 2 : block * 4;
     at.param = item.param + o, at.grad = item.grad + o, at.error = item.error + o * ERROR_BYTES;
@@ -721,7 +829,6 @@ Block block_at(const Item& item, int64_t block) {
     at.m_scale = item.exp_avg[1] + scales, at.s_scale = item.exp_avg_sq[1] + scales;
     at.m_power = item.exp_avg[2] + block, at.s_power = item.exp_avg_sq[2] + block;
     at.offset = (uint64_t)o, at.length = (int)least_of(BLOCK, item.numel - o), at.in_row = at.length;
-    return at;
 }
 
 void prefetch(const Item& item, int64_t block) {
@@ -754,13 +861,11 @@ struct Short {
         copy(back, m_scale, at.m_scale, scales);
         if (ADAMW) copy(back, s_codes, at.s_codes, codes), copy(back, s_scale, at.s_scale, scales);
     }
-    Block block(const Block& at) {
+    void stand_in_for(Block& at) {
         copy_all(at, false);
         memcpy(grad, at.grad, (size_t)at.length * sizeof(Param));
-        Block own = at;
-        own.param = param, own.grad = grad, own.error = error;
-        own.m_codes = m_codes, own.s_codes = s_codes, own.m_scale = m_scale, own.s_scale = s_scale;
-        return own;
+        at.param = param, at.grad = grad, at.error = error;
+        at.m_codes = m_codes, at.s_codes = s_codes, at.m_scale = m_scale, at.s_scale = s_scale;
     }
     void finish(const Block& at) {
         if (FOUR_BITS)  // elements that there are not have code 0
@@ -783,19 +888,21 @@ struct Line {
         at.m_codes = at.s_codes = at.m_power = at.s_power = nowhere;
     }
     void finish() { encode(works[1 - now], step), drop(); }
-    // Step a block, and return it with what was found out about it.
-    const Work& add(const Block& at) {
+    // The place of the next block: it is made there, as copying it would wait for the stores.
+    Block& next() { return works[now].at; }
+    // Step the next block, and return it with what was found out about it.
+    const Work& add() {
         Work &work = works[now], &before = works[1 - now];
-        if (at.length < BLOCK) {
+        if (work.at.length < BLOCK) {
             Short own;
-            work.at = own.block(at);
+            const Block at = work.at;
+            own.stand_in_for(work.at);
             step_edge(work, before, step);
             encode(work, step), drop();
             own.finish(at);
             return work;
         }
-        work.at = at;
-        const bool edge = at.in_row < BLOCK || (ADAMW && step.numbers.l2 != 0);
+        const bool edge = work.at.in_row < BLOCK || (ADAMW && step.numbers.l2 != 0);
         edge ? step_edge(work, before, step) : step_whole(work, before, step);
         now = 1 - now;
         return work;
@@ -865,21 +972,39 @@ struct Matrix {
 
 // The columns of a task. Its last block may reach beyond them, and beyond the row's end.
 struct Columns {
-    float old[STRIP_COLUMNS + BLOCK], inverse[STRIP_COLUMNS + BLOCK];
-    uint32_t most[STRIP_COLUMNS + BLOCK];
+    float old[STRIP_COLUMNS + BLOCK + LANES], inverse[STRIP_COLUMNS + BLOCK + LANES];
+    uint32_t most[STRIP_COLUMNS + BLOCK + LANES];
     int64_t count = 0;
 
     void enter(const Matrix& matrix, int64_t first) {
         const float* divisors = matrix.item->cols;
         count = least_of(matrix.width, matrix.columns - first) + BLOCK;
-        for (int64_t i = 0, j = first; i < count; i++, j = j + 1 == matrix.columns ? 0 : j + 1)
-            old[i] = divisors[j], inverse[i] = divisors[matrix.columns + j];
+        for_runs(matrix.columns, first, [&](int64_t i, int64_t j, int64_t n) {
+            memcpy(old + i, divisors + j, (size_t)n * 4);
+            memcpy(inverse + i, divisors + matrix.columns + j, (size_t)n * 4);
+        });
         for (int64_t i = 0; i < count; i += LANES) store(inverse + i, 1.f / loaded(inverse + i));
-        memset(most, 0, (size_t)count * 4);
+        memset(most, 0, (size_t)(count + LANES) * 4);
     }
     void leave(const Matrix& matrix, int64_t first) const {
-        for (int64_t i = 0, j = first; i < count; i++, j = j + 1 == matrix.columns ? 0 : j + 1)
-            raise_to(matrix.column_most + j, most[i] & 0x7fffffffu);
+        for_runs(matrix.columns, first, [&](int64_t i, int64_t j, int64_t n) {
+            for (int64_t k = 0; k < n; k += LANES) {
+                const int64_t end = least_of(n, k + LANES);
+                if (end - k == LANES && !any_above(most + i + k, matrix.column_most + j + k)) continue;
+                for (int64_t l = k; l < end; l++) raise_to(matrix.column_most + j + l, most[i + l] & 0x7fffffffu);
+            }
+        });
+    }
+    // Another thread may raise the second ones meanwhile, and raise_to looks again.
+    static bool any_above(const uint32_t* a, const uint32_t* b) {
+        const Words x = load<Words>(a) & 0x7fffffffu, y = load<Words>(b);
+        return largest((Words)(x > y)) != 0;
+    }
+    // Calls f(place here, column, how many) for columns from `first` on, which begin again beyond the last.
+    template <class F> void for_runs(int64_t columns, int64_t first, const F& f) const {
+        const int64_t n = least_of(count, columns - first);
+        f(0, first, n);
+        if (count > n) f(n, 0, count - n);
     }
 };
 
@@ -896,7 +1021,8 @@ template <class F> INLINE void each_block(int64_t first, int64_t last, int64_t t
 void run_blocks(const Item& item, const Task& task, Line& line) {
     each_block(task.first, task.last, task.last, [&](int64_t b, int64_t later) {
         prefetch(item, later);
-        line.add(block_at(item, b));
+        place(line.next(), item, b);
+        line.add();
     });
     line.finish();
 }
@@ -915,14 +1041,16 @@ void run_rows(Matrix& matrix, Task& task, Line& line, Columns& columns) {
         reached = 0;
         each_block(start(row, task.column), start(row, end), start(row + 1, task.column), [&](int64_t b, int64_t later) {
             prefetch(item, later);
-            Block at = block_at(item, b);
+            Block& at = line.next();
+            place(at, item, b);
             const int64_t column = b * BLOCK - row * matrix.columns, i = column - task.column;
             at.in_row = (int)least_of(BLOCK, matrix.columns - column), at.row = item.rows + row;
             at.old_column = columns.old + i, at.inverse_column = columns.inverse + i;
             at.column_most = columns.most + i;
-            const Work& work = line.add(at);
+            const bool reaches = at.in_row < BLOCK;
+            const Work& work = line.add();
             if (work.row_most[0] > most) most = work.row_most[0];
-            if (at.in_row < BLOCK) reached = work.row_most[1];
+            if (reaches) reached = work.row_most[1];
         });
         matrix.put_row(task, row, most);
     }
@@ -943,7 +1071,8 @@ Matrix cut(const Item* items, int64_t i, std::vector<Task>& tasks) {
     const int64_t columns = items[i].columns, rows = numel / columns, before = (int64_t)tasks.size();
     const int64_t strips = (columns + STRIP_COLUMNS - 1) / STRIP_COLUMNS;
     const int64_t width = strips == 1 ? columns : ((columns + strips - 1) / strips + BLOCK - 1) / BLOCK * BLOCK;
-    const int64_t height = (TASK_BLOCKS * BLOCK + width - 1) / width;
+    const int64_t wanted = least_of(MATRIX_TASK_BLOCKS, blocks / MATRIX_TASKS), size = wanted > TASK_BLOCKS ? wanted : TASK_BLOCKS;
+    const int64_t height = (size * BLOCK + width - 1) / width;
     for (int64_t row = 0; row < rows; row += height)
         for (int64_t column = 0; column < columns; column += width)
             tasks.push_back({i, row, least_of(rows, row + height), column, 0, 0});
@@ -961,7 +1090,7 @@ void packlight_step(const Item* items, int64_t num_items, const float* numbers, 
     for (int64_t i = 0; i < num_items; i++) matrices.push_back(cut(items, i, tasks));
     Task* first = tasks.data();
     for (Matrix& matrix : matrices) matrix.tasks = first, first += matrix.num_tasks;
-    Step common{{}, *tables, borders_of(tables->cells), 0, 0};
+    Step common{{}, *tables, table_of(tables->values), planes_of(tables->values), borders_of(tables->cells), 0, 0};
     memcpy(&common.numbers, numbers, sizeof common.numbers);
     const int64_t num_tasks = (int64_t)tasks.size();
     #pragma omp parallel num_threads(threads)
