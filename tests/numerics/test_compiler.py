@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from packlight.numerics import compiler
-from packlight.numerics.compiler import CompilerFailed, CompilerMissing, cache_folder, find_compiler, load
+from packlight.numerics.cache import cache_folder, checksum
+from packlight.numerics.compiler import CompilerFailed, CompilerMissing, find_compiler, load
 
 try:
     WORDS, VERSION = find_compiler()
@@ -233,7 +234,7 @@ def test_a_sound_file_that_does_not_load_is_built_anew(
     (file,) = kept(folder)
     replace_contents(file, b"for another system")
     stem = file.name.rpartition("-")[0]
-    other = file.rename(folder / f"{stem}-{compiler._checksum(file)}.so")
+    other = file.rename(folder / f"{stem}-{checksum(file)}.so")
     forget(monkeypatch)
     assert load(source).sum(4) == 10
     assert kept(folder) == [file]

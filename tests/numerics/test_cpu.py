@@ -263,7 +263,8 @@ def test_processors_with_narrower_vectors_give_the_same_bits(
 ) -> None:
     only_compiled(fresh)
     fresh.setenv("CXX", f"{' '.join(compiler.find_compiler()[0])} {flags}")
-    for dtype, rounding in ((FP32, "nearest"), (BF16, "stochastic"), (BF16, "master24")):
+    cases: list[tuple[torch.dtype, RoundingName]] = [(FP32, "nearest"), (BF16, "stochastic"), (BF16, "master24")]
+    for dtype, rounding in cases:
         pairs = [both(torch.randn(shape).to(dtype), name, rounding) for shape in SHAPES]
         for step, settings in enumerate((DECOUPLED, L2), 1):
             grads = [gradient(shape, dtype) for shape in SHAPES]

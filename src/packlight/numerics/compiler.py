@@ -40,6 +40,8 @@ from pathlib import Path
 
 import torch
 
+from packlight.numerics.cache import cache_folder, checksum, is_private
+
 # No -ffast-math and no contraction to fused multiply-adds: results are compared with PyTorch's.
 REQUIRED_FLAGS = "-O2 -ffp-contract=off -fno-math-errno -fno-trapping-math -std=c++17 -Wno-psabi -shared -fPIC".split()
 # It needs the linker and OpenMP's header and runtime, as a real source does.
@@ -235,74 +237,17 @@ def _run(command: Sequence[str], **variables: str) -> tuple[int, str]:
 # Where builds are kept
 
 
-def cache_folder() -> Path | None:
-    """Find, or make, the private folder that keeps the builds.
-
-    It is $PACKLIGHT_CACHE, else packlight in $XDG_CACHE_HOME, else in ~/.cache (macOS: ~/Library/Caches). What
-    lies there gets loaded into the process, so nobody else may write to it.
-
-    Returns:
-        The folder, or None, with a warning, if it can be neither made nor written to.
-
-    Raises:
-        ValueError: if it belongs to another user, or the group or others may write to it.
-    """
-    try:
-        folder = _named_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = folder.resolve()
-        status, reason = folder.stat(), "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} is not writable"
-    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
-        reason = str(error)
-    else:
-        _refuse_shared(folder, status)
-    if not reason:
-        return folder
-    warnings.warn(
-        f"packlight cannot keep its compiled kernels ({reason}), each process builds them anew: "
-        "set PACKLIGHT_CACHE to a folder of your own",
-        stacklevel=5,
-    )
-    return None
-
-
-def _named_folder() -> Path:
-    if own := os.environ.get("PACKLIGHT_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(shared):  # the XDG specification says to ignore a relative one
-        return Path(shared) / "packlight"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "packlight"
-
-
-def _refuse_shared(folder: Path, status: os.stat_result) -> None:
-    if not _is_private(status):
-        raise ValueError(
-            f"the cache folder {folder} belongs to user {status.st_uid} and has mode {status.st_mode & 0o7777:04o}; "
-            f"packlight loads code from it, so it must belong to you (user {os.geteuid()}) and nobody else may write "
-            f"to it: chmod go-w {shlex.quote(str(folder))}, or set PACKLIGHT_CACHE to another folder"
-        )
-
-
-def _is_private(status: os.stat_result) -> bool:
-    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
-
 def _cached(folder: Path | None, build: _Build) -> ctypes.CDLL | None:
     """Load an earlier build; one that is damaged, not ours or does not load is taken away."""
     for path in sorted(folder.glob(f"*-{build.key}-*.so")) if folder else ():
         with contextlib.suppress(OSError):
             # The checksum, because loading a truncated file may kill the process; the owner, because somebody may
             # have put it there while the folder was open to others.
-            if _is_private(path.stat()) and path.name.endswith(f"-{_checksum(path)}.so"):
+            if is_private(path.stat()) and path.name.endswith(f"-{checksum(path)}.so"):
                 return ctypes.CDLL(str(path))
         with contextlib.suppress(OSError):
             path.unlink()
     return None
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 # Building
@@ -317,7 +262,7 @@ def _built(build: _Build, scratch: Path, folder: Path | None) -> ctypes.CDLL:
         raise CompilerFailed(build.source, command, said)
     output.chmod(0o700)
     if folder:
-        output = output.replace(folder / f"{build.source.stem}-{build.key}-{_checksum(output)}.so")
+        output = output.replace(folder / f"{build.source.stem}-{build.key}-{checksum(output)}.so")
     try:
         return ctypes.CDLL(str(output))
     except OSError:

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from packlight.numerics.books import NORMAL_FLOAT, expanded_tables
 from packlight.numerics.call import Call, Slot
 from packlight.numerics.compiler import CompilerFailed, CompilerMissing, load_all
+from packlight.numerics.cpu_tables import tables
 from packlight.numerics.descent import descend
 from packlight.numerics.noise import WEYL, mixed
 from packlight.numerics.rounding import RoundingName
@@ -110,7 +110,7 @@ class Batch(NamedTuple):
             self.items.buffer_info()[0],
             len(self.members),
             (ctypes.c_float * len(numbers))(*numbers),
-            ctypes.byref(_tables()),
+            ctypes.byref(tables()),
             1 if self.num_elements <= SERIAL_ELEMENTS else torch.get_num_threads(),
         )
 
@@ -134,10 +134,6 @@ class Plan(NamedTuple):
     def num_items(self) -> int:
         """Return how many records it has, at least 1."""
         return 1 + len(self.plain) + sum(len(batch.members) for batch in self.batches)
-
-
-class _Tables(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("values", "cells", "expanded", "borders", "limits"))
 
 
 _plans: dict[tuple[object, ...], Plan] = {}
@@ -347,12 +343,3 @@ def _fields(slot: Slot) -> list[int]:
     pointers += [last.tensors[suffix].data_ptr() if suffix in last.tensors else 0 for suffix in ("rows", "cols")]
     columns = last.tensors["cols"].shape[1] if "cols" in last.tensors else 0
     return [*pointers, slot.param.numel(), columns, slot.key, 0, 0]
-
-
-@functools.cache
-def _tables() -> _Tables:
-    expanded = expanded_tables(torch.device("cpu"))
-    arrays = (ctypes.c_float * 16)(*NORMAL_FLOAT.values), (ctypes.c_int32 * 32)(*NORMAL_FLOAT.cells)
-    tables = _Tables(*(ctypes.addressof(array) for array in arrays), *(each.data_ptr() for each in expanded))
-    tables.kept = (arrays, expanded)  # the pointers are good for as long as these live
-    return tables
