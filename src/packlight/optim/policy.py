@@ -95,8 +95,8 @@ def formats_of(model: nn.Module, choice: str) -> dict[str, str]:
         ValueError: an unknown format.
 
     Example:
-        >>> formats_of(nn.ModuleDict({"items": nn.Embedding(200, 64), "up": nn.Linear(64, 256)}), "4bit")
-        {'items.weight': '8bit', 'up.weight': '4bit', 'up.bias': 'fp32'}
+        >>> formats_of(nn.ModuleDict({"table": nn.Embedding(200, 64), "up": nn.Linear(64, 256)}), "4bit")
+        {'table.weight': '8bit', 'up.weight': '4bit', 'up.bias': 'fp32'}
     """
     modules = (each for each in model.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag))
     tables = {id(module.weight) for module in modules}

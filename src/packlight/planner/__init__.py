@@ -3,7 +3,7 @@
 >>> import torch, packlight
 >>> model = torch.nn.Sequential(*[torch.nn.TransformerEncoderLayer(8, 2, 16) for _ in range(4)])
 >>> optimizer = torch.optim.AdamW(model.parameters())
->>> plan = packlight.plan(model, torch.randn(64, 4, 8), optimizer, budget="1MiB", loss=lambda out, _: out.sum())
+>>> plan = packlight.plan(model, torch.randn(64, 4, 8), optimizer, budget="2MiB", loss=lambda out, _: out.sum())
 >>> plan.estimate.device_peak_bytes <= plan.budget_bytes
 True
 """
