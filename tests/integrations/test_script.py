@@ -78,6 +78,15 @@ def test_at_three_quarters_of_its_peak_a_script_fits_and_prints_the_same_bits(
     assert output == plain_output
 
 
+def test_a_plan_that_is_made_in_the_midst_of_a_forward_counts_for_that_forward(
+    plain_folder: Path, tmp_path: Path
+) -> None:
+    peak_bytes, _ = _plain("variable_length", plain_folder)
+    run, _, told = packlight_run(["--budget", str(peak_bytes * 6 // 10)], "variable_length", tmp_path)
+    assert_fits_as_predicted(run)
+    assert run.plan is not None and run.plan.site_choices() and "for a larger batch" in told
+
+
 def test_at_half_of_its_peak_the_gpt_fits_and_prints_the_same_bits(plain_folder: Path, tmp_path: Path) -> None:
     peak_bytes, plain_output = _plain("plain_gpt", plain_folder)
     run, output, _ = packlight_run(["--budget", str(peak_bytes // 2), "--exact"], "plain_gpt", tmp_path)

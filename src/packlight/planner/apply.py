@@ -6,6 +6,7 @@ format under the optimiser that is already there, and `remove` puts everything b
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -15,7 +16,7 @@ from packlight.activations.engine import Engine
 from packlight.activations.recompute import Recomputation, recompute
 from packlight.budget import Budget
 from packlight.optim.adopt import adopt
-from packlight.planner.loop import Loss
+from packlight.planner.loop import Call, Loss
 from packlight.planner.measure import StepWatch
 from packlight.planner.solve import EXACT_FORMATS
 from packlight.planner.solve import plan as make_plan
@@ -144,6 +145,11 @@ def carry_out(plan: Plan, model: nn.Module) -> Carried:
             "was it made for another model?"
         )
     return Engine(model, dict.fromkeys(plan.recomputed(), "recompute") | sites)
+
+
+def saving_now(carried: Carried, call: Call) -> AbstractContextManager[Any]:
+    """Return a context for a forward that has begun already, in which what was carried out meanwhile counts."""
+    return carried.saving(call.args, call.kwargs) if isinstance(carried, Engine) else nullcontext()
 
 
 def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:

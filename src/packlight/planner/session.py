@@ -25,14 +25,14 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.budget import Budget, BudgetError
-from packlight.planner.apply import Carried, adopt_formats, carry_out
+from packlight.planner.apply import Carried, adopt_formats, carry_out, saving_now
 from packlight.planner.hardware import measure
 from packlight.planner.listen import Ears, Listener, LossLog
 from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements
 from packlight.planner.measure import ModuleHook, StepWatch, other_bytes
 from packlight.planner.profile import ProfileError, profile
 from packlight.planner.request import SessionStop, Settings
-from packlight.planner.solve import device_bytes, joined, least_plan, predicted_step_seconds, rescale, solve
+from packlight.planner.solve import device_bytes, device_of, joined, least_plan, predicted_step_seconds, rescale, solve
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
 
@@ -62,7 +62,7 @@ class Session(Listener):
         self._between = self._planning = False
         self._gradients: Literal["none", "forward", "step"] = "none"
         self._losses = LossLog()
-        self._stack = ExitStack()
+        self._stack, self._in_call = ExitStack(), ExitStack()
 
     def __enter__(self) -> "Session":
         """Begin to listen: calls of modules, new optimisers, backward and optimiser steps."""
@@ -144,6 +144,8 @@ class Session(Listener):
         self._watch = StepWatch(module, trained)
         after = module.register_forward_hook(ModuleHook(module, lambda *_: self._forward_ended()))
         self._stack.callback(after.remove)
+        left = module.register_forward_hook(ModuleHook(module, lambda *_: self._in_call.close()), always_call=True)
+        self._stack.callback(left.remove)
 
     def _stop_again(self) -> None:
         if self._stop is not None:
@@ -203,7 +205,7 @@ class Session(Listener):
     def _other_bytes(self) -> int:
         """Return the bytes that live beside the model and its optimisers before the first step."""
         assert self._model is not None
-        measure(_device(self._model).type)  # what measuring leaves behind is counted too
+        measure(device_of(self._model).type)  # what measuring leaves behind is counted too
         return other_bytes(self._model, self._optimizers)
 
     def _make_plan(self, seen: Seen, *, budget: int | None = None) -> tuple[Profile, Plan]:
@@ -212,7 +214,7 @@ class Session(Listener):
         wanted = budget or self.settings.budget or 0
         self._planning = True
         try:
-            allowed = Budget.of(wanted, total_bytes=device_bytes(_device(self._model)))
+            allowed = Budget.of(wanted, total_bytes=device_bytes(device_of(self._model)))
             step = profile(self._model, self._call, self._optimizers, seen=seen)
             held = [cost for cost in step.optimizers if self.plan and cost.formats == self.plan.state_formats]
             if self._num_updates > 0 and held:
@@ -296,6 +298,8 @@ class Session(Listener):
         self.plan = plan = joined(step, rescale(plan, *self._pace), before)
         self.settings.tell(plan, title)
         self._blocks = carry_out(plan, self._model)
+        if self._watch.model is self._model:  # torch has the forward that it is going to call already
+            self._in_call.enter_context(saving_now(self._blocks, call))
         self._watch.measure_again()
         if was_on:
             self._watch.resume()
@@ -336,10 +340,6 @@ def _noted(step: Profile, model: nn.Module) -> Profile:
 def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

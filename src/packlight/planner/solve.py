@@ -79,13 +79,18 @@ def plan(
     >>> made.estimate.device_peak_bytes <= 20 * 2**20 < made.estimate.plain_peak_bytes
     True
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     allowed = Budget.of(budget, total_bytes=device_bytes(device) if device.type != "meta" else None)
     if device.type != "meta":
         measure(device.type)  # what measuring leaves behind is counted too
     beside_bytes = None if device.type == "meta" else other_bytes(model, listed(optimizer))
     step = profile(model, batch, optimizer, loss=loss, seen=Seen(other_bytes=beside_bytes))
     return solve(step, allowed, exact=exact)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def device_bytes(device: torch.device) -> int:
