@@ -259,10 +259,12 @@ class ExpertLayer(nn.Module):
 
 
 class MoE(nn.Module):
-    def __init__(self, width: int = 32, num_layers: int = 3) -> None:
+    def __init__(
+        self, width: int = 32, num_layers: int = 3, *, layer: Callable[[int], nn.Module] = ExpertLayer
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(NUM_BYTES, width)
-        self.layers = nn.ModuleList(ExpertLayer(width) for _ in range(num_layers))
+        self.layers = nn.ModuleList(layer(width) for _ in range(num_layers))
         self.head = nn.Linear(width, NUM_BYTES)
 
     def forward(self, tokens: Tensor) -> Tensor:

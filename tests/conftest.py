@@ -39,6 +39,9 @@ ALLOWED_THREADS = {"tqdm_monitor"}  # tqdm's, one for the life of the process
 # Tables of packlight's formats, made at their first use. More would crowd the tight budgets of later tests.
 MAX_TENSOR_BYTES = 300_000
 
+# torch.compile's pool would outlive its test. Set here: inductor reads it at its import, which other imports may cause.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
 SEED_VARIABLE = "PACKLIGHT_TEST_SEED"
 SEED = int(os.environ.get(SEED_VARIABLE, random.SystemRandom().randrange(2**31)))
 
@@ -67,7 +70,6 @@ def private_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)
-        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # torch.compile's pool would outlive its test
         yield
 
 

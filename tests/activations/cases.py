@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from packlight.activations.blocks import find_blocks
 from packlight.activations.engine import Engine
 from packlight.activations.offload import make_tier
 from packlight.activations.tier import OffloadError, Traffic
-from tests.cases import CASES, NUM_BYTES, Case, _next_byte, windows
+from tests.cases import CASES, Case, MoE, _next_byte, windows
 
 CPU = torch.device("cpu")
 NUM_STEPS = 2
@@ -86,24 +86,9 @@ class Experts(nn.Module):
         return x + out.view_as(x)
 
 
-class RoutedModel(nn.Module):
-    def __init__(self, width: int = 16, num_layers: int = 3) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(NUM_BYTES, width)
-        self.layers = nn.ModuleList(Experts(width) for _ in range(num_layers))
-        self.head = nn.Linear(width, NUM_BYTES)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        logits: Tensor = self.head(x)
-        return logits
-
-
 MODELS: dict[str, Callable[[], Case]] = {
     **CASES,
-    "experts": lambda: Case(RoutedModel(), windows(2, 16), _next_byte),
+    "experts": lambda: Case(MoE(16, layer=Experts), windows(2, 16), _next_byte),
 }
 
 
@@ -116,10 +101,18 @@ def twins(name: str) -> tuple[Case, Case]:
 Context = Callable[[], Any]
 
 
-def train(case: Case, *, num_microbatches: int = 1, context: Context = nullcontext) -> Iterator[list[Tensor]]:
+@contextmanager
+def bf16() -> Iterator[None]:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+def train(
+    case: Case, *, num_microbatches: int = 1, context: Context = nullcontext, num_steps: int = NUM_STEPS
+) -> Iterator[list[Tensor]]:
     """Train a few steps; yield after each every number that it left: losses, gradients, buffers, random state."""
     optimizer = torch.optim.SGD([at for at in case.model.parameters() if at.requires_grad], lr=0.01)
-    for step in range(NUM_STEPS):
+    for step in range(num_steps):
         torch.manual_seed(step)
         optimizer.zero_grad()
         losses = []

@@ -1,7 +1,7 @@
 """Keep, recompute, offload and bits change no bit of a loss or a gradient, whatever the model and the loop do."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from tests.activations.cases import (
     NUM_STEPS,
     MemoryTier,
     assert_equal,
+    bf16,
     engine,
     numbers,
     train,
@@ -27,12 +28,6 @@ from tests.activations.cases import (
 from tests.cases import Case, ConvNet, GPTBlock, digits
 
 pytestmark = pytest.mark.usefixtures("seed")
-
-
-@contextmanager
-def bf16() -> Iterator[None]:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        yield
 
 
 def assert_trains_alike(name: str, how: str, **loop: Any) -> None:

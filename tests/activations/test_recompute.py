@@ -6,8 +6,7 @@ import random
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from packlight.activations.blocks import find_blocks
 from packlight.activations.buffers import MAX_COPIED_ELEMENTS, is_recomputing
 from packlight.activations.recompute import recompute
 from packlight.planner.timeline import Timeline
+from tests.activations.cases import assert_equal, bf16, numbers, train, twins
 from tests.cases import CASES, Case, ConvNet, digits
 
 ROOT = Path(__file__).parents[2]
@@ -27,53 +27,11 @@ NUM_STEPS = 3
 pytestmark = pytest.mark.usefixtures("seed")
 
 
-def twins(name: str) -> tuple[Case, Case]:
-    """Build a case twice, with the same weights and the same batch."""
-    case = CASES[name]()
-    return case, Case(copy.deepcopy(case.model), case.batch, case.loss)
-
-
-@contextmanager
-def bf16() -> Iterator[None]:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        yield
-
-
-Context = Callable[[], Any]
-
-
-def train(case: Case, *, num_microbatches: int = 1, context: Context = nullcontext) -> Iterator[list[Tensor]]:
-    """Train a few steps; yield after each every number that it left: losses, gradients, buffers, random state."""
-    optimizer = torch.optim.SGD([at for at in case.model.parameters() if at.requires_grad], lr=0.01)
-    for step in range(NUM_STEPS):
-        torch.manual_seed(step)
-        optimizer.zero_grad()
-        losses = []
-        for _ in range(num_microbatches):
-            with context():
-                loss = case.value()
-            loss.backward()
-            losses.append(loss.detach())
-        yield [*losses, *numbers(case.model)]
-        optimizer.step()
-
-
-def numbers(model: nn.Module) -> list[Tensor]:
-    gradients = [at.grad.clone() for at in model.parameters() if at.grad is not None]
-    return [*gradients, *[buffer.clone() for buffer in model.buffers()], torch.get_rng_state()]
-
-
-def assert_equal(mine: list[Tensor], theirs: list[Tensor]) -> None:
-    assert len(mine) == len(theirs)
-    for at, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-        assert torch.equal(a, b), f"number {at} of {len(mine)} differs"
-
-
 def assert_trains_alike(name: str, **how: Any) -> None:
     kept, again = twins(name)
-    plain = list(train(kept, **how))
+    plain = list(train(kept, num_steps=NUM_STEPS, **how))
     with recompute(again.model):
-        recomputed = list(train(again, **how))
+        recomputed = list(train(again, num_steps=NUM_STEPS, **how))
     assert len(plain) == NUM_STEPS
     for mine, theirs in zip(recomputed, plain, strict=True):
         assert_equal(mine, theirs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight.activations.engine import Engine
-from packlight.activations.sites import CallStack, ModuleCall, Rules, Site, matches, watch_modules
+from packlight.activations.sites import CallStack, ModuleCall, ModuleWatch, Rules, Site, matches
 from tests.activations.cases import MODELS, MemoryTier, everywhere
 from tests.cases import Case
 
@@ -198,7 +198,7 @@ def test_threads_that_share_rules_get_each_site_once() -> None:
 def test_outside_of_a_forward_modules_note_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     stack = CallStack()
-    watch = watch_modules(model, lambda: None)
+    watch = ModuleWatch(model, lambda: None)
     model(torch.randn(1, 4))
     assert stack.numbers == {} and len(model[0]._forward_hooks) == len(model[0]._forward_pre_hooks) == 1
     watch.remove()

@@ -256,6 +256,17 @@ def test_a_file_that_others_may_write_to_is_not_loaded(
     assert stat.S_IMODE(file.stat().st_mode) == 0o700
 
 
+@needs_compiler
+def test_each_set_of_macros_makes_a_library(folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = compiler.load_all(source, [{"START": 1}, {"START": 2}, {"START": 1}])
+    assert [library.sum(4) for library in libraries] == [11, 12, 11]
+    assert len(kept(folder)) == 2
+    assert compiler.load_all(source, [{"START": 2}]) == libraries[1:2]
+    forget(monkeypatch)
+    assert load(source, {"START": 2}).sum(4) == 12
+    assert len(kept(folder)) == 2
+
+
 # Many at once
 
 
@@ -369,7 +380,7 @@ def test_a_source_with_an_error_raises_what_the_compiler_said(folder: Path, tmp_
     source.write_text("int f() { return nonsense; }")
     with pytest.raises(CompilerFailed, match="nonsense") as raised:
         load(source)
-    assert f" {shlex.quote(str(source))} -O2 " in raised.value.command
+    assert f" {shlex.quote(str(source))} -O3 " in raised.value.command
     assert "nonsense" in raised.value.output
     assert raised.value.command in str(raised.value)
     assert kept(folder) == []
@@ -381,7 +392,7 @@ def test_a_library_that_does_not_load_raises_what_the_loader_said(folder: Path, 
     source.write_text('extern "C" int nowhere(); int here = nowhere();')
     with pytest.raises(CompilerFailed, match="nowhere") as raised:
         load(source)
-    assert f" {shlex.quote(str(source))} -O2 " in raised.value.command
+    assert f" {shlex.quote(str(source))} -O3 " in raised.value.command
     assert kept(folder) == []
 
 

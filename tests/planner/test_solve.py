@@ -40,11 +40,6 @@ def allowed_bytes(step: Profile, budget_bytes: int) -> int:
     return int(budget_bytes * (1 - HEADROOM)) - spare_bytes(step)
 
 
-def saving_blocks(step: Profile) -> set[str]:
-    costs = StepCost(step)
-    return {block for block in costs.blocks if costs.held_bytes(block) > 0}
-
-
 def smallest_bytes(step: Profile, *, exact: bool = False) -> int:
     with pytest.raises(BudgetError) as error:
         solve(step, Budget(1), exact=exact)
@@ -104,7 +99,7 @@ def test_each_recomputed_block_is_needed(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_no_choice_of_blocks_is_faster_or_takes_less(name: str) -> None:
     step = step_of(name)
-    costs, blocks = StepCost(step), sorted(saving_blocks(step))
+    costs, blocks = StepCost(step), sorted(StepCost(step).saving_blocks())
     subsets = itertools.chain.from_iterable(itertools.combinations(blocks, at) for at in range(len(blocks) + 1))
     priced = [costs.price(subset, optimizer) for subset in subsets for optimizer in step.optimizers]
     least_bytes = min(cost.peak_bytes for cost in priced)
@@ -176,7 +171,7 @@ def test_choices_are_the_blocks_that_hold_bytes_once_each(name: str) -> None:
     for budget_bytes in budgets(step)[::3]:
         made = solve(step, Budget(budget_bytes))
         blocks = [choice.group for choice in made.choices if not choice.sites]
-        assert len(blocks) == len(set(blocks)) and set(blocks) == saving_blocks(step)
+        assert len(blocks) == len(set(blocks)) and set(blocks) == set(StepCost(step).saving_blocks())
         for choice in made.choices:
             assert choice.bytes > 0
             assert choice.choice in (("compress",) if choice.sites else ("keep", "recompute"))

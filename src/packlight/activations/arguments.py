@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from packlight.activations.attributes import version_of
+
 # What holds no tensors, or only such as do not belong to a call.
 _OPAQUE = (type, nn.Module, FunctionType, BuiltinFunctionType, MethodType, ModuleType, torch.Generator, torch.device)
 _SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size})
@@ -136,12 +138,12 @@ class _Watch:
 
     def __init__(self, value: Any, tensors: list[Tensor]) -> None:
         self._value = value
-        self._noted = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
+        self._noted = [(weakref.ref(tensor), version_of(tensor)) for tensor in tensors]
 
     def check(self) -> None:
         present = list(_held(self._value))
         same = len(present) == len(self._noted) and all(
-            noted() is tensor and version == _version(tensor)
+            noted() is tensor and version == version_of(tensor)
             for tensor, (noted, version) in zip(present, self._noted, strict=True)
         )
         if not same:
@@ -172,10 +174,6 @@ def _held(value: Any) -> Iterator[Tensor]:
             yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))
             inner += [leaf for leaf in leaves if type(leaf) not in _SIMPLE and hasattr(leaf, "__dict__")]
         layer = [each for each in inner if not isinstance(each, Tensor)]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else int(tensor._version)
 
 
 class _Slots:

@@ -56,7 +56,7 @@ class Attributes:
         """
         for module, _, tensors in self._noted:
             for name, before in tensors.items():
-                if _version(before.value) != before.version:
+                if version_of(before.value) != before.version:
                     raise RuntimeError(
                         f"the tensor in attribute {name!r} of a {type(module).__name__} was modified by an inplace "
                         "operation since its block's forward began; the block cannot be recomputed: make the tensor a "
@@ -93,7 +93,7 @@ def _note(attributes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Noted]]
         if type(value) in _SIMPLE:
             simple[name] = value
         elif _is_own_tensor(value):
-            tensors[name] = Noted(_without_history(value), weakref.ref(value), _version(value))
+            tensors[name] = Noted(_without_history(value), weakref.ref(value), version_of(value))
     return simple, tensors
 
 
@@ -123,5 +123,6 @@ def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
         attributes[name] = value
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written to in place; -1 where nobody counts."""
     return -1 if tensor.is_inference() else int(tensor._version)

@@ -34,7 +34,7 @@ from packlight.activations.prefetch import Forward, Order
 from packlight.activations.recompute import recompute
 from packlight.activations.resident import Resident
 from packlight.activations.saver import SaveHooks, Saver, SecondRun, top_hooks
-from packlight.activations.sites import INPUTS, CallStack, Rules, Site, watch_modules
+from packlight.activations.sites import INPUTS, CallStack, ModuleWatch, Rules, Site
 from packlight.activations.standin import StandIn, is_transformed
 
 CHOICES = ("keep", "recompute", "offload", "compress", "compress+offload")
@@ -91,7 +91,7 @@ class Engine:
         with ExitStack() as undo:
             handle = recompute(model, blocks, around=lambda path: self._contexts(path, blocks[path]))
             undo.callback(handle.remove)
-            self._names = watch_modules(model, self._stack)
+            self._names = ModuleWatch(model, self._stack)
             undo.callback(self._names.remove)
             undo.callback(_Watched(self, model).remove)
             self.tell_of_compiled()

@@ -46,6 +46,15 @@ class Site(NamedTuple):
         return f"{self.module}{f'@{self.call}' if self.call else ''}:{self.save}"
 
 
+def module_of(site: str) -> str:
+    """Return the path of the module at whose call a site of this name is.
+
+    >>> module_of("layers.3.mlp.up@2:1")
+    'layers.3.mlp.up'
+    """
+    return site.rpartition(":")[0].partition("@")[0].removesuffix(INPUTS).removesuffix(".")
+
+
 class ModuleCall:
     """A call of a module that is running.
 
@@ -89,25 +98,16 @@ class CallStack:
                 pass
 
 
-def watch_modules(model: nn.Module, stack: Callable[[], CallStack | None]) -> "ModuleWatch":
-    """Let every module inside a model note its calls.
-
-    Args:
-        model: the model.
-        stack: returns the stack of the forward that is running in this thread; None outside of one.
-
-    Returns:
-        What takes the hooks off again.
-    """
-    return ModuleWatch(model, stack)
-
-
 class ModuleWatch:
     """The hooks that name a model's calls.
 
     A scripted module takes no hooks; what it saves is its caller's. An encoder layer of torch runs other kernels in
     evaluation, with other last bits, unless a module inside it has hooks; so these modules have them only while
     forwards with gradients come.
+
+    Args:
+        model: the model.
+        stack: returns the stack of the forward that is running in this thread; None outside of one.
     """
 
     def __init__(self, model: nn.Module, stack: Callable[[], CallStack | None]) -> None:

@@ -43,7 +43,7 @@ import torch
 from packlight.numerics.cache import cache_folder, checksum, is_private
 
 # No -ffast-math and no contraction to fused multiply-adds: results are compared with PyTorch's.
-REQUIRED_FLAGS = "-O2 -ffp-contract=off -fno-math-errno -fno-trapping-math -std=c++17 -Wno-psabi -shared -fPIC".split()
+REQUIRED_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -std=c++17 -Wno-psabi -shared -fPIC".split()
 # It needs the linker and OpenMP's header and runtime, as a real source does.
 TINY_PROGRAM = """
 #ifdef _OPENMP

@@ -28,7 +28,7 @@ from packlight.numerics.settings import AdamWSettings, SGDSettings
 from packlight.optim.checkpoint import Converter
 from packlight.optim.policy import format_of
 from packlight.optim.release import Release
-from packlight.optim.roster import Options, Roster
+from packlight.optim.roster import Options, Roster, parameters_of
 from packlight.optim.state import (
     State,
     check_dtype,
@@ -173,7 +173,7 @@ class CompactOptimizer(Optimizer):
         Returns:
             The bytes of all state tensors.
         """
-        return sum(self._bytes_of(*one, group) for group in self.param_groups for one in _parameters(group))
+        return sum(self._bytes_of(*one, group) for group in self.param_groups for one in parameters_of(group))
 
     def state_dict(self, *, format: Literal["compact", "portable"] = "compact") -> dict[str, Any]:
         """Return the optimiser's state.
@@ -248,7 +248,7 @@ class CompactOptimizer(Optimizer):
             )
             for saved_group, group in zip(loaded["param_groups"], self.param_groups, strict=True)
             for (index, saved), (param, state_format) in zip(
-                _saved_parameters(saved_group), _parameters(group), strict=True
+                _saved_parameters(saved_group), parameters_of(group), strict=True
             )
             if _holds(loaded["state"].get(index))
         }
@@ -265,7 +265,7 @@ class CompactOptimizer(Optimizer):
 
     def _indexed(self, groups: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Tensor, str, dict[str, Any]]]:
         for saved, group in zip(groups, self.param_groups, strict=True):
-            for index, (param, state_format) in zip(saved["params"], _parameters(group), strict=True):
+            for index, (param, state_format) in zip(saved["params"], parameters_of(group), strict=True):
                 yield index, param, state_format, group
 
     def _bytes_of(self, param: Tensor, state_format: str, group: Mapping[str, Any]) -> int:
@@ -280,10 +280,6 @@ class CompactOptimizer(Optimizer):
 def _holds(state: Mapping[str, Any] | None) -> bool:
     """Tell whether a saved state has anything: torch's SGD without momentum saves a buffer of None."""
     return bool(state) and any(value is not None for value in (state or {}).values())
-
-
-def _parameters(group: Mapping[str, Any]) -> Iterator[tuple[Tensor, str]]:
-    return zip(group["params"], group["state_formats"], strict=True)
 
 
 def _saved_parameters(group: Mapping[str, Any]) -> Iterator[tuple[int, str | None]]:

@@ -11,7 +11,7 @@ Anything that is not as it was, and all batches are made anew. What a kernel han
 looked at there.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_
@@ -241,7 +241,7 @@ class Roster:
         known = self._known.get(id(param))
         if known is None or known.param is not param:
             histories = {id(each.param): each.history for each in self._known.values()}
-            placed = [(each, state_format, group) for group in groups for each, state_format in _parameters(group)]
+            placed = [(each, state_format, group) for group in groups for each, state_format in parameters_of(group)]
             self._known = {
                 id(each): Known(each, group, state_format, index, histories.get(id(each)))
                 for index, (each, state_format, group) in enumerate(placed)
@@ -255,7 +255,8 @@ class Roster:
         return known
 
 
-def _parameters(group: dict[str, Any]) -> Iterator[tuple[Tensor, str]]:
+def parameters_of(group: Mapping[str, Any]) -> Iterator[tuple[Tensor, str]]:
+    """Return a param group's parameters, each with its state's format."""
     return zip(group["params"], group["state_formats"], strict=True)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from packlight.activations.engine import Engine
 from packlight.activations.recompute import Recomputation, recompute
+from packlight.activations.sites import module_of
 from packlight.budget import Budget
 from packlight.optim.adopt import adopt
 from packlight.planner.loop import Call, Loss
@@ -138,7 +139,7 @@ def carry_out(plan: Plan, model: nn.Module) -> Carried:
     if not sites:  # nothing needs the engine's hooks
         return recompute(model, sorted(plan.recomputed()))
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    missing = [site for site in sites if site.rpartition(":")[0].partition("@")[0] not in modules]
+    missing = [site for site in sites if module_of(site) not in modules]
     if missing:
         raise ValueError(
             f"the plan has a choice for what {missing[0]!r} saves, and the model has no such module; "

@@ -46,6 +46,11 @@ class Replay:
     peak_bytes: int
     saved: dict[int, int]
 
+    @property
+    def before(self) -> int:
+        """Return the last event before it, whose live bytes it comes on top of."""
+        return max(0, self.region.unpacked - 1)
+
 
 NUM_PEAKS = 8
 """So many peaks are looked at beside the highest."""
@@ -70,8 +75,8 @@ class StepCost:
         for save in saves:
             by_region.setdefault(save.region, []).append(save)
         replays = (self._replay(region, by_region.get(at, [])) for at, region in enumerate(profile.regions))
-        self._replays = [replay for replay in replays if replay.saved]
-        self.blocks = list(dict.fromkeys(replay.region.block for replay in self._replays))
+        self.replays = [replay for replay in replays if replay.saved]
+        self.blocks = list(dict.fromkeys(replay.region.block for replay in self.replays))
         self.groups = {group.name: group for group in find_groups(profile)}
         self._spans: list[Span] = []
         self._lasting: torch.Tensor | None = None
@@ -94,55 +99,43 @@ class StepCost:
             What the plan costs.
         """
         chosen = frozenset(recomputed)
-        replays = [replay for replay in self._replays if replay.region.block in chosen]
-        ends, live = self._line(chosen, replays, treated or {})
+        replays, ends, live = self._line(chosen, treated or {})
         at, replayed = int(live.argmax()), None
         peak_bytes = int(live[at])
         for replay in replays:
-            before = max(0, replay.region.unpacked - 1)
-            if int(live[before]) + replay.peak_bytes > peak_bytes:
-                at, peak_bytes, replayed = before, int(live[before]) + replay.peak_bytes, replay
+            with_replay = int(live[replay.before]) + replay.peak_bytes
+            if with_replay > peak_bytes:
+                at, peak_bytes, replayed = replay.before, with_replay, replay
         seconds = self.profile.seconds * self.profile.num_microbatches + sum(map(self.recompute_seconds, chosen))
         seconds += sum(self.treatment_seconds(name, treatment) for name, treatment in (treated or {}).items())
         cost = Cost(peak_bytes, self._moment(at), self._by_category(at, ends, replays, replayed), seconds, at)
         return cost if optimizer is None else self._with_optimizer(cost, ends, optimizer)
 
     def _line(
-        self, chosen: frozenset[str], replays: list["Replay"], treated: Mapping[str, Treatment]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where each storage of the first run ends, and the live bytes after each event."""
+        self, chosen: frozenset[str], treated: Mapping[str, Treatment]
+    ) -> tuple[list[Replay], torch.Tensor, torch.Tensor]:
+        """Return the second runs, where each storage of the first run ends, and the live bytes after each event."""
+        replays = [replay for replay in self.replays if replay.region.block in chosen]
         ends = self._ends(chosen)
         self._spans = []
         if treated:
             ends = self._find_ends(chosen, treated)
-            gone = {at for at, save in enumerate(self.profile.saves) if self._block_of(save) in chosen}
+            gone = {at for at, save in enumerate(self.profile.saves) if self.block_of(save) in chosen}
             for name, treatment in treated.items():
                 self._spans += spans(self.profile, self.groups[name], treatment, gone)
-        return ends, self._live_bytes(ends, replays)
+        return replays, ends, self._live_bytes(ends, replays)
 
     def treatable(self, recomputed: Collection[str]) -> list[Group]:
         """Return the groups that have nothing to do with recomputed blocks: no save inside, and no input of one."""
-        regions = [region for region in self.profile.regions if region.block in recomputed]
-        inputs = {storage for region in regions for storage in region.inputs}
-        inside = {at for at, save in enumerate(self.profile.saves) if self._block_of(save) in recomputed}
-        groups = (group for group in self.groups.values() if group.storage not in inputs)
-        return [group for group in groups if inside.isdisjoint(group.saves)]
+        return [group for group in self.groups.values() if self.blocks_of(group).isdisjoint(recomputed)]
 
     # What `program.py` writes rows from
 
     def blocks_of(self, group: Group) -> set[str]:
         """Return the blocks that save a group's storage, or take it as an input."""
-        saving = (self._block_of(self.profile.saves[index]) for index in group.saves)
+        saving = (self.block_of(self.profile.saves[index]) for index in group.saves)
         taking = (region.block for region in self.profile.regions if group.storage in region.inputs)
         return {block for block in (*saving, *taking) if block is not None}
-
-    def block_of(self, save: Save) -> str | None:
-        """Return the block that a save is made in; None outside of blocks."""
-        return self._block_of(save)
-
-    def replays(self) -> list["Replay"]:
-        """Return the second runs that recomputation would take."""
-        return self._replays
 
     def constant_bytes(self, event: int) -> int:
         """Return what lives at an event whatever is chosen for saves: nothing that lives only because of them."""
@@ -155,34 +148,33 @@ class StepCost:
         """Return the storages that may live at an event because of a save, or as the input of a recomputed block."""
         lasting = self._last_reasons()
         found = (self._born <= event) & (self._died <= event) & (lasting > event)
-        return [int(index) for index in found.nonzero().flatten()]
+        indices: list[int] = found.nonzero().flatten().tolist()
+        return indices
 
-    def replay_bytes(self, replay: "Replay", event: int) -> int:
+    def replay_bytes(self, replay: Replay, event: int) -> int:
         """Return what lives at an event because of a second run."""
         region = replay.region
         num_bytes = region.copied_bytes if region.start <= event < region.released else 0
-        num_bytes += replay.peak_bytes if event == max(0, region.unpacked - 1) else 0
+        num_bytes += replay.peak_bytes if event == replay.before else 0
         again = self._saved_again(replay) if event >= region.unpacked else []
         return num_bytes + sum(size for size, used in again if used > event)
 
     def peaks(self, recomputed: Collection[str], treated: Mapping[str, Treatment], *, above_bytes: int) -> list[int]:
         """Return the events of the highest peaks above a number of bytes, the highest first."""
-        chosen = frozenset(recomputed)
-        replays = [replay for replay in self._replays if replay.region.block in chosen]
-        live = self._line(chosen, replays, treated)[1].clone()
+        replays, _, live = self._line(frozenset(recomputed), treated)
         for replay in replays:
-            before = max(0, replay.region.unpacked - 1)
-            live[before] = live[before] + replay.peak_bytes
-        rises = torch.cat([live.new_tensor([True]).bool(), live[1:] > live[:-1]])
-        falls = torch.cat([live[:-1] >= live[1:], live.new_tensor([True]).bool()])
+            live[replay.before] += replay.peak_bytes
+        end = torch.ones(1, dtype=torch.bool)
+        rises, falls = torch.cat([end, live[1:] > live[:-1]]), torch.cat([live[:-1] >= live[1:], end])
         (events,) = torch.where(rises & falls & (live > above_bytes))
         order = live[events].argsort(descending=True, stable=True)[:NUM_PEAKS]
-        return [int(event) for event in events[order]]
+        highest: list[int] = events[order].tolist()
+        return highest
 
     def _last_reasons(self) -> torch.Tensor:
         if self._lasting is None:
             self._lasting = self._ends(frozenset()).clone()
-            for replay in self._replays:
+            for replay in self.replays:
                 inputs = torch.tensor(replay.region.inputs, dtype=torch.int64)
                 self._lasting[inputs] = self._lasting[inputs].clamp(min=replay.region.released)
         return self._lasting
@@ -195,9 +187,13 @@ class StepCost:
             spared = spared & (alone <= at) & (kept > at)
         return int(self._sizes[spared].sum())
 
+    def saving_blocks(self) -> list[str]:
+        """Return the blocks whose recomputation spares bytes."""
+        return [block for block in self.blocks if self.held_bytes(block) > 0]
+
     def recompute_seconds(self, block: str) -> float:
         """Return what recomputing a block adds to a step."""
-        seconds = sum(replay.region.forward_seconds for replay in self._replays if replay.region.block == block)
+        seconds = sum(replay.region.forward_seconds for replay in self.replays if replay.region.block == block)
         return seconds * self.profile.num_microbatches
 
     def treatment_seconds(self, name: str, treatment: Treatment) -> float:
@@ -232,20 +228,21 @@ class StepCost:
             self._known_ends[chosen] = self._find_ends(chosen)
         return self._known_ends[chosen]
 
-    def _block_of(self, save: Save) -> str | None:
+    def block_of(self, save: Save) -> str | None:
+        """Return the block that a save is made in; None outside of blocks."""
         return self.profile.regions[save.region].block if save.region >= 0 else None
 
     def _find_ends(self, chosen: frozenset[str], treated: Collection[str] = ()) -> torch.Tensor:
         ends = self._died.clone()
         regions = self.profile.regions
-        for replay in self._replays:
+        for replay in self.replays:
             if replay.region.block in chosen and replay.region.drops_side_outputs:
                 ends = self._without_side_outputs(ends, replay.region)
         gone = [at for at, region in enumerate(regions) if region.block in chosen]
         kept = ~torch.isin(self._save_regions, torch.tensor(gone, dtype=torch.int64))
         kept[[index for name in treated for index in self.groups[name].saves]] = False
         ends.scatter_reduce_(0, self._saved[kept], self._released[kept], "amax")
-        for replay in self._replays:
+        for replay in self.replays:
             if replay.region.block in chosen:
                 inputs = torch.tensor(replay.region.inputs, dtype=torch.int64)
                 ends[inputs] = ends[inputs].clamp(min=replay.region.released)

@@ -48,21 +48,16 @@ class Row:
 
 
 class Program:
-    """Rows and columns for one profile and one state format.
+    """Rows and columns for one profile.
 
     Args:
         costs: prices plans.
         options: what may be done with groups, each with its seconds a step.
-        fixed_bytes: what lives all the time beside the profile's resident bytes (optimiser states).
-        allowed_bytes: most that may live.
     """
 
-    def __init__(
-        self, costs: StepCost, options: Mapping[Option, float], *, fixed_bytes: int, allowed_bytes: int
-    ) -> None:
+    def __init__(self, costs: StepCost, options: Mapping[Option, float]) -> None:
         self._costs, self._options = costs, list(options)
-        self._blocks = [block for block in costs.blocks if costs.held_bytes(block) > 0]
-        self._fixed_bytes, self._allowed_bytes = fixed_bytes, allowed_bytes
+        self._blocks = costs.saving_blocks()
         self._variables = {block: at for at, block in enumerate(self._blocks)}
         self._objective = [costs.recompute_seconds(block) for block in self._blocks]
         self._by_group: dict[str, list[int]] = {}
@@ -73,6 +68,7 @@ class Program:
         self._rows: dict[int, tuple[Row, list[_Link]]] = {}
         self._spans = [spans(costs.profile, costs.groups[name], treatment, ()) for name, treatment in self._options]
         self._reasons = _reasons(costs, self._variables, self._by_group)
+        self._exclusions = self._exclude()
 
     def add_event(self, event: int) -> bool:
         """Ask for room at an event.
@@ -92,11 +88,12 @@ class Program:
         """Count bytes more at an event, because `cost.py` found more there than its row has."""
         self._rows[event][0].constant += num_bytes
 
-    def solve(self, *, least_bytes: bool = False) -> tuple[frozenset[str], dict[str, Treatment]] | None:
+    def solve(self, *, allowed_bytes: int | None) -> tuple[frozenset[str], dict[str, Treatment]] | None:
         """Find the fastest choices under which no event so far exceeds what is allowed.
 
         Args:
-            least_bytes: find the choices whose highest event is lowest instead, whatever is allowed.
+            allowed_bytes: most that may live, without optimiser states; None: find the choices whose highest event is
+                lowest instead.
 
         Returns:
             The blocks to recompute, and what is done with groups; None where there is none, or none was found in time.
@@ -105,7 +102,7 @@ class Program:
 
         columns, rows = self._num_choices + 1, _Rows()
         peak = self._num_choices
-        for left, right in self._exclusions():
+        for left, right in self._exclusions:
             rows.add({left: 1.0, right: 1.0}, 1.0)
         for row, links in self._rows.values():
             coefficients = dict(row.coefficients)
@@ -115,13 +112,12 @@ class Program:
                     rows.add({**terms, columns: -1.0}, bound)
                 columns += 1
             coefficients[peak] = -PEAK_UNIT
-            rows.add(coefficients, float(-self._fixed_bytes - row.constant))
+            rows.add(coefficients, float(-row.constant))
         objective, upper = numpy.zeros(columns), numpy.ones(columns)
-        objective[:peak] = self._objective
-        objective[peak] = 0.0
-        upper[peak] = self._allowed_bytes / PEAK_UNIT
-        if least_bytes:
+        if allowed_bytes is None:
             objective[:peak], objective[peak], upper[peak] = TIE, 1.0, numpy.inf
+        else:
+            objective[:peak], upper[peak] = self._objective, allowed_bytes / PEAK_UNIT
         integrality = numpy.zeros(columns)
         integrality[:peak] = 1
         found = optimize.milp(
@@ -138,8 +134,8 @@ class Program:
         blocks = frozenset(self._blocks[at] for at in chosen if at < len(self._blocks))
         return blocks, dict(self._options[at - len(self._blocks)] for at in chosen if at >= len(self._blocks))
 
-    def _exclusions(self) -> list[tuple[int, int]]:
-        """Pairs of choices that exclude each other: two for a group, a group and the recomputation of its block."""
+    def _exclude(self) -> list[tuple[int, int]]:
+        """Return pairs of choices that exclude each other: two for a group, a group and its block's recomputation."""
         found = []
         for name, variables in self._by_group.items():
             found += [(a, b) for at, a in enumerate(variables) for b in variables[at + 1 :]]
@@ -153,7 +149,7 @@ class Program:
         links: dict[Any, _Link] = {}
         for index in self._costs.alive_by_choice(event):
             self._add_storage(row, links, index, event)
-        for replay in self._costs.replays():
+        for replay in self._costs.replays:
             variable = self._variables.get(replay.region.block)
             if variable is not None:
                 row.add(variable, self._costs.replay_bytes(replay, event))
@@ -216,7 +212,7 @@ def _reasons(
         own = () if block is None or block not in blocks else (blocks[block],)
         absent = (*own, *groups.get(group_of.get(at, ""), ()))
         found.setdefault(save.storage, []).append((_Reason(absent), save.released))
-    for replay in costs.replays():
+    for replay in costs.replays:
         variable = blocks.get(replay.region.block)
         if variable is not None:
             for index in replay.region.inputs:

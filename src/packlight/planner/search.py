@@ -61,10 +61,10 @@ class Search:
         least = self.least()
         if least.cost.peak_bytes > allowed_bytes:
             return None
-        program = self._program(allowed_bytes)
+        program = Program(self._costs, self._options)
         for _ in range(MAX_ROUNDS):
             self._learn(program, chosen, above_bytes=allowed_bytes)
-            found = program.solve()
+            found = program.solve(allowed_bytes=allowed_bytes - self._fixed_bytes)
             if found is None:
                 break
             chosen = self._priced(*found)
@@ -80,19 +80,16 @@ class Search:
 
     def _find_least(self) -> Chosen:
         chosen = best = self._priced(frozenset(), {})
-        program = self._program(0)
+        program = Program(self._costs, self._options)
         for _ in range(MAX_ROUNDS):
             if not self._learn(program, chosen, above_bytes=chosen.cost.peak_bytes - 1):
                 break
-            found = program.solve(least_bytes=True)
+            found = program.solve(allowed_bytes=None)
             if found is None:
                 break
             chosen = self._priced(*found)
             best = min(best, chosen, key=lambda each: (each.cost.peak_bytes, each.cost.seconds))
         return best
-
-    def _program(self, allowed_bytes: int) -> Program:
-        return Program(self._costs, self._options, fixed_bytes=self._fixed_bytes, allowed_bytes=allowed_bytes)
 
     def _learn(self, program: Program, chosen: Chosen, *, above_bytes: int) -> bool:
         """Add the events at which a choice takes too much; False where the program knows all of them."""
@@ -112,12 +109,9 @@ class Search:
 
     def _without_needless(self, chosen: Chosen, allowed_bytes: int) -> Chosen:
         """Take back every choice that need not be made, the slowest first."""
-        costs = self._costs
-        blocks = sorted(chosen.recomputed, key=costs.recompute_seconds, reverse=True)
-        for block in blocks[:MAX_NEEDLESS]:
-            without = self._priced(chosen.recomputed - {block}, chosen.treated)
-            chosen = without if without.cost.peak_bytes <= allowed_bytes else chosen
-        for name in list(chosen.treated)[:MAX_NEEDLESS]:
-            without = self._priced(chosen.recomputed, {key: at for key, at in chosen.treated.items() if key != name})
+        blocks = sorted(chosen.recomputed, key=self._costs.recompute_seconds, reverse=True)
+        for name in (*blocks[:MAX_NEEDLESS], *list(chosen.treated)[:MAX_NEEDLESS]):
+            treated = {key: at for key, at in chosen.treated.items() if key != name}
+            without = self._priced(chosen.recomputed - {name}, treated)
             chosen = without if without.cost.peak_bytes <= allowed_bytes else chosen
         return chosen

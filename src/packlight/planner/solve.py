@@ -207,8 +207,7 @@ def _choices(costs: StepCost, recomputed: Collection[str], treated: Mapping[str,
             bytes=costs.held_bytes(block),
             seconds=costs.recompute_seconds(block) if block in recomputed else 0.0,
         )
-        for block in costs.blocks
-        if costs.held_bytes(block) > 0
+        for block in costs.saving_blocks()
     ]
     groups = [
         Choice(

@@ -38,7 +38,7 @@ from packlight.activations.engine import MIN_BYTES
 from packlight.activations.recompute import copied_buffers, follows_protocol, recomputes_itself
 from packlight.activations.resident import Resident
 from packlight.activations.saver import is_worth_it
-from packlight.activations.sites import CallStack, ModuleWatch, watch_modules
+from packlight.activations.sites import CallStack, ModuleWatch
 from packlight.optim.adopt import can_adopt
 from packlight.planner.draft import Draft, DraftRegion, DraftSave, HeldSave
 from packlight.planner.fake import FakeCopy, FakeLine
@@ -134,7 +134,7 @@ class Trace:
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.line.explicit_phase = "forward"
         self._lasting = Resident([*self.model.parameters(), *self.model.buffers()], (call.args, call.kwargs))
-        names = watch_modules(self.model, lambda: self._calls)
+        names = ModuleWatch(self.model, lambda: self._calls)
         names.name_calls()
         self._hooks.append(names)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
