@@ -253,7 +253,10 @@ class LoRA(nn.Module):
     def __init__(self, base: nn.Linear, rank: int = 8) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.down, self.up = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+        self.down, self.up = (
+            nn.Linear(base.in_features, rank, bias=False),
+            nn.Linear(rank, base.out_features, bias=False),
+        )
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -289,7 +292,9 @@ class Perceptron(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(1024, width), nn.Linear(width, 10)
         layer = functools.partial(nn.Linear, width, width)
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), layer(), nn.GELU(), layer()) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), layer(), nn.GELU(), layer()) for _ in range(num_layers)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1024) to logits of shape (N, 10)."""

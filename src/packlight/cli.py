@@ -35,8 +35,8 @@ def _script_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that `run` and `plan` share, and the script with its arguments."""
     decorators = [
         click.option("--exact", is_flag=True, help="Only choices that leave every loss and gradient bit-equal."),
-        click.option("--host-budget", metavar="BYTES", help="Bytes allowed in host memory (no choice uses it yet)."),
-        click.option("--disk", metavar="DIR", help="Folder of the disk tier (no choice uses it yet)."),
+        click.option("--host-budget", metavar="BYTES", help="Bytes of host memory that a GPU may use."),
+        click.option("--disk", metavar="DIR", help="Folder on a disk where tensors may wait for backward."),
         click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as in python -m."),
         click.argument("script"),
         click.argument("arguments", nargs=-1, type=click.UNPROCESSED),
@@ -174,18 +174,19 @@ def _run(
             click.echo(f"packlight: {title}{made}", err=True)
 
     try:
-        _note_unused_tiers(host_budget, disk)
+        _check_tiers(host_budget, disk)
         given = Plan.load(plan_file) if plan_file is not None else None
         allowed = budget if budget is not None or given is None else given.budget_bytes
-        settings = Settings(allowed, exact, given, bool(options.get("stop_before_step")), tell)
+        tiers = {"host_budget": host_budget, "disk": None if disk is None else os.path.abspath(disk)}
+        settings = Settings(allowed, exact, given, bool(options.get("stop_before_step")), tell=tell, **tiers)
         return run_script(Target(script, arguments, module), settings)
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error
 
 
-def _note_unused_tiers(host_budget: str | None, disk: str | None) -> None:
+def _check_tiers(host_budget: str | None, disk: str | None) -> None:
+    """Refuse what cannot be used before the script runs."""
     if host_budget is not None:
         parse_bytes(host_budget)
-    for name, value in (("--host-budget", host_budget), ("--disk", disk)):
-        if value is not None:
-            click.echo(f"packlight: {name} is read, but no choice of this version uses that tier", err=True)
+    if disk is not None and not Path(disk).is_dir():
+        raise ValueError(f"--disk {disk}: there is no such folder; make it, or name another")

@@ -29,7 +29,7 @@ SCHEMA = 1
 CATEGORIES = ("parameters", "gradients", "optimizer_states", "activations", "temporaries", "other")
 """What the bytes at a peak are divided into; "other" is buffers, batches and whatever else the script holds."""
 
-CHOICES = ("keep", "recompute", "compress")
+CHOICES = ("keep", "recompute", "compress", "offload", "compress+offload")
 """What can be done with a group of storages."""
 
 
@@ -212,6 +212,10 @@ class Plan(JsonRecord):
         choices: one for each group that could be chosen for.
         state_formats: the format of each parameter's optimiser state, by the parameter's name.
         smallest_budget_bytes: the least budget that a plan would fit.
+        notes: what a reader should know, in sentences.
+        tier: where groups are moved to, "host" or "disk"; "" where none is.
+        folder: of the disk tier.
+        window_bytes: most that is on its way to the tier, and again from it.
     """
 
     kind: ClassVar[str] = "plan"
@@ -224,15 +228,21 @@ class Plan(JsonRecord):
     estimate: Estimate
     smallest_budget_bytes: int
     notes: tuple[str, ...] = ()
+    tier: str = ""
+    folder: str = ""
+    window_bytes: int = 0
 
     def recomputed(self) -> frozenset[str]:
         """Return the paths of the blocks that are recomputed in backward."""
         return frozenset(choice.group for choice in self.choices if choice.choice == "recompute")
 
     def site_choices(self) -> dict[str, str]:
-        """Return the choice by site for all groups that are encoded, as `activations.Engine` reads it."""
-        encoded = [choice for choice in self.choices if choice.choice == "compress"]
-        return {site: f"{each.choice}:{each.codec}" for each in encoded for site in each.sites}
+        """Return the choice by site for all groups that are encoded or moved, as `activations.Engine` reads it."""
+        return {
+            site: f"{each.choice}:{each.codec}" if each.choice.startswith("compress") else each.choice
+            for each in self.choices
+            for site in each.sites
+        }
 
     def __str__(self) -> str:
         """Say in a few lines what is chosen, and what it is expected to cost."""
@@ -245,21 +255,24 @@ class Plan(JsonRecord):
             f"({format_bytes(estimate.plain_peak_bytes)} if nothing is changed), "
             f"{estimate.step_seconds:.3g} s a step ({estimate.slowdown:.2f}x)",
             f"  blocks: {len(recomputed)} of {num_blocks} recomputed{_shorten(recomputed, self.choices)}",
-            *self._encoded_lines(),
+            *self._treated_lines(),
             f"  optimiser states: {formats}",
             f"  at the peak ({estimate.peak_moment}): "
             + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.peak_by_category.items() if size),
         ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
-    def _encoded_lines(self) -> list[str]:
+    def _treated_lines(self) -> list[str]:
         found: dict[str, list[int]] = {}
+        moved = f"moved to the {self.tier}{f' in {self.folder}' if self.folder else ''}"
         for choice in self.choices:
-            if choice.choice == "compress":
-                found.setdefault(choice.codec, []).append(choice.bytes)
+            if choice.sites and choice.choice != "keep":
+                held = [f"held as {choice.codec}"] * choice.choice.startswith("compress")
+                way = " and ".join(held + [moved] * ("offload" in choice.choice))
+                found.setdefault(way, []).append(choice.bytes)
         return [
-            f"  saved tensors: {len(sizes)} held as {codec}, {format_bytes(sum(sizes))} before"
-            for codec, sizes in sorted(found.items())
+            f"  saved tensors: {len(sizes)} {way}, {format_bytes(sum(sizes))} before"
+            for way, sizes in sorted(found.items())
         ]
 
 

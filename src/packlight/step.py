@@ -46,6 +46,7 @@ class Save:
         encoding: how it may be held in another form: "codes" (rounded), "mask" (bits), "sign" (one bit, and the
         storage again for the next save), "bytes" (only moved); "" where it stays anyway.
         num_elements: of the storage.
+        packed_seconds, unpacked_seconds: predicted time from the beginning of the step to these events.
     """
 
     storage: int
@@ -57,6 +58,28 @@ class Save:
     site: str = ""
     encoding: str = ""
     num_elements: int = 0
+    packed_seconds: float = 0.0
+    unpacked_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way to a tier, and what it costs to use it.
+
+    Attributes:
+        tier: "host" or "disk".
+        out_bytes_per_second, in_bytes_per_second: bandwidths.
+        busy_seconds_per_byte: what a copy in either direction takes from compute while both run.
+        capacity_bytes: most that may be stored.
+        folder: of the disk tier.
+    """
+
+    tier: str
+    out_bytes_per_second: float
+    in_bytes_per_second: float
+    busy_seconds_per_byte: float
+    capacity_bytes: int
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,6 +172,8 @@ class Profile(JsonRecord):
         batch_bytes: the model's arguments.
         carries_outputs: whether the loop still holds the model's outputs when the next step begins.
         codec_seconds: predicted time to encode and decode one element, by codec.
+        forward_seconds: predicted time to the end of the model's forward, of `seconds`.
+        link: the way to the tier that tensors may be moved to.
         notes: what a reader should know, in sentences.
     """
 
@@ -170,4 +195,6 @@ class Profile(JsonRecord):
     batch_bytes: int = 0
     carries_outputs: bool = True
     codec_seconds: Mapping[str, float] = field(default_factory=dict)
+    forward_seconds: float = 0.0
+    link: Link | None = None
     notes: tuple[str, ...] = ()

@@ -59,6 +59,8 @@ class Engine:
         codec: how tensors are compressed, one of `compress.CODECS`.
         tier: where offloaded tensors go; it is closed with the engine.
         min_bytes: smaller storages are kept.
+        waits: whether a forward ends only when the tier has all that was moved, so that what lives on the device then
+            does not depend on how fast the tier is.
 
     Raises:
         ValueError: an unknown choice or codec, a tier that is missing, or "recompute" for what is no block. Nothing is
@@ -78,10 +80,11 @@ class Engine:
         codec: str = "fp8",
         tier: Tier | None = None,
         min_bytes: int = MIN_BYTES,
+        waits: bool = False,
     ) -> None:
         _check(choices, codec, tier)
         blocks = _recomputed_blocks(model, choices)
-        self.tier = tier
+        self.tier, self._waits = tier, waits
         self._tier = None if tier is None else by_device(tier)
         self._codec, self._min_bytes = codec, min_bytes
         self._rules = Rules({each: choice for each, choice in choices.items() if choice != "recompute"}, default="keep")
@@ -142,6 +145,11 @@ class Engine:
     def end(self) -> None:
         """End the forward that began last."""
         self._running().pop()
+
+    def settle(self) -> None:
+        """Wait until the tier has what the forward moved, if that was asked for."""
+        if self._waits and self.tier is not None:
+            self.tier.flush()
 
     @skipped
     def tell_of_compiled(self) -> None:
@@ -231,6 +239,8 @@ class _Saving(AbstractContextManager[None]):
         if self._hooks is not None:
             self._hooks.__exit__(*exc_info)
             self._engine.end()
+            if exc_info[0] is None:
+                self._engine.settle()
 
 
 class _Watched(StandIn):

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from packlight.activations.engine import Engine
+from packlight.activations.offload import make_tier
 from packlight.activations.recompute import Recomputation, recompute
 from packlight.activations.sites import module_of
 from packlight.budget import Budget
 from packlight.optim.adopt import adopt
 from packlight.planner.loop import Call, Loss
 from packlight.planner.measure import StepWatch
-from packlight.planner.solve import EXACT_FORMATS
+from packlight.planner.solve import EXACT_FORMATS, device_of
 from packlight.planner.solve import plan as make_plan
 from packlight.planner.updates import parameter_names
 from packlight.records import Measurement, Plan
@@ -90,6 +91,8 @@ def fit(
     *,
     budget: int | str | Budget,
     loss: Loss | None = None,
+    host_budget: int | str | None = None,
+    disk: str | None = None,
     exact: bool = False,
 ) -> Applied:
     """Plan and apply: make a training step fit a byte budget.
@@ -100,6 +103,8 @@ def fit(
         batch: what the model takes, as for `plan`.
         budget: bytes allowed on the training device at the step's peak, as for `plan`.
         loss: a function of (output, batch) that returns a scalar, as for `plan`.
+        host_budget: bytes allowed in host memory, as for `plan`.
+        disk: folder of the disk tier, as for `plan`.
         exact: only choices that leave every loss and gradient bit-equal.
 
     Returns:
@@ -119,7 +124,8 @@ def fit(
     ...     handle.measurement.device_peak_bytes <= 20 * 2**20
     True
     """
-    return apply(make_plan(model, batch, optimizer, budget=budget, loss=loss, exact=exact), model, optimizer)
+    made = make_plan(model, batch, optimizer, budget=budget, loss=loss, host_budget=host_budget, disk=disk, exact=exact)
+    return apply(made, model, optimizer)
 
 
 def carry_out(plan: Plan, model: nn.Module) -> Carried:
@@ -145,7 +151,16 @@ def carry_out(plan: Plan, model: nn.Module) -> Carried:
             f"the plan has a choice for what {missing[0]!r} saves, and the model has no such module; "
             "was it made for another model?"
         )
-    return Engine(model, dict.fromkeys(plan.recomputed(), "recompute") | sites)
+    choices = dict.fromkeys(plan.recomputed(), "recompute") | sites
+    if not plan.tier:
+        return Engine(model, choices)
+    device = device_of(model)
+    tier = make_tier(plan.tier, device=device, folder=plan.folder or None, max_in_flight_bytes=plan.window_bytes)
+    try:
+        return Engine(model, choices, tier=tier, waits=plan.tier == "disk")
+    except BaseException:
+        tier.close()
+        raise
 
 
 def saving_now(carried: Carried, call: Call) -> AbstractContextManager[Any]:

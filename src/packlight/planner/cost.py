@@ -13,12 +13,15 @@ backward of b     1 the events of b up to its last save are replayed on top of w
 This file adds up; what a technique allocates is written in the technique's own file.
 """
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
 from packlight.planner.held import Group, Span, Treatment, find_groups, spans
+from packlight.planner.moving import Moving, moved_bytes, simulate
 from packlight.records import CATEGORIES
 from packlight.step import OptimizerCost, Profile, Region, Save
 
@@ -78,8 +81,15 @@ class StepCost:
         self.replays = [replay for replay in replays if replay.saved]
         self.blocks = list(dict.fromkeys(replay.region.block for replay in self.replays))
         self.groups = {group.name: group for group in find_groups(profile)}
+        self.window_bytes = 0
         self._spans: list[Span] = []
         self._lasting: torch.Tensor | None = None
+
+    def through(self, window_bytes: int) -> Self:
+        """Return prices for a tier's window of this size."""
+        made = copy.copy(self)
+        made.window_bytes = window_bytes
+        return made
 
     def price(
         self,
@@ -108,6 +118,8 @@ class StepCost:
                 at, peak_bytes, replayed = replay.before, with_replay, replay
         seconds = self.profile.seconds * self.profile.num_microbatches + sum(map(self.recompute_seconds, chosen))
         seconds += sum(self.treatment_seconds(name, treatment) for name, treatment in (treated or {}).items())
+        if treated:
+            seconds += self.moving(chosen, treated).waiting_seconds * self.profile.num_microbatches
         cost = Cost(peak_bytes, self._moment(at), self._by_category(at, ends, replays, replayed), seconds, at)
         return cost if optimizer is None else self._with_optimizer(cost, ends, optimizer)
 
@@ -120,14 +132,29 @@ class StepCost:
         self._spans = []
         if treated:
             ends = self._find_ends(chosen, treated)
-            gone = {at for at, save in enumerate(self.profile.saves) if self.block_of(save) in chosen}
+            gone = self._gone(chosen)
             for name, treatment in treated.items():
                 self._spans += spans(self.profile, self.groups[name], treatment, gone)
+            self._spans += self.moving(chosen, treated).spans
         return replays, ends, self._live_bytes(ends, replays)
+
+    def moving(self, recomputed: Collection[str], treated: Mapping[str, Treatment]) -> Moving:
+        """Follow what moves to the tier and back."""
+        if not any(treatment.is_moved for treatment in treated.values()):
+            return Moving()
+        gone = self._gone(recomputed)
+        return simulate(self.profile, self.groups, treated, gone=gone, window_bytes=self.window_bytes)
+
+    def _gone(self, recomputed: Collection[str]) -> set[int]:
+        return {at for at, save in enumerate(self.profile.saves) if self.block_of(save) in recomputed}
 
     def treatable(self, recomputed: Collection[str]) -> list[Group]:
         """Return the groups that have nothing to do with recomputed blocks: no save inside, and no input of one."""
         return [group for group in self.groups.values() if self.blocks_of(group).isdisjoint(recomputed)]
+
+    def has_sign(self, group: Group) -> bool:
+        """Tell whether a ReLU saves a group for its sign alone."""
+        return any(self.profile.saves[index].encoding == "sign" for index in group.saves)
 
     # What `program.py` writes rows from
 
@@ -197,9 +224,14 @@ class StepCost:
         return seconds * self.profile.num_microbatches
 
     def treatment_seconds(self, name: str, treatment: Treatment) -> float:
-        """Return what encoding and decoding a group adds to a step."""
-        num_elements = self.profile.saves[self.groups[name].saves[0]].num_elements
-        return num_elements * self.profile.codec_seconds.get(treatment.codec, 0.0) * self.profile.num_microbatches
+        """Return what a group adds to a step by itself: its codec, and what its copies take from compute."""
+        group, link = self.groups[name], self.profile.link
+        num_elements = self.profile.saves[group.saves[0]].num_elements
+        seconds = num_elements * self.profile.codec_seconds.get(treatment.codec, 0.0)
+        if treatment.is_moved and link is not None:
+            seconds *= treatment.choice != "offload"
+            seconds += 2 * moved_bytes(self.profile, group, treatment) * link.busy_seconds_per_byte
+        return seconds * self.profile.num_microbatches
 
     def group_bytes(self, name: str) -> int:
         """Return what a group holds for backward if it is kept."""

@@ -45,6 +45,8 @@ class DraftSave:
     released: int | None = None
     unpacked: int | None = None
     used: int | None = None
+    packed_seconds: float = 0.0
+    unpacked_seconds: float | None = None
 
 
 class HeldSave:
@@ -97,6 +99,8 @@ class Draft:
             site=save.site,
             encoding=save.encoding,
             num_elements=save.num_elements,
+            packed_seconds=save.packed_seconds,
+            unpacked_seconds=save.packed_seconds if save.unpacked_seconds is None else save.unpacked_seconds,
         )
 
     def _saved_copies(self, region: DraftRegion) -> tuple[tuple[int, int], ...]:

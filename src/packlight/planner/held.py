@@ -51,6 +51,11 @@ class Treatment:
     choice: str
     codec: str = "fp8"
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether it goes to a tier."""
+        return "offload" in self.choice
+
 
 def find_groups(profile: Profile) -> list[Group]:
     """Return the groups of a profile; a storage that is also saved outside of the model has none, for it is kept."""
@@ -90,10 +95,12 @@ def spans(profile: Profile, group: Group, treatment: Treatment, gone: Collection
     saves = [profile.saves[index] for index in group.saves if index not in gone]
     if not saves:
         return []
-    found = [span for part, codec in _parts(saves, treatment.codec) for span in _code_spans(part, codec, treatment)]
     num_bytes = profile.storages[group.storage].num_bytes
+    if treatment.choice == "offload":
+        return [(num_bytes, start, end) for start, end in merged((save.unpacked, save.used) for save in saves)]
+    found = [span for part, codec in _parts(saves, treatment.codec) for span in _code_spans(part, codec, treatment)]
     for part, _ in _parts(saves, treatment.codec):
-        found += [(num_bytes, start, end) for start, end in _merged((save.unpacked, save.used) for save in part)]
+        found += [(num_bytes, start, end) for start, end in merged((save.unpacked, save.used) for save in part)]
     return found
 
 
@@ -106,18 +113,19 @@ def _parts(saves: Sequence[Save], codec: str) -> list[tuple[list[Save], str]]:
 
 
 def _code_spans(saves: Sequence[Save], codec: str, treatment: Treatment) -> list[Span]:
-    if treatment.choice != "compress":  # the tier's window is the plan's, not the group's
+    if treatment.is_moved:  # `moving.py` follows the codes
         return []
     num_bytes = encoded_bytes(codec, saves[0].num_elements)
     born = max(0, saves[0].packed - 1)  # before anything else happens: what the function was given lives still
     return [(num_bytes, born, max(save.released for save in saves))]
 
 
-def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
+def merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join spans of events that overlap."""
+    found: list[tuple[int, int]] = []
     for start, end in sorted(spans):
-        if merged and start < merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        if found and start < found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
         else:
-            merged.append((start, end))
-    return merged
+            found.append((start, end))
+    return found

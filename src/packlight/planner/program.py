@@ -7,7 +7,8 @@ together) that several choices have a say in, and one constraint for each event 
 not known before, so they come one by one: solve, let `cost.py` find the peak of what came out, add that event:
 
     live(event) = what is there anyway + kept storages + codes of encoded groups + what comes back + replays  <= budget
-    least seconds = sum of what each choice adds
+    least seconds = sum of what each choice adds + waiting
+    waiting >= bytes moved / bandwidth - time of the pass, for forward (out) and for backward (in)
 
 HiGHS solves it (Huangfu and Hall, Math. Prog. Comp. 10, 2018); here only the rows are written.
 """
@@ -20,6 +21,7 @@ import numpy
 
 from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment, spans
+from packlight.planner.moving import moved_bytes
 
 GAP = 0.002
 """A plan may be slower than the best by this share of what the choices add."""
@@ -69,6 +71,9 @@ class Program:
         self._spans = [spans(costs.profile, costs.groups[name], treatment, ()) for name, treatment in self._options]
         self._reasons = _reasons(costs, self._variables, self._by_group)
         self._exclusions = self._exclude()
+        self._moved = self._find_moved()
+        # Fetched ahead, or on its way out: as much as the window holds, which is more than a group or nothing.
+        self._window_bytes = costs.window_bytes if self._moved and costs.window_bytes > 1 else 0
 
     def add_event(self, event: int) -> bool:
         """Ask for room at an event.
@@ -100,10 +105,10 @@ class Program:
         """
         from scipy import optimize, sparse  # takes half a second, which only a plan needs
 
-        columns, rows = self._num_choices + 1, _Rows()
+        columns, rows = self._num_choices + 3, _Rows()
         peak = self._num_choices
-        for left, right in self._exclusions:
-            rows.add({left: 1.0, right: 1.0}, 1.0)
+        for excluding in self._exclusions:
+            rows.add(dict.fromkeys(excluding, 1.0), 1.0)
         for row, links in self._rows.values():
             coefficients = dict(row.coefficients)
             for link in links:
@@ -113,11 +118,14 @@ class Program:
                 columns += 1
             coefficients[peak] = -PEAK_UNIT
             rows.add(coefficients, float(-row.constant))
+        self._add_moves(rows)
         objective, upper = numpy.zeros(columns), numpy.ones(columns)
         if allowed_bytes is None:
             objective[:peak], objective[peak], upper[peak] = TIE, 1.0, numpy.inf
         else:
             objective[:peak], upper[peak] = self._objective, allowed_bytes / PEAK_UNIT
+            objective[peak + 1 : peak + 3] = self._costs.profile.num_microbatches
+        upper[peak + 1 : peak + 3] = numpy.inf
         integrality = numpy.zeros(columns)
         integrality[:peak] = 1
         found = optimize.milp(
@@ -129,23 +137,44 @@ class Program:
         )
         return None if found.x is None else self._chosen(found.x)
 
+    def _find_moved(self) -> dict[int, int]:
+        """Return by variable the bytes of a group that goes to the tier."""
+        groups, profile = self._costs.groups, self._costs.profile
+        return {
+            len(self._blocks) + at: moved_bytes(profile, groups[name], treatment)
+            for at, (name, treatment) in enumerate(self._options)
+            if treatment.is_moved
+        }
+
+    def _add_moves(self, rows: "_Rows") -> None:
+        """Bound what lies on the tier, and the seconds that compute waits in forward and in backward."""
+        profile, waiting = self._costs.profile, self._num_choices + 1
+        if not self._moved or profile.link is None:
+            return
+        link, forward = profile.link, profile.forward_seconds
+        rows.add({at: float(num_bytes) for at, num_bytes in self._moved.items()}, float(link.capacity_bytes))
+        out = {at: num_bytes / link.out_bytes_per_second for at, num_bytes in self._moved.items()}
+        back = {at: num_bytes / link.in_bytes_per_second for at, num_bytes in self._moved.items()}
+        rows.add({**out, waiting: -1.0}, forward)
+        rows.add({**back, waiting + 1: -1.0}, profile.seconds - forward)
+
     def _chosen(self, values: Any) -> tuple[frozenset[str], dict[str, Treatment]]:
         chosen = [at for at in range(self._num_choices) if values[at] > 0.5]
         blocks = frozenset(self._blocks[at] for at in chosen if at < len(self._blocks))
         return blocks, dict(self._options[at - len(self._blocks)] for at in chosen if at >= len(self._blocks))
 
-    def _exclude(self) -> list[tuple[int, int]]:
-        """Return pairs of choices that exclude each other: two for a group, a group and its block's recomputation."""
-        found = []
+    def _exclude(self) -> list[tuple[int, ...]]:
+        """Return choices of which one may be made: all of a group, and those with its block's recomputation."""
+        found: list[tuple[int, ...]] = []
         for name, variables in self._by_group.items():
-            found += [(a, b) for at, a in enumerate(variables) for b in variables[at + 1 :]]
-            for block in self._costs.blocks_of(self._costs.groups[name]):
-                if block in self._variables:
-                    found += [(variable, self._variables[block]) for variable in variables]
+            blocks = [block for block in self._costs.blocks_of(self._costs.groups[name]) if block in self._variables]
+            found += [(*variables, self._variables[block]) for block in blocks]
+            if not blocks and len(variables) > 1:
+                found.append(tuple(variables))
         return found
 
     def _row(self, event: int) -> tuple[Row, list["_Link"]]:
-        row = Row(self._costs.constant_bytes(event))
+        row = Row(self._costs.constant_bytes(event) + self._window_bytes)
         links: dict[Any, _Link] = {}
         for index in self._costs.alive_by_choice(event):
             self._add_storage(row, links, index, event)

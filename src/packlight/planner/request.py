@@ -7,7 +7,11 @@ through code that may catch errors. `SessionStop` is therefore no `Exception`, l
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from packlight.planner.links import find_link
 from packlight.records import Plan
+from packlight.step import Link
 
 
 class SessionStop(BaseException):
@@ -27,6 +31,8 @@ class Settings:
     Attributes:
         budget: bytes allowed on the device; None: measure the script as it is and change nothing.
         exact: only choices that leave every loss and gradient bit-equal.
+        host_budget: bytes allowed in host memory.
+        disk: folder of the disk tier.
         plan: a plan to carry out as it is, instead of making one.
         stop_before_step: stop when the first plan is made.
         tell: called with each plan that is made, and a title for it.
@@ -36,4 +42,10 @@ class Settings:
     exact: bool = False
     plan: Plan | None = None
     stop_before_step: bool = False
+    host_budget: int | str | None = None
+    disk: str | None = None
     tell: Callable[[Plan, str], None] = lambda plan, title: print(f"{title}{plan}")
+
+    def link(self, device: torch.device) -> Link | None:
+        """Return the way to the tier that a plan may use."""
+        return find_link(device, host_budget=self.host_budget, disk=self.disk)

@@ -24,12 +24,13 @@ MAX_NEEDLESS = 64
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is done with blocks, groups and states, and what it costs."""
+    """What is done with blocks, groups and states, through which window of a tier, and what it costs."""
 
     cost: Cost
     optimizer: OptimizerCost | None
     recomputed: frozenset[str] = frozenset()
     treated: Mapping[str, Treatment] = field(default_factory=dict)
+    window_bytes: int = 0
 
 
 class Search:
@@ -105,7 +106,7 @@ class Search:
 
     def _priced(self, recomputed: frozenset[str], treated: Mapping[str, Treatment]) -> Chosen:
         cost = self._costs.price(recomputed, self._optimizer, treated=treated)
-        return Chosen(cost, self._optimizer, recomputed, treated)
+        return Chosen(cost, self._optimizer, recomputed, treated, self._costs.window_bytes)
 
     def _without_needless(self, chosen: Chosen, allowed_bytes: int) -> Chosen:
         """Take back every choice that need not be made, the slowest first."""

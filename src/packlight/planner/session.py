@@ -216,6 +216,7 @@ class Session(Listener):
         try:
             allowed = Budget.of(wanted, total_bytes=device_bytes(device_of(self._model)))
             step = profile(self._model, self._call, self._optimizers, seen=seen)
+            step = replace(step, link=self.settings.link(device_of(self._model)))
             held = [cost for cost in step.optimizers if self.plan and cost.formats == self.plan.state_formats]
             if self._num_updates > 0 and held:
                 step = replace(step, optimizers=tuple(held))

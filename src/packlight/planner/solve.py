@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from packlight.activations.disk import NUM_THREADS
+from packlight.activations.staging import CHUNK_BYTES
 from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.hardware import measure
 from packlight.planner.held import Treatment
+from packlight.planner.links import find_link
 from packlight.planner.loop import Loss, Seen, listed
 from packlight.planner.measure import other_bytes
 from packlight.planner.profile import profile
@@ -39,6 +42,9 @@ LOSSY_CODEC = "int8"
 """How others are: of the codecs of about a byte an element the one with the least error."""
 
 EXACT_FORMATS = ("fp32", "as is")
+
+WINDOW_GROUPS = 2
+"""A tier's window is as large as so many of the largest groups: one that backward uses next, and one on its way."""
 
 
 def plan(
@@ -62,8 +68,8 @@ def plan(
         optimizer: the optimiser that steps; None for forward and backward alone.
         budget: bytes allowed on the training device at the step's peak: an int, "12GiB", "800MB" or "80%".
         loss: a function of (output, batch) that returns a scalar; None: `output.loss`, or the output if it is a scalar.
-        host_budget: bytes allowed in host memory; no choice of this version uses it.
-        disk: folder of the disk tier; no choice of this version uses it.
+        host_budget: bytes allowed in host memory for what a GPU offloads; None: nothing is moved there.
+        disk: folder of the disk tier, where tensors wait for backward; None: nothing is moved there.
         exact: only choices that leave every loss and gradient bit-equal.
 
     Returns:
@@ -84,8 +90,9 @@ def plan(
     if device.type != "meta":
         measure(device.type)  # what measuring leaves behind is counted too
     beside_bytes = None if device.type == "meta" else other_bytes(model, listed(optimizer))
+    link = find_link(device, host_budget=host_budget, disk=disk)
     step = profile(model, batch, optimizer, loss=loss, seen=Seen(other_bytes=beside_bytes))
-    return solve(step, allowed, exact=exact)
+    return solve(replace(step, link=link), allowed, exact=exact)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -126,8 +133,7 @@ def _decide(step: Profile, budget: Budget, *, exact: bool) -> Plan | int:
     costs = StepCost(step)
     allowed = [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS]
     formats: list[OptimizerCost | None] = [*allowed] or [None]
-    options = _options(costs, exact=exact)
-    searches = [Search(costs, optimizer, options) for optimizer in formats]
+    searches = [each for optimizer in formats for each in _searches(costs, optimizer, exact=exact)]
     smallest = min(search.least().cost.peak_bytes for search in searches)
     smallest_budget_bytes = math.ceil((smallest + _spare_bytes(step)) / (1 - HEADROOM))
     limit_bytes = _limit_bytes(step, budget)
@@ -152,9 +158,11 @@ def least_plan(step: Profile, budget: Budget, *, exact: bool) -> Plan:
         The plan, which may exceed the budget.
     """
     costs, optimizer = StepCost(step), step.optimizers[0] if step.optimizers else None
-    chosen = Search(costs, optimizer, _options(costs, exact=True)).least()
-    if chosen.cost.peak_bytes > _limit_bytes(step, budget) and not exact:
-        chosen = Search(costs, optimizer, _options(costs, exact=False)).least()
+    for lossy in (False, True):
+        searches = _searches(costs, optimizer, exact=not lossy)
+        chosen = min((search.least() for search in searches), key=lambda each: each.cost.peak_bytes)
+        if exact or chosen.cost.peak_bytes <= _limit_bytes(step, budget):
+            break
     plain = costs.price((), optimizer)
     return _plan_of(costs, chosen, plain, budget, exact=exact, smallest_bytes=chosen.cost.peak_bytes)
 
@@ -175,19 +183,52 @@ def _plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, ex
         exact=exact,
         choices=_choices(costs, chosen.recomputed, chosen.treated),
         state_formats=dict(chosen.optimizer.formats) if chosen.optimizer else {},
-        estimate=_estimate(chosen.cost, plain),
+        estimate=_estimate(chosen.cost, plain, host_bytes=_host_bytes(costs, chosen)),
         smallest_budget_bytes=smallest_bytes,
         notes=costs.profile.notes,
+        **_tier(costs, chosen),
     )
 
 
+def _tier(costs: StepCost, chosen: Chosen) -> dict[str, Any]:
+    """Return the fields of a plan that say where groups are moved to; none where they are not."""
+    link = costs.profile.link
+    if link is None or not any(treatment.is_moved for treatment in chosen.treated.values()):
+        return {}
+    return {"tier": link.tier, "folder": link.folder, "window_bytes": chosen.window_bytes}
+
+
+def _searches(costs: StepCost, optimizer: OptimizerCost | None, *, exact: bool) -> list[Search]:
+    """Return a search without the tier and, where there is one, some with it, which differ in the tier's window."""
+    encoded, moved = _options(costs, exact=exact), _moves(costs, exact=exact)
+    searches = [Search(costs, optimizer, encoded)]
+    if moved:
+        largest_bytes = max(map(costs.group_bytes, costs.groups))
+        both = encoded | moved
+        searches += [Search(costs.through(most), optimizer, both) for most in (1, WINDOW_GROUPS * largest_bytes)]
+    return searches
+
+
 def _options(costs: StepCost, *, exact: bool) -> dict[Option, float]:
-    """Return what may be done with each group, and its seconds a step."""
+    """Return how each group may be encoded, and its seconds a step."""
     options: dict[Option, float] = {}
     for name, group in costs.groups.items():
         if group.exact or (group.can_encode and not exact):
             treatment = Treatment("compress", EXACT_CODEC if group.exact else LOSSY_CODEC)
             options[name, treatment] = costs.treatment_seconds(name, treatment)
+    return options
+
+
+def _moves(costs: StepCost, *, exact: bool) -> dict[Option, float]:
+    """Return how each group may be moved to the tier, and its seconds a step without waiting."""
+    if costs.profile.link is None:
+        return {}
+    options: dict[Option, float] = {}
+    for name, group in costs.groups.items():
+        treatments = [Treatment("offload")]
+        if group.can_encode and not (group.exact or exact or costs.has_sign(group)):
+            treatments.append(Treatment("compress+offload", LOSSY_CODEC))
+        options |= {(name, treatment): costs.treatment_seconds(name, treatment) for treatment in treatments}
     return options
 
 
@@ -228,10 +269,18 @@ def treated_by(plan: Plan) -> dict[str, Treatment]:
     return {each.group: Treatment(each.choice, each.codec) for each in plan.choices if each.sites}
 
 
-def _estimate(cost: Cost, plain: Cost) -> Estimate:
+def _host_bytes(costs: StepCost, chosen: Chosen) -> int:
+    """Return what a plan takes of the host's memory: on the host tier all that is there, else the disk's staging."""
+    stored_bytes = costs.moving(chosen.recomputed, chosen.treated).stored_bytes
+    if costs.profile.link is None or not stored_bytes:
+        return 0
+    return stored_bytes if costs.profile.link.tier == "host" else NUM_THREADS * CHUNK_BYTES
+
+
+def _estimate(cost: Cost, plain: Cost, *, host_bytes: int) -> Estimate:
     return Estimate(
         device_peak_bytes=cost.peak_bytes,
-        host_peak_bytes=0,
+        host_peak_bytes=host_bytes,
         step_seconds=cost.seconds,
         slowdown=cost.seconds / plain.seconds if plain.seconds else 1.0,
         plain_peak_bytes=plain.peak_bytes,

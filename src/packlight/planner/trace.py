@@ -73,7 +73,7 @@ class Trace:
         self._hooks: list[RemovableHandle | ModuleWatch] = []
         self.resident: dict[str, int] = {}
         self.num_resident = self.num_events = self.forward_end = self.backward_start = 0
-        self.seconds = 0.0
+        self.seconds = self.forward_seconds = 0.0
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -140,7 +140,7 @@ class Trace:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             outputs = [self._call(call) for _ in range(self.seen.num_forwards)]
         self.line.explicit_phase = None
-        self.forward_end = self.line.now()
+        self.forward_end, self.forward_seconds = self.line.now(), self.line.seconds
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _call(self, call: Call) -> Any:
@@ -187,7 +187,7 @@ class Trace:
             self.regions[region].last_packed = self.line.now()
         copied = region >= 0 and index in self.regions[region].copied
         stays = (index is None or index < self.num_resident) and not copied
-        save = DraftSave(-1 if index is None else index, region, self.line.now())
+        save = DraftSave(-1 if index is None else index, region, self.line.now(), packed_seconds=self.line.seconds)
         if self._calls is not None:
             self._keep_exact(self._compared.saved_beside(tensor))
             self._describe(save, tensor)
@@ -230,7 +230,7 @@ class Trace:
         if held.stays is not None:
             return held.stays
         if held.save.unpacked is None:
-            held.save.unpacked = self.line.tick()
+            held.save.unpacked, held.save.unpacked_seconds = self.line.tick(), self.line.seconds
         with self.line.paused():
             made = torch.empty_strided(held.shape, held.stride, dtype=held.dtype, device=held.device)
         self.line.leave_out(made)
@@ -300,5 +300,6 @@ class Trace:
             batch_bytes=self.batch_bytes,
             carries_outputs=self.seen.carries_outputs,
             codec_seconds=self.line.rates.codec_seconds,
+            forward_seconds=self.forward_seconds,
             notes=(*notes, *self.notes),
         )

@@ -1,0 +1,95 @@
+"""The ways to the tiers: how fast bytes move, what that takes from compute, and how many there is room for.
+
+A disk's data sheet says little of what a training process gets, beside compute, checksums and a file system. So the way
+to the disk is measured with the tier itself, by moving a few tensors out and back (a fraction of a second, once in a
+process and folder). A copy to pinned host memory goes through the device's own engine and takes nothing from compute.
+"""
+
+import functools
+import os
+import time
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from packlight.activations.offload import Tier, make_tier
+from packlight.activations.tier import OffloadError
+from packlight.budget import parse_bytes
+from packlight.step import Link
+
+SAMPLE_BYTES = 16 * 2**20
+NUM_SAMPLES = 6
+"""Enough that the queue is busy for tenths of a second on an ordinary disk."""
+
+
+def find_link(
+    device: torch.device, *, host_budget: int | str | None = None, disk: str | os.PathLike[str] | None = None
+) -> Link | None:
+    """Return the way to the tier that a plan may use.
+
+    A plan uses one tier: pinned host memory where the model is on a GPU and `host_budget` allows some, else the disk.
+
+    Args:
+        device: where the model is.
+        host_budget: bytes allowed in host memory.
+        disk: folder of the disk tier.
+
+    Returns:
+        The way; None where no tier was allowed.
+
+    Raises:
+        ValueError: the budget cannot be read, or no file can be made in the folder.
+    """
+    if device.type == "meta":
+        return None
+    if device.type == "cuda" and host_budget is not None:
+        return _host_link(device.type, parse_bytes(host_budget, total_bytes=_host_bytes()))
+    if disk is None:
+        return None
+    folder = os.fspath(disk)
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no folder {folder!r} for the disk tier; make it, or name another")
+    try:
+        return _disk_link(device.type, os.path.abspath(folder))
+    except OffloadError as error:
+        raise ValueError(str(error)) from error
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@functools.cache
+def _disk_link(device_type: str, folder: str) -> Link:
+    device = torch.device(device_type)
+    out, back, busy = _measured(make_tier("disk", device=device, folder=folder), device)
+    stat = os.statvfs(folder)
+    return Link("disk", out, back, busy / torch.get_num_threads(), stat.f_bavail * stat.f_frsize, folder)
+
+
+@functools.cache
+def _host_link(device_type: str, capacity_bytes: int) -> Link:
+    device = torch.device(device_type)
+    out, back, _ = _measured(make_tier("host", device=device), device)
+    return Link("host", out, back, 0.0, capacity_bytes)
+
+
+def _measured(tier: Tier, device: torch.device) -> tuple[float, float, float]:
+    """Return bytes per second out and back, and the processor's seconds for a byte in one direction; close the tier."""
+    num_bytes = NUM_SAMPLES * SAMPLE_BYTES
+    try:
+        with _disable_current_modes(), torch.inference_mode():
+            sample = torch.ones(SAMPLE_BYTES, dtype=torch.uint8, device=device)
+            tier.put(sample).get()  # the first copy makes threads and buffers
+            busy, start = time.process_time(), time.perf_counter()
+            stored = [tier.put(sample) for _ in range(NUM_SAMPLES)]
+            tier.flush()
+            turn = time.perf_counter()
+            for each in stored:
+                each.get()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            back, busy = time.perf_counter() - turn, time.process_time() - busy
+    finally:
+        tier.close()
+    return num_bytes / (turn - start), num_bytes / back, busy / (2 * num_bytes)

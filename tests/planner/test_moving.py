@@ -1,0 +1,136 @@
+"""What a plan with moved groups is predicted to take is what the engine takes, however late the tier is."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from packlight.activations import Engine
+from packlight.activations.shelf import Shelf
+from packlight.activations.tier import Arrival, OffloadError, Record, Taken
+from packlight.planner import trace
+from packlight.planner.cost import StepCost
+from packlight.planner.held import Treatment
+from packlight.planner.loop import Seen
+from packlight.planner.profile import profile
+from packlight.planner.timeline import Timeline, flat_tensors
+from packlight.step import Link, Profile
+from tests.cases import CASES, Case
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+DROPPED = Seen(held_outputs=(), carries_outputs=False)
+LINK = Link("disk", 1e9, 1e9, 0.0, 2**40)
+
+
+class LateTier(Shelf[bytes]):
+    """Moves nothing before it has to: what is under way fills the window."""
+
+    name = "late"
+
+    def __init__(self, window_bytes: int) -> None:
+        super().__init__(
+            device=torch.device("cpu"),
+            max_in_flight_bytes=window_bytes,
+            on_full="raise",
+            late="wait",
+            keep_bytes=None,
+        )
+        self._waiting: list[Record[bytes]] = []
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _make_room(self, num_bytes: int) -> None:
+        room_bytes = max(self.max_in_flight_bytes - num_bytes, 0) if num_bytes else 0
+        while self._in_flight_bytes > room_bytes:
+            record = self._waiting.pop(0)
+            if record.source is not None:
+                record.place = record.source.view(torch.uint8).numpy().tobytes()
+            self._moved(record)
+
+    def _reap(self) -> None:
+        """Nothing ends by itself."""
+
+    def _reserve(self, num_bytes: int) -> bytes:
+        return bytes(1)
+
+    def _release(self, place: bytes) -> None:
+        """Python does."""
+
+    def _send(self, record: Record[bytes], place: bytes) -> None:
+        self._waiting.append(record)
+
+    def _bring(self, record: Record[bytes], place: bytes) -> Arrival:
+        made = torch.empty(record.numel, dtype=record.dtype)
+        made.view(torch.uint8).numpy()[:] = memoryview(place)
+        return Taken(lambda: made)
+
+    def _stored_bytes(self) -> int:
+        return 0
+
+    def _pinned_bytes(self) -> int:
+        return 0
+
+    def _full(self, wanted_bytes: int) -> OffloadError:
+        return OffloadError("full")
+
+
+def profiled(case: Case) -> Profile:
+    with mock.patch.object(trace, "MIN_BYTES", 0):  # the models are small
+        step = profile(case.model, case.batch, None, loss=case.loss, seen=DROPPED)
+    return replace(step, link=LINK)
+
+
+def take_step(case: Case, line: Timeline) -> None:
+    case.model.zero_grad()
+    with line:
+        line.explicit_phase = "forward"
+        output = case.output()
+        line.explicit_phase = None
+        loss = case.loss(output, case.batch)
+        del output
+        loss.backward()
+
+
+def real_peak(case: Case, choices: Mapping[str, str], *, window_bytes: int) -> int:
+    with Engine(case.model, choices, tier=LateTier(window_bytes), min_bytes=0, waits=True):
+        for _ in range(2):  # the first learns backward's order
+            line = Timeline("cpu")
+            for tensor in (*case.model.parameters(), *case.model.buffers(), *flat_tensors(case.batch)):
+                line.add(tensor)
+            take_step(case, line)
+            line.close()
+    return line.peak()[0]
+
+
+def choices_of(step: Profile, costs: StepCost, treated: Mapping[str, Treatment]) -> dict[str, str]:
+    return {
+        step.saves[at].site: each.choice if each.choice == "offload" else f"{each.choice}:{each.codec}"
+        for name, each in treated.items()
+        for at in costs.groups[name].saves
+    }
+
+
+@pytest.mark.parametrize("num_groups", [0, 1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_moved_groups_take_the_predicted_bytes(name: str, num_groups: int) -> None:
+    case = CASES[name]()
+    step = profiled(case)
+    largest_bytes = max(StepCost(step).group_bytes(group) for group in StepCost(step).groups)
+    costs = StepCost(step).through(max(1, num_groups * largest_bytes))
+    treated: dict[str, Treatment] = {}
+    for group in costs.groups.values():
+        ways = [None, Treatment("offload"), Treatment("offload")]
+        if group.can_encode:
+            ways.append(Treatment("compress", "int8"))
+            ways += [Treatment("compress+offload", "int8")] * (not costs.has_sign(group))
+        chosen = random.choice(ways)
+        treated |= {group.name: chosen} if chosen is not None else {}
+    predicted = costs.price((), None, treated=treated)
+    found = real_peak(case, choices_of(step, costs, treated), window_bytes=costs.window_bytes)
+    assert predicted.peak_bytes == found
+    assert sum(predicted.by_category.values()) == predicted.peak_bytes
