@@ -56,9 +56,10 @@ class Runs:
 
     def planned(self, budget_bytes: int, name: str) -> Row:
         """Train under a plan; where the budget is too small, under the smallest that fits."""
-        outcome = self._run(["--budget", str(budget_bytes), *self._exact], [])
+        options = [*self._exact, "--disk", self._disk]
+        outcome = self._run(["--budget", str(budget_bytes), *options], [])
         least = isinstance(outcome, int)
-        record = self._run(["--budget", str(outcome), *self._exact], []) if isinstance(outcome, int) else outcome
+        record = self._run(["--budget", str(outcome), *options], []) if isinstance(outcome, int) else outcome
         assert isinstance(record, dict)
         estimate, peak_bytes = record["estimate"], record["measurement"]["device_peak_bytes"]
         return {

@@ -22,6 +22,7 @@ import torch
 
 from packlight.planner.held import Group, Span, Treatment, find_groups, spans
 from packlight.planner.moving import Moving, moved_bytes, simulate
+from packlight.planner.replay import Replay, replay_of
 from packlight.records import CATEGORIES
 from packlight.step import OptimizerCost, Profile, Region, Save
 
@@ -39,20 +40,6 @@ class Cost:
     by_category: dict[str, int]
     seconds: float
     at: int
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A region's second run: its peak above what lives then, and what it saves again (storage -> release)."""
-
-    region: Region
-    peak_bytes: int
-    saved: dict[int, int]
-
-    @property
-    def before(self) -> int:
-        """Return the last event before it, whose live bytes it comes on top of."""
-        return max(0, self.region.unpacked - 1)
 
 
 NUM_PEAKS = 8
@@ -77,7 +64,7 @@ class StepCost:
         by_region: dict[int, list[Save]] = {}
         for save in saves:
             by_region.setdefault(save.region, []).append(save)
-        replays = (self._replay(region, by_region.get(at, [])) for at, region in enumerate(profile.regions))
+        replays = (replay_of(profile, region, by_region.get(at, [])) for at, region in enumerate(profile.regions))
         self.replays = [replay for replay in replays if replay.saved]
         self.blocks = list(dict.fromkeys(replay.region.block for replay in self.replays))
         self.groups = {group.name: group for group in find_groups(profile)}
@@ -236,23 +223,6 @@ class StepCost:
     def group_bytes(self, name: str) -> int:
         """Return what a group holds for backward if it is kept."""
         return self.profile.storages[self.groups[name].storage].num_bytes
-
-    def _replay(self, region: Region, saves: list[Save]) -> Replay:
-        """Run through a region's events up to its last save; early stop ends the second run there."""
-        storages = self.profile.storages
-        inside = [at for at, storage in enumerate(storages) if region.start <= storage.born < region.last_packed]
-        saved: dict[int, int] = {}
-        for save in saves:
-            if region.start <= storages[save.storage].born:
-                saved[save.storage] = max(save.used, saved.get(save.storage, 0))
-        events = [(storages[at].born, storages[at].num_bytes) for at in inside]
-        events += [(storages[at].died, -storages[at].num_bytes) for at in inside if at not in saved]
-        live = peak = 0
-        for when, num_bytes in sorted(events):
-            if when < region.last_packed:
-                live += num_bytes
-                peak = max(peak, live)
-        return Replay(region, peak + region.copied_bytes, saved)
 
     def _ends(self, chosen: frozenset[str]) -> torch.Tensor:
         """Return the event at which each storage of the first run ends, int64 of shape (num_storages,)."""

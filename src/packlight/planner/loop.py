@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from packlight.planner.timeline import flat_tensors
 from packlight.step import Tail
@@ -42,6 +43,14 @@ def covers(known: Shapes, shapes: Shapes) -> bool:
 def num_elements(shapes: Shapes) -> int:
     """Return the elements of tensors of these shapes together."""
     return sum(map(math.prod, shapes))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model inside torch's own data-parallel wrapper."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = module.module
+        return inner
+    return module
 
 
 def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:

@@ -28,7 +28,7 @@ from packlight.budget import Budget, BudgetError
 from packlight.planner.apply import Carried, adopt_formats, carry_out, saving_now
 from packlight.planner.hardware import measure
 from packlight.planner.listen import Ears, Listener, LossLog
-from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements
+from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements, unwrapped
 from packlight.planner.measure import ModuleHook, StepWatch, other_bytes
 from packlight.planner.profile import ProfileError, profile
 from packlight.planner.request import SessionStop, Settings
@@ -127,7 +127,7 @@ class Session(Listener):
             return
         self._refuse_other_models(module, own)
         self._ignore_calls()
-        self._model, self._call, self._optimizers = _unwrapped(module), call, trained
+        self._model, self._call, self._optimizers = unwrapped(module), call, trained
         self._shapes = [call.shapes()]
         try:
             self._plan_before_first_step()
@@ -341,11 +341,3 @@ def _noted(step: Profile, model: nn.Module) -> Profile:
 def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """Return the model inside torch's own data-parallel wrapper."""
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        inner: nn.Module = module.module
-        return inner
-    return module
