@@ -63,7 +63,7 @@ def llama() -> Family:
     """A decoder; the loss is the model's own."""
     config = transformers.LlamaConfig(
         vocab_size=NUM_BYTES, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, bos_token_id=None, eos_token_id=None,
+        num_key_value_heads=4, bos_token_id=None, eos_token_id=None, use_cache=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     return Family(model, lambda: _causal(8, 256), _own_loss, model.model.layers)
@@ -88,7 +88,7 @@ def t5() -> Family:
     """An encoder and a decoder: a passage, and the one that follows it."""
     config = transformers.T5Config(
         vocab_size=NUM_BYTES, d_model=256, d_kv=32, d_ff=1024, num_layers=4, num_heads=8, decoder_start_token_id=0,
-        pad_token_id=0,
+        pad_token_id=0, use_cache=False,
     )  # fmt: skip
     model = transformers.T5ForConditionalGeneration(config)
 
@@ -241,7 +241,7 @@ def mixtral() -> Family:
     """A mixture of experts, two of eight for each token."""
     config = transformers.MixtralConfig(
         vocab_size=NUM_BYTES, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, bos_token_id=None, eos_token_id=None,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, bos_token_id=None, eos_token_id=None, use_cache=False,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
     return Family(model, lambda: _causal(8, 256), _own_loss, model.model.layers)

@@ -630,13 +630,13 @@ def test_prefetch_goes_by_the_order_of_the_step_before() -> None:
             assert [each for what, each in before if what == "prefetch"] == order[at + 1 :]
 
 
-def test_the_first_step_is_fetched_ahead_in_reverse() -> None:
+def test_the_first_step_fetches_nothing_ahead() -> None:
+    """It does not know the order yet, and a wrong guess would take memory that nobody has counted."""
     layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
     model, tier = nn.Sequential(*layers), MemoryTier()
     with Engine(model, {"*": "offload"}, tier=tier, min_bytes=0):
         model(torch.randn(2, 8)).sum().backward()
-    ahead = [name for what, name in tier.events if what == "prefetch"]
-    assert ahead[: tier.num_puts - 1] == [str(at) for at in reversed(range(tier.num_puts - 1))]
+    assert tier.num_puts > 1 and all(what != "prefetch" for what, _ in tier.events)
 
 
 def test_the_tier_is_closed_with_the_engine_and_a_late_backward_says_so() -> None:

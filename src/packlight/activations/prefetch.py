@@ -2,7 +2,7 @@
 
 Backward asks for saves in about the reverse order in which forward made them, but not quite, and not at all where
 microbatches interleave. The idea: each site remembers which site was asked for after it. The first step, which knows
-nothing yet, goes by the reverse order.
+nothing yet, fetches nothing ahead: a wrong guess would hold bytes that nobody counted on.
 """
 
 import weakref
@@ -31,15 +31,11 @@ class Forward:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._groups: weakref.WeakValueDictionary[Site, Group] = weakref.WeakValueDictionary()
-        self._before: dict[Site, Site] = {}
-        self._made: Site | None = None
         self._used: Site | None = None
 
     def make(self, site: Site, group: Group) -> None:
         """Note that a group was made at a site."""
-        if self._made is not None:
-            self._before[site] = self._made
-        self._groups[site], self._made = group, site
+        self._groups[site] = group
 
     def use(self, site: Site) -> None:
         """Note that a group is asked for, and fetch what comes after it."""
@@ -48,11 +44,10 @@ class Forward:
         if self._used is not None:
             self._order.after[self._used] = site
         self._used = site
-        following: Site | None = site
         for _ in range(MOST_AHEAD):
-            following = self._order.after.get(following) or self._before.get(following)  # type: ignore[arg-type]
-            if following is None:
+            if site not in self._order.after:
                 return
-            group = self._groups.get(following)
+            site = self._order.after[site]
+            group = self._groups.get(site)
             if group is not None and not group.prefetch():
                 return
