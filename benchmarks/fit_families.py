@@ -63,7 +63,8 @@ def llama() -> Family:
     """A decoder; the loss is the model's own."""
     config = transformers.LlamaConfig(
         vocab_size=NUM_BYTES, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, bos_token_id=None, eos_token_id=None, use_cache=False,
+        num_key_value_heads=4, bos_token_id=None, eos_token_id=None,
+        use_cache=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     return Family(model, lambda: _causal(8, 256), _own_loss, model.model.layers)
@@ -241,7 +242,8 @@ def mixtral() -> Family:
     """A mixture of experts, two of eight for each token."""
     config = transformers.MixtralConfig(
         vocab_size=NUM_BYTES, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, bos_token_id=None, eos_token_id=None, use_cache=False,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, bos_token_id=None, eos_token_id=None,
+        use_cache=False,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
     return Family(model, lambda: _causal(8, 256), _own_loss, model.model.layers)

@@ -71,6 +71,7 @@ class Link:
         out_bytes_per_second, in_bytes_per_second: bandwidths.
         busy_seconds_per_byte: what a copy in either direction takes from compute while both run.
         capacity_bytes: most that may be stored.
+        staging_bytes: what copies take of the host's memory for themselves, from the first one on.
         folder: of the disk tier.
     """
 
@@ -79,6 +80,7 @@ class Link:
     in_bytes_per_second: float
     busy_seconds_per_byte: float
     capacity_bytes: int
+    staging_bytes: int = 0
     folder: str = ""
 
 

@@ -70,6 +70,7 @@ class StepCost:
         self.groups = {group.name: group for group in find_groups(profile)}
         self.window_bytes = 0
         self._spans: list[Span] = []
+        self._staging_bytes = 0
         self._lasting: torch.Tensor | None = None
 
     def through(self, window_bytes: int) -> Self:
@@ -117,6 +118,7 @@ class StepCost:
         replays = [replay for replay in self.replays if replay.region.block in chosen]
         ends = self._ends(chosen)
         self._spans = []
+        self._staging_bytes = self.staging_bytes(treated)
         if treated:
             ends = self._find_ends(chosen, treated)
             gone = self._gone(chosen)
@@ -131,6 +133,12 @@ class StepCost:
             return Moving()
         gone = self._gone(recomputed)
         return simulate(self.profile, self.groups, treated, gone=gone, window_bytes=self.window_bytes)
+
+    def staging_bytes(self, treated: Mapping[str, Treatment]) -> int:
+        """Return what copies to the tier need for themselves on the device; a GPU's are in host memory."""
+        link = self.profile.link
+        moves = any(treatment.is_moved for treatment in treated.values())
+        return link.staging_bytes if link is not None and moves and self.profile.device == "cpu" else 0
 
     def _gone(self, recomputed: Collection[str]) -> set[int]:
         return {at for at, save in enumerate(self.profile.saves) if self.block_of(save) in recomputed}
@@ -259,7 +267,7 @@ class StepCost:
         """Return the live bytes after each event, int64 of shape (num_events + 1,)."""
         num_events = self.profile.num_events
         change = torch.zeros(num_events + 1, dtype=torch.int64)
-        change[0] += self.resident_bytes
+        change[0] += self.resident_bytes + self._staging_bytes
         change.index_add_(0, self._born, self._sizes)
         change.index_add_(0, ends, -self._sizes)
         carried = self._carried(ends)
@@ -303,6 +311,7 @@ class StepCost:
     ) -> dict[str, int]:
         """Divide the live bytes at an event; an activation is a storage that outlives the pass that made it."""
         divided = dict.fromkeys(CATEGORIES, 0) | dict(self.profile.resident_bytes)
+        divided["other"] += self._staging_bytes
         for storage, end in zip(self.profile.storages, ends.tolist(), strict=True):
             if storage.born <= at < end:
                 crosses = storage.phase in ("forward", "loss") and end > self.profile.backward_start
@@ -329,6 +338,7 @@ class StepCost:
         temporaries = max(optimizer.temporary_bytes, self.profile.after_backward_bytes)
         in_step = dict.fromkeys(CATEGORIES, 0) | dict(self.profile.resident_bytes) | states
         in_step["gradients"] += gradients
+        in_step["other"] += self._staging_bytes
         in_step["activations"] += held + self.profile.carried_bytes
         in_step["temporaries"] += temporaries
         step_bytes = sum(in_step.values())

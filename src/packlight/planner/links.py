@@ -62,20 +62,25 @@ def _host_bytes() -> int:
 @functools.cache
 def _disk_link(device_type: str, folder: str) -> Link:
     device = torch.device(device_type)
-    out, back, busy = _measured(make_tier("disk", device=device, folder=folder), device)
+    tier = make_tier("disk", device=device, folder=folder)
+    out, back, busy, staging_bytes = _measured(tier, device)
     stat = os.statvfs(folder)
-    return Link("disk", out, back, busy / torch.get_num_threads(), stat.f_bavail * stat.f_frsize, folder)
+    capacity_bytes = stat.f_bavail * stat.f_frsize
+    return Link("disk", out, back, busy / torch.get_num_threads(), capacity_bytes, staging_bytes, folder)
 
 
 @functools.cache
 def _host_link(device_type: str, capacity_bytes: int) -> Link:
     device = torch.device(device_type)
-    out, back, _ = _measured(make_tier("host", device=device), device)
+    out, back, _, _ = _measured(make_tier("host", device=device), device)
     return Link("host", out, back, 0.0, capacity_bytes)
 
 
-def _measured(tier: Tier, device: torch.device) -> tuple[float, float, float]:
-    """Return bytes per second out and back, and the processor's seconds for a byte in one direction; close the tier."""
+def _measured(tier: Tier, device: torch.device) -> tuple[float, float, float, int]:
+    """Return bytes per second out and back, the processor's seconds for a byte one way, and the bytes of staging.
+
+    The tier is closed.
+    """
     num_bytes = NUM_SAMPLES * SAMPLE_BYTES
     try:
         with _disable_current_modes(), torch.inference_mode():
@@ -90,6 +95,7 @@ def _measured(tier: Tier, device: torch.device) -> tuple[float, float, float]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             back, busy = time.perf_counter() - turn, time.process_time() - busy
+        staging_bytes = tier.traffic().pinned_bytes
     finally:
         tier.close()
-    return num_bytes / (turn - start), num_bytes / back, busy / (2 * num_bytes)
+    return num_bytes / (turn - start), num_bytes / back, busy / (2 * num_bytes), staging_bytes

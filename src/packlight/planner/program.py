@@ -73,7 +73,8 @@ class Program:
         self._exclusions = self._exclude()
         self._moved = self._find_moved()
         # Fetched ahead, or on its way out: as much as the window holds, which is more than a group or nothing.
-        self._window_bytes = costs.window_bytes if self._moved and costs.window_bytes > 1 else 0
+        self._tier_bytes = costs.window_bytes if self._moved and costs.window_bytes > 1 else 0
+        self._tier_bytes += costs.staging_bytes(dict(self._options))
 
     def add_event(self, event: int) -> bool:
         """Ask for room at an event.
@@ -174,7 +175,7 @@ class Program:
         return found
 
     def _row(self, event: int) -> tuple[Row, list["_Link"]]:
-        row = Row(self._costs.constant_bytes(event) + self._window_bytes)
+        row = Row(self._costs.constant_bytes(event) + self._tier_bytes)
         links: dict[Any, _Link] = {}
         for index in self._costs.alive_by_choice(event):
             self._add_storage(row, links, index, event)

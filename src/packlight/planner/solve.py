@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from packlight.activations.disk import NUM_THREADS
-from packlight.activations.staging import CHUNK_BYTES
 from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.hardware import measure
@@ -274,7 +272,8 @@ def _host_bytes(costs: StepCost, chosen: Chosen) -> int:
     stored_bytes = costs.moving(chosen.recomputed, chosen.treated).stored_bytes
     if costs.profile.link is None or not stored_bytes:
         return 0
-    return stored_bytes if costs.profile.link.tier == "host" else NUM_THREADS * CHUNK_BYTES
+    in_host_bytes = stored_bytes if costs.profile.link.tier == "host" else costs.profile.link.staging_bytes
+    return in_host_bytes if costs.profile.device != "cpu" else 0  # there it is the device's own memory
 
 
 def _estimate(cost: Cost, plain: Cost, *, host_bytes: int) -> Estimate:
