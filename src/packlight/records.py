@@ -212,6 +212,8 @@ class Plan(JsonRecord):
         choices: one for each group that could be chosen for.
         state_formats: the format of each parameter's optimiser state, by the parameter's name.
         smallest_budget_bytes: the least budget that a plan would fit.
+        notes: what a reader should know, in sentences.
+        hardware: the name of the device that it is made for; "" for the one at hand.
     """
 
     kind: ClassVar[str] = "plan"
@@ -224,6 +226,7 @@ class Plan(JsonRecord):
     estimate: Estimate
     smallest_budget_bytes: int
     notes: tuple[str, ...] = ()
+    hardware: str = ""
 
     def recomputed(self) -> frozenset[str]:
         """Return the paths of the blocks that are recomputed in backward."""
@@ -240,7 +243,7 @@ class Plan(JsonRecord):
         formats = ", ".join(sorted(set(self.state_formats.values()))) or "none"
         num_blocks = sum(not choice.sites for choice in self.choices)
         lines = [
-            f"plan for {format_bytes(self.budget_bytes)} on {self.device}{' (exact)' if self.exact else ''}: "
+            f"plan for {format_bytes(self.budget_bytes)} on {self.hardware or self.device}{' (exact)' * self.exact}: "
             f"predicted peak {format_bytes(estimate.device_peak_bytes)} "
             f"({format_bytes(estimate.plain_peak_bytes)} if nothing is changed), "
             f"{estimate.step_seconds:.3g} s a step ({estimate.slowdown:.2f}x)",

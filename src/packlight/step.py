@@ -150,6 +150,7 @@ class Profile(JsonRecord):
         carries_outputs: whether the loop still holds the model's outputs when the next step begins.
         codec_seconds: predicted time to encode and decode one element, by codec.
         notes: what a reader should know, in sentences.
+        hardware: the name of the device that seconds and allocations are predicted for; "" for the one at hand.
     """
 
     kind: ClassVar[str] = "profile"
@@ -171,3 +172,4 @@ class Profile(JsonRecord):
     carries_outputs: bool = True
     codec_seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    hardware: str = ""

@@ -30,6 +30,7 @@ class Settings:
         plan: a plan to carry out as it is, instead of making one.
         stop_before_step: stop when the first plan is made.
         tell: called with each plan that is made, and a title for it.
+        hardware: the name of the device to plan for, where the script is stopped before its first step.
     """
 
     budget: int | str | None
@@ -37,3 +38,4 @@ class Settings:
     plan: Plan | None = None
     stop_before_step: bool = False
     tell: Callable[[Plan, str], None] = lambda plan, title: print(f"{title}{plan}")
+    hardware: str | None = None
