@@ -1,13 +1,15 @@
 """Claim: plans for Llamas of 7, 13 and 70 billion parameters are made on a laptop, for GPUs that are not at hand.
 
-Builds each Llama on the meta device, with bf16 parameters, and plans one step of 4,096 tokens with AdamW for named
-hardware. Each plan is made in a process of its own; its seconds (from the finished model to the finished plan) and that
-process's resident peak are printed and written as JSON. The goal for 70 billion: under 60 s and 4 GiB.
+Builds each Llama on the meta device, with bf16 parameters, and plans one step of one or four sequences of 4,096 tokens
+with AdamW for named hardware. Each plan is made in a process of its own; its seconds (from the finished model to the
+finished plan) and that process's resident peak are printed and written as JSON. The goal for 70 billion: under 60 s and
+4 GiB.
 
-No single device holds 70 billion parameters with gradients and states. Its plans are for a device with the rates of the
-named one and as much memory as the budget says, which a `Budget` in bytes asks for; a note in the plan says so. These
-budgets are found by a plan before, in the same process, so that they bind: the smallest that fits, and halfway from it
-to the peak of the training as it is.
+No single device holds 70 billion parameters with gradients and states. Their plans are for a device with the rates of
+the named one and as much memory as the budget says, which a `Budget` in bytes asks for; a note in the plan says so.
+These budgets lie between the smallest that fits and the peak of the training as it is, which a plan before, in the same
+process, has told. With one sequence the gradients outweigh the activations, so that low-bit states are all that helps;
+with four, activations have to go too.
 
     python benchmarks/meta_plan.py --output benchmarks/results/HARDWARE/meta_plan.json
 """
@@ -43,14 +45,18 @@ SHAPES = {
 }
 
 PLANS = (
-    ("7B", "h100-80g", "95%"),
-    ("7B", "l40s", "95%"),
-    ("13B", "h200", "95%"),
-    ("13B", "h100-80g", "95%"),
-    ("70B", "h200", "between"),
-    ("70B", "h200", "smallest"),
+    ("7B", "1", "h100-80g", "95%"),
+    ("7B", "1", "l40s", "95%"),
+    ("13B", "1", "h200", "95%"),
+    ("13B", "1", "h100-80g", "95%"),
+    ("70B", "1", "h200", "between"),
+    ("70B", "1", "h200", "smallest"),
+    ("70B", "4", "h200", "tight"),
 )
-"""Shape, hardware and budget: a share of the device, the smallest that fits, or halfway from that to the plain peak."""
+"""Shape, sequences, hardware and budget: a share of the device, or one of `SHARES` of the way up from the smallest."""
+
+SHARES = {"smallest": 0.0, "tight": 0.1, "between": 0.5}
+"""How far from the smallest budget that fits to the peak of the training as it is."""
 
 
 def main() -> None:
@@ -58,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
     parser.add_argument("--only", help="make the plans of this shape alone")
-    parser.add_argument("--one", nargs=3, metavar=("SHAPE", "HARDWARE", "BUDGET"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, metavar=("SHAPE", "SEQUENCES", "HARDWARE", "BUDGET"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(make_plan(*options.one)))
@@ -69,23 +75,23 @@ def main() -> None:
         options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def in_own_process(each: tuple[str, str, str]) -> dict[str, Any]:
+def in_own_process(each: tuple[str, str, str, str]) -> dict[str, Any]:
     """Make one plan in a process of its own, and print what it took."""
     done = subprocess.run([sys.executable, __file__, "--one", *each], check=True, stdout=subprocess.PIPE)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"{row['text']}\n{row['shape']}, {row['num_parameters']} parameters: {row['seconds']:.1f} s, "
-        f"resident peak {row['resident_peak_bytes'] / 2**30:.2f} GiB\n",
+        f"{row['text']}\n{row['shape']}, {row['num_parameters']} parameters, {row['num_tokens']} tokens: "
+        f"{row['seconds']:.1f} s, resident peak {row['resident_peak_bytes'] / 2**30:.2f} GiB\n",
         flush=True,
     )
     return row
 
 
-def make_plan(shape: str, hardware: str, budget: str) -> dict[str, Any]:
+def make_plan(shape: str, num_sequences: str, hardware: str, budget: str) -> dict[str, Any]:
     """Make one plan; return it with what it took."""
     with torch.device("meta"):
         model = LlamaForCausalLM(SHAPES[shape]).to(torch.bfloat16)
-        tokens = torch.zeros(1, SEQUENCE_LENGTH, dtype=torch.long)
+        tokens = torch.zeros(int(num_sequences), SEQUENCE_LENGTH, dtype=torch.long)
     optimizer = torch.optim.AdamW(model.parameters())
     batch = {"input_ids": tokens, "labels": tokens}
     allowed = budget if budget.endswith("%") else tight_budget(model, batch, optimizer, hardware, budget)
@@ -95,7 +101,7 @@ def make_plan(shape: str, hardware: str, budget: str) -> dict[str, Any]:
     return {
         "shape": shape,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens": SEQUENCE_LENGTH,
+        "num_tokens": tokens.numel(),
         "hardware": hardware,
         "budget_bytes": plan.budget_bytes,
         "smallest_budget_bytes": plan.smallest_budget_bytes,
@@ -113,10 +119,10 @@ def make_plan(shape: str, hardware: str, budget: str) -> dict[str, Any]:
 def tight_budget(
     model: torch.nn.Module, batch: Any, optimizer: torch.optim.Optimizer, hardware: str, budget: str
 ) -> packlight.Budget:
-    """Return the smallest budget that fits, or the one halfway from that to the peak of the training as it is."""
+    """Return the budget that stands so far above the smallest one."""
     ample = packlight.plan(model, batch, optimizer, budget=packlight.Budget(2**50), hardware=hardware)
     smallest_bytes, plain_bytes = ample.smallest_budget_bytes, ample.estimate.plain_peak_bytes
-    return packlight.Budget(smallest_bytes if budget == "smallest" else (smallest_bytes + plain_bytes) // 2)
+    return packlight.Budget(smallest_bytes + int(SHARES[budget] * (plain_bytes - smallest_bytes)))
 
 
 if __name__ == "__main__":
