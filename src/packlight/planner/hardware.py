@@ -58,7 +58,7 @@ class MeasuredFlops(dict[str, float]):
         self._device = device
 
     def __missing__(self, precision: str) -> float:
-        """Measure a precision (a tenth of a second at most)."""
+        """Measure a precision (about a tenth of a second on a CPU that is slow at it)."""
         dtype = _DTYPES.get(precision)
         rate = self["fp32"] if dtype is None else _matrix_flops_per_second(self._device, dtype)
         return self.setdefault(precision, rate)
@@ -68,7 +68,7 @@ def _matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     side = 256 if device.type == "cpu" else 4096
     with _disable_current_modes(), torch.inference_mode():
         matrix = torch.ones(side, side, dtype=dtype, device=device)
-        return 2 * side**3 / _best_seconds(lambda: matrix @ matrix, device, repeats=3)
+        return 2 * side**3 / _best_seconds(lambda: matrix @ matrix, device, repeats=2)
 
 
 @functools.cache

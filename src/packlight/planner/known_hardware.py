@@ -115,7 +115,7 @@ _TABLE = (
     ),
     Hardware(
         "a100-80g",
-        # 79.14 GiB
+        # 79.14 to 79.25 GiB
         device_bytes=int(79.1 * _GIB),
         # NVIDIA A100 Tensor Core GPU data sheet, 2021: 19.5, 156 (TF32), 312 (BF16, FP16) without sparsity
         flops_per_second={"fp32": 19.5 * _TERA, "tf32": 156 * _TERA, "bf16": 312 * _TERA, "fp16": 312 * _TERA},
@@ -126,7 +126,7 @@ _TABLE = (
     ),
     Hardware(
         "h100-80g",
-        # 79.18 GiB, and less by a few MiB with other drivers
+        # 79.14 to 79.25 GiB: most messages do not say which of the two devices with 80 GB they are from
         device_bytes=int(79.1 * _GIB),
         # NVIDIA H100 Tensor Core GPU data sheet, SXM: 67; with sparsity, which doubles, 989 (TF32), 1,979 (BF16, FP16)
         flops_per_second={"fp32": 67 * _TERA, "tf32": 494.5 * _TERA, "bf16": 989.5 * _TERA, "fp16": 989.5 * _TERA},
