@@ -476,6 +476,52 @@ def test_the_smallest_budget_that_was_named_works(refused: tuple[subprocess.Comp
     assert run.measurement.device_peak_bytes <= int(found[1])
 
 
+# A plan for hardware that is not here
+
+META_SCRIPT = """
+import torch
+from torch import nn
+
+with torch.device("DEVICE"):
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)])
+    batch = torch.ones(256, 64)
+optimizer = torch.optim.AdamW(model.parameters())
+print("built")
+model(batch).square().mean().backward()
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_plan_for_named_hardware_stops_the_script_before_its_first_step(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "script.py").write_text(META_SCRIPT.replace("DEVICE", device))
+    monkeypatch.chdir(tmp_path)
+    result = invoke("plan", "--hardware", "t4", "--budget", "50%", "--save", "plan.json", "script.py")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("built\nplan for 7.25 GiB on t4: ") and "went on" not in result.stdout
+    assert "t4 by its data sheet: nothing was measured" in result.stdout
+    plan = Plan.load(tmp_path / "plan.json")
+    assert (plan.hardware, plan.budget_bytes) == ("t4", int(14.5 * 2**30) // 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["plan", "--hardware", "h100", "--budget", AMPLE], "'h100' is not known; wanted one of a100-40g, .*, t4"),
+        (["plan", "--hardware", "t4", "--budget", "16GiB"], r"16\.00 GiB and the device has 14\.50 GiB"),
+        (["run", "--hardware", "t4", "--budget", AMPLE], "--hardware t4: a run is on this machine; packlight plan"),
+        (["run", "--hardware", "t4", "--measure-only"], "--hardware t4: a run is on this machine"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_hardware_that_is_not_known_or_not_meant_is_refused_before_the_script_runs(
+    arguments: list[str], complaint: str, says_that_it_ran: str
+) -> None:
+    assert_refused(invoke(*arguments, says_that_it_ran), complaint)
+
+
 # A plan is saved, carried out and explained
 
 

@@ -52,6 +52,7 @@ PLANS = st.builds(
     estimate=ESTIMATES,
     smallest_budget_bytes=SIZES,
     notes=tuples(NAMES),
+    hardware=NAMES,
 )
 MEASUREMENTS = st.builds(
     Measurement,

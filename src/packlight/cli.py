@@ -51,6 +51,7 @@ def _script_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--plan", "plan_file", metavar="FILE", help="Carry out this saved plan instead of making one.")
 @click.option("--record", metavar="FILE", help="Write what was planned and measured to this JSON file.")
 @click.option("--measure-only", is_flag=True, help="Measure the script as it is; plan and change nothing.")
+@click.option("--hardware", hidden=True)  # refused in words of its own
 @_script_arguments
 def run(*, script: str, arguments: tuple[str, ...], record: str | None, **options: Any) -> None:
     """Run SCRIPT under a plan that keeps its tensors within the budget."""
@@ -68,6 +69,7 @@ def run(*, script: str, arguments: tuple[str, ...], record: str | None, **option
 @main.command(context_settings=_SCRIPT)
 @click.option("--budget", metavar="BYTES", required=True, help='"16GiB", "800MB", "80%" or a number of bytes.')
 @click.option("--save", metavar="FILE", help="Write the plan to this JSON file.")
+@click.option("--hardware", metavar="NAME", help='Plan for this device ("h100-80g"), which need not be here.')
 @_script_arguments
 def plan(*, script: str, arguments: tuple[str, ...], save: str | None, **options: Any) -> None:
     """Stop SCRIPT before its first step, and print the plan."""
@@ -166,11 +168,16 @@ def _run(
             "wanted --budget BYTES, --plan FILE (or both), or --measure-only alone, before the script: "
             "what stands after it is the script's own"
         )
+    hardware, stops = options.get("hardware"), bool(options.get("stop_before_step"))
+    if hardware is not None and not stops:
+        raise click.UsageError(
+            f"--hardware {hardware}: a run is on this machine; packlight plan --hardware makes a plan for another one"
+        )
     plans: list[Plan] = options.get("plans", [])
 
     def tell(made: Plan, title: str) -> None:
         plans.append(made)
-        if not options.get("stop_before_step"):
+        if not stops:
             click.echo(f"packlight: {title}{made}", err=True)
 
     try:
@@ -178,7 +185,7 @@ def _run(
         given = Plan.load(plan_file) if plan_file is not None else None
         allowed = budget if budget is not None or given is None else given.budget_bytes
         tiers = {"host_budget": host_budget, "disk": None if disk is None else os.path.abspath(disk)}
-        settings = Settings(allowed, exact, given, bool(options.get("stop_before_step")), tell=tell, **tiers)
+        settings = Settings(allowed, exact, given, stops, tell=tell, hardware=hardware, **tiers)
         return run_script(Target(script, arguments, module), settings)
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error

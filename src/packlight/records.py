@@ -216,6 +216,7 @@ class Plan(JsonRecord):
         tier: where groups are moved to, "host" or "disk"; "" where none is.
         folder: of the disk tier.
         window_bytes: most that is on its way to the tier, and again from it.
+        hardware: the name of the device that it is made for; "" for the one at hand.
     """
 
     kind: ClassVar[str] = "plan"
@@ -231,6 +232,7 @@ class Plan(JsonRecord):
     tier: str = ""
     folder: str = ""
     window_bytes: int = 0
+    hardware: str = ""
 
     def recomputed(self) -> frozenset[str]:
         """Return the paths of the blocks that are recomputed in backward."""
@@ -250,7 +252,7 @@ class Plan(JsonRecord):
         formats = ", ".join(sorted(set(self.state_formats.values()))) or "none"
         num_blocks = sum(not choice.sites for choice in self.choices)
         lines = [
-            f"plan for {format_bytes(self.budget_bytes)} on {self.device}{' (exact)' if self.exact else ''}: "
+            f"plan for {format_bytes(self.budget_bytes)} on {self.hardware or self.device}{' (exact)' * self.exact}: "
             f"predicted peak {format_bytes(estimate.device_peak_bytes)} "
             f"({format_bytes(estimate.plain_peak_bytes)} if nothing is changed), "
             f"{estimate.step_seconds:.3g} s a step ({estimate.slowdown:.2f}x)",

@@ -177,6 +177,7 @@ class Profile(JsonRecord):
         forward_seconds: predicted time to the end of the model's forward, of `seconds`.
         link: the way to the tier that tensors may be moved to.
         notes: what a reader should know, in sentences.
+        hardware: the name of the device that seconds and allocations are predicted for; "" for the one at hand.
     """
 
     kind: ClassVar[str] = "profile"
@@ -200,3 +201,4 @@ class Profile(JsonRecord):
     forward_seconds: float = 0.0
     link: Link | None = None
     notes: tuple[str, ...] = ()
+    hardware: str = ""

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from packlight.budget import Budget
+from packlight.planner.known_hardware import Hardware, named
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.session import Session
 from packlight.planner.solve import device_bytes
@@ -71,12 +72,13 @@ def run_script(target: Target, settings: Settings) -> Outcome:
         The outcome. The script's own errors are printed as Python prints them, and become exit status 1.
 
     Raises:
-        ValueError: there is no such script, or the budget cannot be read or is larger than the device.
+        ValueError: there is no such script, or the budget cannot be read or is larger than the device, or there is no
+            hardware of that name.
     """
     if not target.as_module and not Path(target.script).is_file():
         raise ValueError(f"there is no script {target.script!r}; wanted the path of a Python file, or -m MODULE")
     if settings.budget is not None and settings.plan is None:
-        Budget.of(settings.budget, total_bytes=_largest_device_bytes())
+        Budget.of(settings.budget, total_bytes=_largest_device_bytes(named(settings.hardware)))
     session = Session(settings)
     with session:
         exit_status, message = _run(target)
@@ -90,8 +92,10 @@ def run_script(target: Target, settings: Settings) -> Outcome:
     return Outcome(exit_status, record, message)
 
 
-def _largest_device_bytes() -> int:
-    """Return the size of the largest device that the script may choose."""
+def _largest_device_bytes(hardware: Hardware | None) -> int:
+    """Return the size of the largest device that the script may choose, or of the named one."""
+    if hardware is not None:
+        return hardware.device_bytes
     types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return max(device_bytes(torch.device(each)) for each in types)
 

@@ -132,8 +132,8 @@ class FakeLine(Timeline):
     that fall between the same birth and death it stays known which came first.
     """
 
-    def __init__(self, device_type: str, rates: Rates) -> None:
-        super().__init__(device_type)
+    def __init__(self, device_type: str, rates: Rates, *, allocator: str = "") -> None:
+        super().__init__(device_type, allocator=allocator)
         self.rates, self.seconds = rates, 0.0
         self.known = KnownValues()
         self._num_ticks = 0

@@ -1,9 +1,9 @@
-"""Rates of the machine, and what an operator costs by them.
+"""Rates of a device, and what an operator costs by them.
 
 PyTorch counts floating-point operations and knows no seconds. Here an operator takes the longer of two times, its
-arithmetic over the matrix rate and its bytes over the memory rate (the roofline model, Williams et al. 2009), and no
-less than a launch. The rates are measured in a fraction of a second where the device is at hand; they serve to compare
-plans, and the first real step then scales them.
+arithmetic over the matrix rate of its precision and its bytes over the memory rate (the roofline model, Williams et al.
+2009), and no less than a launch. The rates are measured in a fraction of a second where the device is at hand, or are
+those of a named device (`known_hardware.py`); they serve to compare plans, and the first real step then scales them.
 """
 
 import functools
@@ -20,24 +20,55 @@ from packlight.activations.compress import CODECS, Encoded
 from packlight.optim.state import group_settings, init_state
 from packlight.optim.stepping import update
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+"""In which a device may have different matrix rates; what is none of them (fp64, integers) counts as fp32."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device does in a second, and how long it takes to start an operator.
+    """What a device does in a second, and how long it takes to start an operator.
 
     Attributes:
-        flops_per_second: floating-point operations in a large fp32 matrix product.
+        flops_per_second: floating-point operations in a large matrix product, by each of `PRECISIONS`.
         bytes_per_second: bytes read and written by a large copy.
         launch_seconds: least time of an operator.
         update_seconds_per_element: the low-bit optimiser step, for one parameter element.
         codec_seconds: to encode and decode one element of a saved tensor, by codec.
     """
 
-    flops_per_second: float
+    flops_per_second: Mapping[str, float]
     bytes_per_second: float
     launch_seconds: float
     update_seconds_per_element: float
     codec_seconds: Mapping[str, float]
+
+
+class MeasuredFlops(dict[str, float]):
+    """The matrix rates of a device at hand; all but fp32's are measured when an operator first asks for them.
+
+    On some CPUs a bf16 product takes 50 times as long as one in fp32, so a small one is measured there. TF32 counts as
+    what fp32 was measured at, under the script's own settings.
+    """
+
+    def __init__(self, device: torch.device, fp32_flops_per_second: float) -> None:
+        super().__init__(fp32=fp32_flops_per_second)
+        self._device = device
+
+    def __missing__(self, precision: str) -> float:
+        """Measure a precision (about a tenth of a second on a CPU that is slow at it)."""
+        dtype = _DTYPES.get(precision)
+        rate = self["fp32"] if dtype is None else _matrix_flops_per_second(self._device, dtype)
+        return self.setdefault(precision, rate)
+
+
+def _matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    side = 256 if device.type == "cpu" else 4096
+    with _disable_current_modes(), torch.inference_mode():
+        matrix = torch.ones(side, side, dtype=dtype, device=device)
+        return 2 * side**3 / _best_seconds(lambda: matrix @ matrix, device, repeats=2)
 
 
 @functools.cache
@@ -55,7 +86,11 @@ def measure(device_type: str) -> Rates:
         update_seconds = _update_seconds(device)
         codec_seconds = {codec: _codec_seconds(codec, block[: 2**20]) for codec in CODECS}
     return Rates(
-        2 * 1024**3 / flops_seconds, 2 * block.nbytes / copy_seconds, launch_seconds, update_seconds, codec_seconds
+        MeasuredFlops(device, 2 * 1024**3 / flops_seconds),
+        2 * block.nbytes / copy_seconds,
+        launch_seconds,
+        update_seconds,
+        codec_seconds,
     )
 
 
@@ -95,7 +130,19 @@ def operator_seconds(rates: Rates, func: Any, args: tuple[Any, ...], kwargs: dic
         return 0.0
     num_bytes = sum(_tensor_bytes(value) for value in (*args, *kwargs.values(), out))
     flops = _flops(func, args, kwargs, out)
-    return max(flops / rates.flops_per_second, num_bytes / rates.bytes_per_second, rates.launch_seconds)
+    flops_seconds = flops / rates.flops_per_second[_precision(func, args)] if flops else 0.0
+    return max(flops_seconds, num_bytes / rates.bytes_per_second, rates.launch_seconds)
+
+
+def _precision(func: Any, args: tuple[Any, ...]) -> str:
+    """Tell in which of `PRECISIONS` a product is computed: its first operand's, and TF32 where the script allows it."""
+    dtype = next((at.dtype for at in args if isinstance(at, torch.Tensor) and at.is_floating_point()), None)
+    if dtype is not torch.float32:
+        return _NAMES.get(dtype, "fp32")  # type: ignore[arg-type]
+    is_convolution = "conv" in func.overloadpacket.__name__
+    backends: Any = torch.backends
+    setting = backends.cudnn.conv if is_convolution else backends.cuda.matmul
+    return "tf32" if setting.fp32_precision == "tf32" else "fp32"
 
 
 def _tensor_bytes(value: object) -> int:

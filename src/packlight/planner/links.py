@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from packlight.activations.offload import Tier, make_tier
 from packlight.activations.tier import OffloadError
 from packlight.budget import parse_bytes
+from packlight.planner.known_hardware import Hardware
 from packlight.step import Link
 
 SAMPLE_BYTES = 16 * 2**20
@@ -23,7 +24,11 @@ NUM_SAMPLES = 6
 
 
 def find_link(
-    device: torch.device, *, host_budget: int | str | None = None, disk: str | os.PathLike[str] | None = None
+    device: torch.device,
+    *,
+    host_budget: int | str | None = None,
+    disk: str | os.PathLike[str] | None = None,
+    known: Hardware | None = None,
 ) -> Link | None:
     """Return the way to the tier that a plan may use.
 
@@ -32,7 +37,8 @@ def find_link(
     Args:
         device: where the model is.
         host_budget: bytes allowed in host memory.
-        disk: folder of the disk tier.
+        disk: folder of the disk tier; the disk of another machine is not known.
+        known: the device to plan for instead of the model's; nothing is measured.
 
     Returns:
         The way; None where no tier was allowed.
@@ -40,7 +46,10 @@ def find_link(
     Raises:
         ValueError: the budget cannot be read, or no file can be made in the folder.
     """
-    if device.type == "meta":
+    if known is not None and host_budget is not None:
+        speed = known.host_bytes_per_second
+        return Link("host", speed, speed, 0.0, parse_bytes(host_budget))
+    if known is not None or device.type == "meta":
         return None
     if device.type == "cuda" and host_budget is not None:
         return _host_link(device.type, parse_bytes(host_budget, total_bytes=_host_bytes()))

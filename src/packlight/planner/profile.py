@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from packlight.activations.blocks import find_blocks
 from packlight.activations.recompute import recompute
+from packlight.planner.known_hardware import Hardware, named
 from packlight.planner.loop import Call, Loss, Optimizers, Seen
 from packlight.planner.timeline import flat_tensors
 from packlight.planner.trace import Trace
@@ -33,6 +34,7 @@ def profile(
     *,
     loss: Loss | None = None,
     seen: Seen | None = None,
+    hardware: str | None = None,
 ) -> Profile:
     """Trace one training step of a model on fake tensors.
 
@@ -45,16 +47,18 @@ def profile(
         optimizer: the optimiser that steps, or several of one model; None: only forward and backward.
         loss: a function of (output, batch) that returns a scalar; None: `output.loss`, or the output if it is a scalar.
         seen: what is known of the loop around the model.
+        hardware: the name of a device whose rates and allocator are taken instead of this machine's; see `plan`.
 
     Returns:
         The step as a record, from which `solve` makes plans.
 
     Raises:
         ProfileError: the step cannot be traced (values decide over shapes or control flow, or it raised).
+        ValueError: there is no hardware of this name.
     """
-    seen = seen or Seen()
-    trace = _begin(model, optimizer, seen)
-    notes: list[str] = []
+    seen, known = seen or Seen(), named(hardware)
+    trace = _begin(model, optimizer, seen, known)
+    notes = [] if known is None else [known.note(trace.device_type)]
     with torch.random.fork_rng(devices=[]), trace.active():
         call = trace.fake_call(Call.of(batch))
         trace.mark_resident(call, seen)
@@ -74,28 +78,31 @@ def profile(
                 "tensor) nor has shapes that depend on them"
             ) from error
     step = trace.record(optimizers, tuple(notes))
-    return _without(step, unrepeatable(model, Call.of(batch), list(dict.fromkeys(at.block for at in step.regions))))
+    blocks = list(dict.fromkeys(at.block for at in step.regions))
+    return _without(step, unrepeatable(model, Call.of(batch), blocks, hardware=known))
 
 
-def unrepeatable(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[str, str]:
+def unrepeatable(
+    model: nn.Module, call: Call, blocks: Sequence[str], *, hardware: Hardware | None = None
+) -> dict[str, str]:
     """Find the blocks whose forward cannot be run again, by doing it on fake tensors.
 
     Returns:
         The reason for each such block, by its path.
     """
-    if not blocks or _repeat_error(model, call, blocks) is None:
+    if not blocks or _repeat_error(model, call, blocks, hardware) is None:
         return {}
     kinds: dict[type, list[str]] = {}
     modules = {block.path: model.get_submodule(block.module_path) for block in find_blocks(model)}
     for path in blocks:
         kinds.setdefault(type(modules[path]), []).append(path)
-    errors = ((paths, _repeat_error(model, call, paths)) for paths in kinds.values())
+    errors = ((paths, _repeat_error(model, call, paths, hardware)) for paths in kinds.values())
     return {path: error for paths, error in errors if error is not None for path in paths}
 
 
-def _repeat_error(model: nn.Module, call: Call, blocks: Sequence[str]) -> str | None:
+def _repeat_error(model: nn.Module, call: Call, blocks: Sequence[str], hardware: Hardware | None) -> str | None:
     """Run forward and backward with some blocks recomputed on fake tensors; return what went wrong."""
-    trace = _begin(model, None, Seen())
+    trace = _begin(model, None, Seen(), hardware)
     with torch.random.fork_rng(devices=[]), trace.active(), recompute(trace.model, blocks):
         fake = trace.fake_call(call)
         try:
@@ -112,9 +119,9 @@ def _repeat_error(model: nn.Module, call: Call, blocks: Sequence[str]) -> str | 
     return None
 
 
-def _begin(model: nn.Module, optimizer: Optimizers, seen: Seen) -> Trace:
+def _begin(model: nn.Module, optimizer: Optimizers, seen: Seen, hardware: Hardware | None) -> Trace:
     try:
-        return Trace(model, optimizer, seen)
+        return Trace(model, optimizer, seen, hardware=hardware)
     except Exception as error:
         raise ProfileError(
             f"{type(model).__name__} and its optimiser cannot be copied ({type(error).__name__}: {error}); "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link
 from packlight.records import Plan
 from packlight.step import Link
@@ -31,11 +32,12 @@ class Settings:
     Attributes:
         budget: bytes allowed on the device; None: measure the script as it is and change nothing.
         exact: only choices that leave every loss and gradient bit-equal.
-        host_budget: bytes allowed in host memory.
-        disk: folder of the disk tier.
         plan: a plan to carry out as it is, instead of making one.
         stop_before_step: stop when the first plan is made.
+        host_budget: bytes allowed in host memory.
+        disk: folder of the disk tier.
         tell: called with each plan that is made, and a title for it.
+        hardware: the name of the device to plan for, where the script is stopped before its first step.
     """
 
     budget: int | str | None
@@ -45,7 +47,8 @@ class Settings:
     host_budget: int | str | None = None
     disk: str | None = None
     tell: Callable[[Plan, str], None] = lambda plan, title: print(f"{title}{plan}")
+    hardware: str | None = None
 
     def link(self, device: torch.device) -> Link | None:
         """Return the way to the tier that a plan may use."""
-        return find_link(device, host_budget=self.host_budget, disk=self.disk)
+        return find_link(device, host_budget=self.host_budget, disk=self.disk, known=named(self.hardware))

@@ -32,7 +32,7 @@ from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements, unw
 from packlight.planner.measure import ModuleHook, StepWatch, other_bytes
 from packlight.planner.profile import ProfileError, profile
 from packlight.planner.request import SessionStop, Settings
-from packlight.planner.solve import device_bytes, device_of, joined, least_plan, predicted_step_seconds, rescale, solve
+from packlight.planner.solve import device_of, joined, least_plan, memory_bytes, predicted_step_seconds, rescale, solve
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
 
@@ -184,7 +184,7 @@ class Session(Listener):
             return
         if self.settings.budget is None:
             return
-        step, plan = self._make_plan(Seen(other_bytes=self._other_bytes()))
+        step, plan = self._make_plan(Seen(other_bytes=None if self.settings.hardware else self._other_bytes()))
         self.first_estimate, self.plan = plan.estimate, plan
         self.settings.tell(plan, "")
         if self.settings.stop_before_step:
@@ -214,8 +214,8 @@ class Session(Listener):
         wanted = budget or self.settings.budget or 0
         self._planning = True
         try:
-            allowed = Budget.of(wanted, total_bytes=device_bytes(device_of(self._model)))
-            step = profile(self._model, self._call, self._optimizers, seen=seen)
+            allowed = Budget.of(wanted, total_bytes=memory_bytes(device_of(self._model), self.settings.hardware))
+            step = profile(self._model, self._call, self._optimizers, seen=seen, hardware=self.settings.hardware)
             step = replace(step, link=self.settings.link(device_of(self._model)))
             held = [cost for cost in step.optimizers if self.plan and cost.formats == self.plan.state_formats]
             if self._num_updates > 0 and held:

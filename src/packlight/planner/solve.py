@@ -18,6 +18,7 @@ from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.hardware import measure
 from packlight.planner.held import Treatment
+from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link
 from packlight.planner.loop import Loss, Seen, listed
 from packlight.planner.measure import other_bytes
@@ -55,6 +56,7 @@ def plan(
     host_budget: int | str | None = None,
     disk: str | None = None,
     exact: bool = False,
+    hardware: str | None = None,
 ) -> Plan:
     """Decide how a training step fits a byte budget; runs nothing on the device and changes nothing.
 
@@ -69,13 +71,17 @@ def plan(
         host_budget: bytes allowed in host memory for what a GPU offloads; None: nothing is moved there.
         disk: folder of the disk tier, where tensors wait for backward; None: nothing is moved there.
         exact: only choices that leave every loss and gradient bit-equal.
+        hardware: the name of the device to plan for ("h100-80g"), instead of the model's; nothing is measured. A share
+            is of its memory, and a larger budget is refused, but for a `Budget`: what would run at its speed with that
+            much memory.
 
     Returns:
         The fastest plan that fits.
 
     Raises:
         BudgetError: nothing fits; it names the smallest budget that would.
-        ValueError: the budget cannot be read, is not positive, or is larger than the device.
+        ValueError: the budget cannot be read, is not positive, or is larger than the device; or there is no hardware of
+            this name.
         ProfileError: the step cannot be traced on fake tensors.
 
     >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(8)])
@@ -83,19 +89,32 @@ def plan(
     >>> made.estimate.device_peak_bytes <= 20 * 2**20 < made.estimate.plain_peak_bytes
     True
     """
-    device = device_of(model)
-    allowed = Budget.of(budget, total_bytes=device_bytes(device) if device.type != "meta" else None)
-    if device.type != "meta":
+    device, known = device_of(model), named(hardware)
+    unbound = known is not None and isinstance(budget, Budget)
+    allowed = Budget.of(budget, total_bytes=None if unbound else memory_bytes(device, hardware))
+    beside_bytes = None
+    if known is None and device.type != "meta":
         measure(device.type)  # what measuring leaves behind is counted too
-    beside_bytes = None if device.type == "meta" else other_bytes(model, listed(optimizer))
-    link = find_link(device, host_budget=host_budget, disk=disk)
-    step = profile(model, batch, optimizer, loss=loss, seen=Seen(other_bytes=beside_bytes))
+        beside_bytes = other_bytes(model, listed(optimizer))
+    step = profile(model, batch, optimizer, loss=loss, seen=Seen(other_bytes=beside_bytes), hardware=hardware)
+    if known is not None and allowed.device_bytes > known.device_bytes:
+        note = f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has"
+        step = replace(step, notes=(*step.notes, note))
+    link = find_link(device, host_budget=host_budget, disk=disk, known=known)
     return solve(replace(step, link=link), allowed, exact=exact)
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter; the CPU where it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def memory_bytes(device: torch.device, hardware: str | None) -> int | None:
+    """Return what budgets are held against: a named device's memory, or a device's own; None for the meta device."""
+    known = named(hardware)
+    if known is not None:
+        return known.device_bytes
+    return None if device.type == "meta" else device_bytes(device)
 
 
 def device_bytes(device: torch.device) -> int:
@@ -166,7 +185,7 @@ def least_plan(step: Profile, budget: Budget, *, exact: bool) -> Plan:
 
 
 def _spare_bytes(step: Profile) -> int:
-    return LOADED_BATCHES * step.batch_bytes if step.device == "cpu" else 0
+    return LOADED_BATCHES * step.batch_bytes if step.device == "cpu" and not step.hardware else 0
 
 
 def _limit_bytes(step: Profile, budget: Budget) -> int:
@@ -184,6 +203,7 @@ def _plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, ex
         estimate=_estimate(chosen.cost, plain, host_bytes=_host_bytes(costs, chosen)),
         smallest_budget_bytes=smallest_bytes,
         notes=costs.profile.notes,
+        hardware=costs.profile.hardware,
         **_tier(costs, chosen),
     )
 
@@ -273,7 +293,8 @@ def _host_bytes(costs: StepCost, chosen: Chosen) -> int:
     if costs.profile.link is None or not stored_bytes:
         return 0
     in_host_bytes = stored_bytes if costs.profile.link.tier == "host" else costs.profile.link.staging_bytes
-    return in_host_bytes if costs.profile.device != "cpu" else 0  # there it is the device's own memory
+    on_cpu = costs.profile.device == "cpu" and not costs.profile.hardware
+    return 0 if on_cpu else in_host_bytes  # there it is the device's own memory
 
 
 def _estimate(cost: Cost, plain: Cost, *, host_bytes: int) -> Estimate:

@@ -50,15 +50,15 @@ class Timeline(TorchDispatchMode):
         live_bytes: bytes of the storages that live now.
     """
 
-    def __init__(self, device_type: str) -> None:
-        """Count storages on devices of type `device_type`."""
+    def __init__(self, device_type: str, *, allocator: str = "") -> None:
+        """Count storages on devices of type `device_type`, in sizes as an allocator rounds them (its own: "")."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.device_type = device_type
         self.entries: list[Entry] = []
         self.events: list[int] = []
         self.live_bytes = 0
         self.explicit_phase: str | None = None
-        self._granularity = ALLOCATION_BYTES.get(device_type, 1)
+        self._granularity = ALLOCATION_BYTES.get(allocator or device_type, 1)
         self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._highest_bytes = 0
         self._phases: list[tuple[int, str]] = []

@@ -43,17 +43,20 @@ from packlight.optim.adopt import can_adopt
 from packlight.planner.draft import Draft, DraftRegion, DraftSave, HeldSave
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
+from packlight.planner.known_hardware import Hardware
 from packlight.planner.loop import Call, Optimizers, Seen, listed
 from packlight.planner.timeline import flat_tensors
-from packlight.planner.updates import optimizer_costs
+from packlight.planner.updates import optimizer_costs, step_as_on_cuda
 from packlight.step import OptimizerCost, Profile
 
 
 class Trace:
     """One step on fake tensors, on the way to a `Profile`."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizers, seen: Seen) -> None:
-        self.seen, self.real_model = seen, model
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizers, seen: Seen, *, hardware: Hardware | None = None
+    ) -> None:
+        self.seen, self.real_model, self.hardware = seen, model, hardware
         self.real_optimizers = listed(optimizer)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._copy = FakeCopy(self.mode)
@@ -61,7 +64,12 @@ class Trace:
             self.model, self.fake_optimizers = copy.deepcopy((model, self.real_optimizers))
         first = next((tensor.device.type for tensor in model.parameters()), "cpu")
         self.device_type = "cpu" if first == "meta" else first
-        self.line = FakeLine(self.device_type, measure(self.device_type if first != "meta" else "cpu"))
+        if hardware is None:
+            self.line = FakeLine(self.device_type, measure(self.device_type))
+        else:
+            self.line = FakeLine(self.device_type, hardware.rates(), allocator="cuda")
+        if hardware is not None or self.device_type == "cuda":
+            step_as_on_cuda(self.fake_optimizers)
         self.regions: list[DraftRegion] = []
         self.saves: list[DraftSave] = []
         self._inside: list[int] = []
@@ -102,7 +110,8 @@ class Trace:
             self.line.known.learn(made, tensor)
             return made
 
-        fake = tree_map_only(torch.Tensor, take, (call.args, dict(call.kwargs)))
+        with self.line.paused():  # the loader made them, not the step
+            fake = tree_map_only(torch.Tensor, take, (call.args, dict(call.kwargs)))
         return replace(call, args=fake[0], kwargs=fake[1])
 
     def mark_resident(self, call: Call, seen: Seen) -> None:
@@ -302,4 +311,5 @@ class Trace:
             codec_seconds=self.line.rates.codec_seconds,
             forward_seconds=self.forward_seconds,
             notes=(*notes, *self.notes),
+            hardware=self.hardware.name if self.hardware else "",
         )

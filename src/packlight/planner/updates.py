@@ -65,6 +65,18 @@ def optimizer_costs(
     return (present, _low_bit(formats, stepped, fake_optimizers, line)) if low_bit else (present,)
 
 
+def step_as_on_cuda(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Let optimisers step as torch's do by default on CUDA: a group at once, with temporaries as large as all of it.
+
+    Source: `_default_to_fused_or_foreach` in torch/optim/optimizer.py, which asks for the parameters' device and type;
+    fake parameters are of another.
+    """
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        undecided = group.get("foreach", False) is None and not group.get("fused")
+        if undecided and not group.get("differentiable") and not isinstance(group.get("lr"), torch.Tensor):
+            group["foreach"] = True
+
+
 def _step(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> tuple[int, float]:
     """Let the optimisers step; return the step's bytes above what lived before it, and its seconds."""
     before_bytes, before_seconds = line.live_bytes, line.seconds
