@@ -117,6 +117,9 @@ struct Tables {
     const float* expanded;   // FP8: (256, 128)
     const float* borders;    // FP8: (256, 128)
     const float* limits;     // FP8: (256)
+    const uint8_t* cells_of_borders;  // FP8: (256, 1024), see expanded_codes
+    const uint8_t* cells_of_values;   // FP8: (256, 1024)
+    const int32_t* shifts;   // FP8: (256)
 };
 
 namespace {
@@ -151,15 +154,15 @@ INLINE Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)
 INLINE Words larger(Words a, Words b) { return (Words)_mm512_max_epu32((__m512i)a, (__m512i)b); }
 INLINE uint32_t largest(Words x) { return _mm512_reduce_max_epu32((__m512i)x); }
 INLINE Floats root(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
-INLINE Floats floor(Floats x) {
-    return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}
 INLINE Words widened(Bytes x) { return (Words)_mm512_cvtepu8_epi32((__m128i)x); }
 INLINE Words widened(Shorts x) { return (Words)_mm512_cvtepu16_epi32((__m256i)x); }
 INLINE Bytes lowest_bytes(Words x) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)x); }
 INLINE Shorts low_halves(Words x) { return (Shorts)_mm512_cvtepi32_epi16((__m512i)x); }
 INLINE Floats gathered(const float* table, Ints index) {
     return (Floats)_mm512_i32gather_ps((__m512i)index, table, 4);
+}
+INLINE Ints gathered(const uint8_t* table, Ints index) {
+    return (Ints)_mm512_i32gather_epi32((__m512i)index, table, 1) & 0xff;
 }
 #elif defined __AVX2__
 INLINE Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
@@ -171,7 +174,6 @@ INLINE uint32_t largest(Words x) {
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(y, _mm_shuffle_epi32(y, 0xb1)));
 }
 INLINE Floats root(Floats x) { return (Floats)_mm256_sqrt_ps((__m256)x); }
-INLINE Floats floor(Floats x) { return (Floats)_mm256_floor_ps((__m256)x); }
 INLINE Words widened(Bytes x) { return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)x)); }
 INLINE Words widened(Shorts x) { return (Words)_mm256_cvtepu16_epi32((__m128i)x); }
 INLINE Shorts low_halves(Words x) {
@@ -183,6 +185,9 @@ INLINE Bytes lowest_bytes(Words x) {
     return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(y, y));
 }
 INLINE Floats gathered(const float* table, Ints index) { return (Floats)_mm256_i32gather_ps(table, (__m256i)index, 4); }
+INLINE Ints gathered(const uint8_t* table, Ints index) {
+    return (Ints)_mm256_i32gather_epi32((const int*)table, (__m256i)index, 1) & 0xff;
+}
 #else
 INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -197,17 +202,17 @@ INLINE Floats root(Floats x) {
     for (int i = 0; i < LANES; i++) y[i] = __builtin_sqrtf(x[i]);
     return y;
 }
-INLINE Floats floor(Floats x) {
-    Floats y;
-    for (int i = 0; i < LANES; i++) y[i] = __builtin_floorf(x[i]);
-    return y;
-}
 INLINE Words widened(Bytes x) { return __builtin_convertvector(x, Words); }
 INLINE Words widened(Shorts x) { return __builtin_convertvector(x, Words); }
 INLINE Bytes lowest_bytes(Words x) { return __builtin_convertvector(x, Bytes); }
 INLINE Shorts low_halves(Words x) { return __builtin_convertvector(x, Shorts); }
 INLINE Floats gathered(const float* table, Ints index) {
     Floats y;
+    for (int i = 0; i < LANES; i++) y[i] = table[index[i]];
+    return y;
+}
+INLINE Ints gathered(const uint8_t* table, Ints index) {
+    Ints y;
     for (int i = 0; i < LANES; i++) y[i] = table[index[i]];
     return y;
 }
@@ -302,7 +307,7 @@ struct Planes { alignas(16) uint8_t bytes[4][16]; };
 INLINE Planes planes_of(const float* values) {
     Planes planes;
     for (int i = 0; i < 16; i++)
-        for (int place = 0; place < 4; place++) planes.bytes[place][i] = (uint8_t)((uint32_t)as_int(values[i]) >> 8 * place);
+        for (int k = 0; k < 4; k++) planes.bytes[k][i] = (uint8_t)((uint32_t)as_int(values[i]) >> 8 * k);
     return planes;
 }
 
@@ -314,7 +319,8 @@ INLINE Four<Floats> looked_up(const Table& table, const Planes& planes, const ui
     };
     const __m256i a = plane(0), b = plane(1), c = plane(2), d = plane(3);
     (void)table;
-    return joined(_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b), _mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d));
+    return joined(_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b), _mm256_unpacklo_epi8(c, d),
+                  _mm256_unpackhi_epi8(c, d));
 #else
     (void)planes;
     Four<Floats> y;
@@ -331,10 +337,11 @@ INLINE Four<Floats> levels_of(const uint8_t* codes) {
 #if WIDTH == 32
     const __m256i nibbles = nibbles_of(codes);
     // The high bytes of the numbers 1 to 16, whose other bytes are zero.
-    const __m256i third = _mm256_broadcastsi128_si256(_mm_setr_epi8(
-        (char)0x80, 0, 0x40, (char)0x80, (char)0xa0, (char)0xc0, (char)0xe0, 0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, (char)0x80));
-    const __m256i fourth = _mm256_broadcastsi128_si256(_mm_setr_epi8(
-        0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41));
+    static constexpr uint8_t highs[2][16] = {
+        {0x80, 0, 0x40, 0x80, 0xa0, 0xc0, 0xe0, 0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x80},
+        {0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41}};
+    const __m256i third = _mm256_broadcastsi128_si256(load<__m128i>(highs[0]));
+    const __m256i fourth = _mm256_broadcastsi128_si256(load<__m128i>(highs[1]));
     const __m256i c = _mm256_shuffle_epi8(third, nibbles), d = _mm256_shuffle_epi8(fourth, nibbles), zero = {};
     return joined(zero, zero, _mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d));
 #else
@@ -350,11 +357,17 @@ INLINE Four<Floats> levels_of(const uint8_t* codes) {
 // Where the 15 borders between codes are; a border has the code below it in its own lowest bits (books.py).
 #if WIDTH == 32
 // A parabola puts each border of a sign into a cell of its own, of eight, as an instruction's table has eight cells.
+// None is nearer than 0.03 to a cell's edge, so this may be rounded in any way.
 struct Borders { Floats positive, negative; };
 
 INLINE Words cell_of(Floats x) {
     const Floats y = as_floats(magnitude(x));
+#ifdef __FMA__
+    const __m256 slope = _mm256_fnmadd_ps((__m256)y, _mm256_set1_ps(.02f), _mm256_set1_ps(.795f));
+    return (Words)_mm256_fmadd_ps((__m256)y, slope, _mm256_set1_ps(TO_INTEGER));
+#else
     return (Words)(y * (.795f - y * .02f) + TO_INTEGER);
+#endif
 }
 NOINLINE Borders borders_of(const int32_t* cells) {
     int32_t positive[8] = {}, negative[8] = {};
@@ -494,41 +507,36 @@ INLINE Floats expanded_values(Words codes, const float* values) {
     return as_floats((Ints)gathered(values, (Ints)codes & 127) ^ ((Ints)codes & 128) << 24);
 }
 
-// A code is guessed through logarithms, and settled by the exact borders beside it.
-INLINE Ints guessed_code(Floats ratio, float power) {
-    const Ints bits = (Ints)ratio;
-    const Floats x = as_floats((bits & 0x7fffff) | 0x3f800000);
-    Floats log2 = (((-0.08001088f * x + 0.63551112f) * x - 2.09940228f) * x + 4.04961689f) * x - 2.50561466f;
-    log2 = (floats((bits >> 23) - 127) + log2) * power + 8.807355f;  // of 448 ratio^k
-    log2 = larger(log2, splat(-20.f));
-    const Floats whole = floor(log2), rest = log2 - whole;
-    const Floats exp2 = ((0.0790857f * rest + 0.22451634f) * rest + 0.69639055f) * rest + 0.99989669f;
-    const Floats y = as_floats((__builtin_convertvector(whole, Ints) + 127) << 23) * exp2;
-    const Ints normal = (((Ints)y + 0x80000) >> 20) - (120 << 3);                   // three bits of mantissa
-    const Ints subnormal = __builtin_convertvector(y * 512.f + 0.5f, Ints);         // steps of 2^-9
-    const Ints code = y < 0.015625f ? subnormal : normal;
-    return code > 126 ? splat(126) : code < 0 ? Ints{} : code;
-}
-
-template <bool SECOND> INLINE Words expanded_codes(Floats ratio, int power, Floats random, const Tables& tables) {
-    constexpr int lowest = SECOND ? 1 : 0;
+// How far the bits of a ratio are below those of 1 tells its cell, and a cell holds one border at most: the table has
+// the code below it (cpu.py). So a code costs two look-ups and a comparison.
+template <bool SECOND>
+INLINE Four<Words> expanded_codes(const Four<Floats>& x, int power, const Four<Floats>& noise, const Tables& tables) {
+    constexpr bool AT_RANDOM = SECOND && STOCHASTICALLY;
     const float *values = tables.expanded + 128 * power, *borders = tables.borders + 128 * power;
-    Floats y = as_floats(magnitude(ratio));
-    y = y == y ? y : Floats{};  // a NaN gets the lowest code
-    Ints code = guessed_code(y, (float)power / 16.f);
-    if (SECOND && STOCHASTICALLY) {
-        code = code + (y < gathered(values, code));
-        code = code > 0 ? code : Ints{};
-        const Ints next = code < 126 ? code + 1 : code;
-        code = (y >= gathered(values, next)) & (next > code) ? next : code;
-        const Floats below = gathered(values, code), above = gathered(values, code < 126 ? code + 1 : code);
-        code = code - (y - below > random * (above - below));
+    const uint8_t* cells = (AT_RANDOM ? tables.cells_of_values : tables.cells_of_borders) + 1024 * power;
+    const int shift = tables.shifts[power];
+    Four<Floats> y, below, above;
+    Four<Ints> cell, code;
+    Four<Words> result;
+    EACH y[i] = as_floats(magnitude(x[i]));
+    EACH y[i] = y[i] == y[i] ? y[i] : Floats{};  // a NaN gets the lowest code
+    EACH cell[i] = as_int(1.f) - (Ints)y[i];
+    EACH cell[i] = (cell[i] & ~(cell[i] >> 31)) >> shift;
+    EACH cell[i] = cell[i] > 1023 ? splat(1023) : cell[i];
+    EACH code[i] = gathered(cells, cell[i]);
+    if (AT_RANDOM) {
+        EACH code[i] = code[i] - (y[i] >= gathered(values + 1, code[i]));
+        EACH code[i] = code[i] > 126 ? splat(126) : code[i];
+        EACH below[i] = gathered(values, code[i]);
+        EACH above[i] = gathered(values + 1, code[i]);
+        EACH code[i] = code[i] - (y[i] - below[i] > noise[i] * (above[i] - below[i]));
     } else {
-        const Ints under = code > 0 ? code - 1 : Ints{};
-        code = code - (y > gathered(borders, code)) + ((y <= gathered(borders, under)) & (code > 0));
+        EACH code[i] = code[i] - (y[i] > gathered(borders, code[i]));
     }
-    code = code > 126 ? splat(126) : code < lowest ? splat(lowest) : code;
-    return (Words)(SECOND ? code : code | ((ratio < 0.f) & 128));
+    EACH code[i] = code[i] > 126 ? splat(126) : code[i];
+    EACH code[i] = SECOND ? (code[i] < 1 ? splat(1) : code[i]) : code[i] | ((Ints)(x[i] < 0.f) & 128);
+    EACH result[i] = (Words)code[i];
+    return result;
 }
 
 // Zeros of a signed block have a code of their own; in an unsigned one they need the whole range below it.
@@ -564,7 +572,7 @@ template <bool SECOND> INLINE Four<Words> codes_of(const Work& work, int e, cons
     }
     if (KIND == FP8) {
         const int power = *(SECOND ? work.at.s_power : work.at.m_power);
-        EACH code[i] = expanded_codes<SECOND>(x[i], power, noise[i], step.tables);
+        code = expanded_codes<SECOND>(x, power, noise, step.tables);
     } else if (SECOND) {  // integers nearest to the root, or to a shifted one
         if (STOCHASTICALLY) EACH x[i] = x[i] + noise[i];
         EACH code[i] = (Words)(larger(x[i], splat(1.f)) + (TO_INTEGER - 1.f));
@@ -689,7 +697,8 @@ template <bool EDGE> struct Vectors {
             EACH g[i] = g[i] + parameters(at.param + e + place(i), at.error, e + place(i)) * n.l2;
         if (ADAMW) {
             v = decoded<true>(at, e, step);
-            EACH v[i] = KIND == FP32 ? loaded((const float*)at.s_codes + e + place(i)) * n.beta2 : v[i] * s_unit(e + place(i));
+            if (KIND == FP32) EACH v[i] = loaded((const float*)at.s_codes + e + place(i)) * n.beta2;
+            else EACH v[i] = v[i] * s_unit(e + place(i));
             if (FOUR_BITS || KIND == BITS8) EACH v[i] = v[i] * v[i];
             EACH s[i] = g[i] * n.gradient_to_root;
             EACH s[i] = s[i] * s[i];
@@ -1065,14 +1074,15 @@ void run_rows(Matrix& matrix, Task& task, Line& line, Columns& columns) {
 Matrix cut(const Item* items, int64_t i, std::vector<Task>& tasks) {
     const int64_t numel = items[i].numel, blocks = (numel + BLOCK - 1) / BLOCK;
     if (!MATRIX) {
-        for (int64_t b = 0; b < blocks; b += TASK_BLOCKS) tasks.push_back({i, b, least_of(blocks, b + TASK_BLOCKS), 0, 0, 0});
+        for (int64_t b = 0; b < blocks; b += TASK_BLOCKS)
+            tasks.push_back({i, b, least_of(blocks, b + TASK_BLOCKS), 0, 0, 0});
         return {};
     }
     const int64_t columns = items[i].columns, rows = numel / columns, before = (int64_t)tasks.size();
     const int64_t strips = (columns + STRIP_COLUMNS - 1) / STRIP_COLUMNS;
     const int64_t width = strips == 1 ? columns : ((columns + strips - 1) / strips + BLOCK - 1) / BLOCK * BLOCK;
-    const int64_t wanted = least_of(MATRIX_TASK_BLOCKS, blocks / MATRIX_TASKS), size = wanted > TASK_BLOCKS ? wanted : TASK_BLOCKS;
-    const int64_t height = (size * BLOCK + width - 1) / width;
+    const int64_t wanted = least_of(MATRIX_TASK_BLOCKS, blocks / MATRIX_TASKS);
+    const int64_t height = ((wanted > TASK_BLOCKS ? wanted : TASK_BLOCKS) * BLOCK + width - 1) / width;
     for (int64_t row = 0; row < rows; row += height)
         for (int64_t column = 0; column < columns; column += width)
             tasks.push_back({i, row, least_of(rows, row + height), column, 0, 0});
