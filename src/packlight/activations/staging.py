@@ -1,7 +1,7 @@
 """How a chunk of a tensor becomes bytes that a file call takes, and back; one staging serves one thread.
 
 O_DIRECT wants page-aligned memory, which torch's allocator does not give, and a file call cannot see a GPU's memory.
-So a chunk goes through a few MiB of pages, pinned for a GPU. Where neither holds, the tensor's own memory is used.
+So a chunk goes through a MiB of pages, pinned for a GPU. Where neither holds, the tensor's own memory is used.
 A device tensor's bytes pass through a stream of the thread's own, which is waited for before the pages are used
 again; so when the last chunk is over, nothing of the tensor is in use any more.
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from packlight.activations.extents import round_up
 from packlight.activations.pages import PAGE_BYTES, Pages
 
-CHUNK_BYTES = 4 * 2**20
-"""Large enough that a file call's fixed cost is small; two threads hold one each."""
+CHUNK_BYTES = 2**20
+"""Large enough that a file call's fixed cost is small (four times as much is no faster); two threads hold one each."""
 
 
 class Staging(Protocol):

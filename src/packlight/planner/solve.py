@@ -311,7 +311,8 @@ def _estimate(cost: Cost, plain: Cost, *, host_bytes: int) -> Estimate:
 
 def predicted_step_seconds(step: Profile, plan: Plan) -> float:
     """Return the predicted time of forward, loss and backward under a plan, without the optimiser."""
-    return StepCost(step).price(plan.recomputed(), None, treated=treated_by(plan)).seconds
+    costs = StepCost(step).through(plan.window_bytes)
+    return costs.price(plan.recomputed(), None, treated=treated_by(plan)).seconds
 
 
 def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
@@ -325,7 +326,8 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     Returns:
         The joint plan; it expects the larger of the two peaks.
     """
-    costs = StepCost(step)
+    mover = max(plan, before, key=lambda each: each.window_bytes)
+    costs = StepCost(step).through(mover.window_bytes)
     recomputed = plan.recomputed() | (before.recomputed() & {choice.group for choice in plan.choices})
     free = {group.name for group in costs.treatable(recomputed)}
     both = treated_by(before) | treated_by(plan)
@@ -340,7 +342,8 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
             peak_by_category=cost.by_category,
             peak_moment=cost.moment,
         )
-    return replace(plan, choices=_choices(costs, recomputed, treated), estimate=estimate)
+    tier = {name: getattr(mover, name) for name in ("tier", "folder", "window_bytes")}
+    return replace(plan, choices=_choices(costs, recomputed, treated), estimate=estimate, **tier)
 
 
 def rescale(made: Plan, measured_seconds: float, predicted_seconds: float) -> Plan:
