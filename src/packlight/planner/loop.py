@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from packlight.planner.timeline import flat_tensors
 from packlight.step import Tail
@@ -26,6 +27,20 @@ def listed(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
     if optimizers is None:
         return []
     return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Yield what an optimiser steps."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model inside torch's own data-parallel wrapper."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = module.module
+        return inner
+    return module
 
 
 Shapes = tuple[tuple[int, ...], ...]

@@ -79,13 +79,26 @@ def plan(
     >>> made.estimate.device_peak_bytes <= 20 * 2**20 < made.estimate.plain_peak_bytes
     True
     """
+    return profiled(model, batch, optimizer, budget=budget, loss=loss, exact=exact)[1]
+
+
+def profiled(
+    model: nn.Module,
+    batch: Any,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    budget: int | str | Budget,
+    loss: Loss | None,
+    exact: bool,
+) -> tuple[Profile, Plan]:
+    """Do what `plan` does, and return the profile too, from which the plan can be made once more."""
     device = device_of(model)
     allowed = Budget.of(budget, total_bytes=device_bytes(device) if device.type != "meta" else None)
     if device.type != "meta":
         measure(device.type)  # what measuring leaves behind is counted too
     beside_bytes = None if device.type == "meta" else other_bytes(model, listed(optimizer))
     step = profile(model, batch, optimizer, loss=loss, seen=Seen(other_bytes=beside_bytes))
-    return solve(step, allowed, exact=exact)
+    return step, solve(step, allowed, exact=exact)
 
 
 def device_of(model: nn.Module) -> torch.device:
