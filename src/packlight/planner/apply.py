@@ -92,6 +92,7 @@ class Applied:
             self._backward.remove()
 
     def _change(self, plan: Plan) -> None:
+        self._mend.step_aside()
         self._put_back()
         self._carried, self.plan = carry_out(plan, self._model), plan
 

@@ -57,6 +57,7 @@ class Mend(Tightener):
         self._is_verified = self._is_mended = self._is_late = self._is_final = False
         self._retry = Retry(model, self)
         self.remove, self.forget, self.backward = self._retry.remove, self._retry.forget, self._retry.backward
+        self.step_aside = self._retry.step_aside
 
     def begin(
         self, plan: Plan, step: Profile | None, *, num_elements: int | None = None, is_final: bool = True
@@ -87,6 +88,11 @@ class Mend(Tightener):
         self._retry.num_elements = 0
         if not self.is_retrying():
             self._retry.remove()
+            self._step = None if self._is_verified else self._step
+
+    def is_verified(self) -> bool:
+        """Tell whether a plan has been held against what was measured, and nothing is left to say."""
+        return self._is_verified
 
     def is_retrying(self) -> bool:
         """Tell whether work is repeated still where memory runs out."""

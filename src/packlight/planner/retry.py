@@ -76,14 +76,22 @@ class Retry:
         self._model, self._tightener = model, tightener
         self._pending: tuple[Start, Outputs] | None = None
         self._is_nested = False
-        self._around = None if isinstance(model, OptimizedModule) else _Around(model, self)
+        self._is_open = not isinstance(model, OptimizedModule)
+        self._around: _Around | None = None
+        self.stand_outermost()
         self.num_elements = 0
 
     def stand_outermost(self) -> None:
         """Stand around what was carried out meanwhile, too."""
+        self.step_aside()
+        if self._is_open:
+            self._around = _Around(self._model, self)
+
+    def step_aside(self) -> None:
+        """Give the model its forward back until `stand_outermost`, so that what is carried out is not put on top."""
         if self._around is not None:
             self._around.remove()
-            self._around = _Around(self._model, self)
+            self._around = None
 
     def forget(self) -> None:
         """Let go of the forward whose backward has not come."""
@@ -91,10 +99,9 @@ class Retry:
 
     def remove(self) -> None:
         """Give the model its forward back; calling it again does nothing."""
+        self._is_open = False
         self.forget()
-        if self._around is not None:
-            self._around.remove()
-            self._around = None
+        self.step_aside()
 
     def forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's forward, again where memory runs out."""

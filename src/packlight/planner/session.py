@@ -120,7 +120,7 @@ class Session(Listener):
 
     def run_backward(self, backward: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
         """Repeat the model's part of it where memory runs out."""
-        run = self._mend.backward if self._mend is not None and not self._planning else _run
+        run = self._mend.backward if self._mend is not None and not self._planning else super().run_backward
         run(backward, tensors, *args, **kwargs)
 
     def backward_ends(self) -> None:
@@ -310,7 +310,8 @@ class Session(Listener):
         self.settings.tell(plan, title)
         self._blocks = carry_out(plan, self._model)
         if self._mend is not None:
-            self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes)))
+            is_final = not self._mend.is_verified()
+            self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes)), is_final=is_final)
         if self._watch.model is self._model:  # torch has the forward that it is going to call already
             self._in_call.enter_context(saving_now(self._blocks, call))
         self._watch.measure_again()
@@ -318,6 +319,8 @@ class Session(Listener):
             self._watch.resume()
 
     def _put_blocks_back(self) -> None:
+        if self._mend is not None:
+            self._mend.step_aside()
         if self._blocks is not None:
             self._blocks.remove()
             self._blocks = None
@@ -344,7 +347,3 @@ class Session(Listener):
         self._losses.end_step()
         if self._mend is not None and self._num_updates % len(self._optimizers) == 0:  # the last of them has stepped
             self._mend.step_ends()
-
-
-def _run(backward: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
-    backward(tensors, *args, **kwargs)

@@ -139,7 +139,7 @@ def _peaks(estimate: Estimate | None, measured: Measurement | None) -> Renderabl
         format_bytes(estimate.device_peak_bytes) if estimate else "-",
         format_bytes(measured.device_peak_bytes) if measured else "-",
     )
-    if measured is not None and measured.plan_peak_bytes is not None:
+    if estimate is not None and measured is not None and measured.plan_peak_bytes is not None:
         table.add_row("all, under the final plan", "", format_bytes(measured.plan_peak_bytes))
     table.add_row("where", estimate.peak_moment if estimate else "-", measured.peak_moment if measured else "-")
     return table
