@@ -63,9 +63,9 @@ class Applied:
         except BaseException:
             self.remove()
             raise
-        self._begin_to_mend(step, num_elements)
-        if optimizer is not None:
+        if optimizer is not None:  # else nothing tells where a step ends
             self._watch.attach(optimizer)
+            self._begin_to_mend(step, num_elements)
             self._follow(optimizer)
 
     @property

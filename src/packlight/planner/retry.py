@@ -120,6 +120,8 @@ class Retry:
 
     def backward(self, backward: Callable[..., None], loss: Any, *args: Any, **kwargs: Any) -> None:
         """Run torch's own backward, in two stages where that is possible, and again where memory runs out."""
+        if not self._is_open:
+            return backward(loss, *args, **kwargs)
         pending, self._pending = self._pending, None
         is_plain = all(each is None or each is False for each in (*args, *kwargs.values()))
         if isinstance(loss, tuple | list) and len(loss) == 1:
@@ -127,8 +129,7 @@ class Retry:
         obstacle = "backward is more than the gradient of one loss" if not is_plain else self._obstacle(pending, loss)
         if pending is None or obstacle:
             with self._telling("backward", obstacle):
-                backward(loss, *args, **kwargs)
-            return
+                return backward(loss, *args, **kwargs)
         start, outputs = pending
         del pending
         with self._telling("backward of the loss", "what the loss saves is the script's own"):
@@ -140,9 +141,9 @@ class Retry:
         except (RuntimeError, MemoryError) as error:
             failure = self._failure(error, "backward")
         else:
-            return
+            return None
         outputs.let_go(loss)
-        self._backward_again(failure, backward, _Half(start, asides, before))
+        return self._backward_again(failure, backward, _Half(start, asides, before))
 
     def _noted(self, start: Start, output: Any) -> Any:
         """Keep what a second backward would start from, where the model's is all that there is."""
@@ -271,11 +272,11 @@ class _Half:
 
     def finish(self, outputs: Outputs, backward: Callable[..., None]) -> None:
         """Run the rest of it: a parameter gets its gradient once in a backward, so a sum that changed is complete."""
-        left = [parameter for parameter, state in self.before.items() if state == _state(parameter.grad)]
-        some = left if len(left) < len(self.before) else None
+        trained = [parameter for parameter in self.before if parameter.requires_grad]
+        left = [parameter for parameter in trained if self.before[parameter] == _state(parameter.grad)]
         if left:
             gradients = {at: aside.back() for at, aside in (self.asides or {}).items()}
-            outputs.run(backward, gradients, inputs=some and [each for each in some if each.requires_grad])
+            outputs.run(backward, gradients, inputs=left if len(left) < len(trained) else None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -295,7 +296,7 @@ def clear_frames(error: BaseException | None) -> None:
 def _set_aside(gradients: dict[int, torch.Tensor]) -> dict[int, Aside] | None:
     try:
         return {at: Aside(gradient) for at, gradient in gradients.items()}
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, MemoryError):
         return None
 
 
