@@ -301,6 +301,8 @@ class Measurement:
         peak_by_category: `device_peak_bytes` divided by `CATEGORIES` (empty on CUDA).
         peak_moment: where in the step the peak stood.
         state_bytes: bytes of the optimiser's states at the end.
+        plan_peak_bytes: the device peak in the measured steps that ran under the plan in force at the end, from their
+            first forward on; None where no whole step was measured under it.
     """
 
     device_peak_bytes: int
@@ -314,6 +316,7 @@ class Measurement:
     peak_by_category: Mapping[str, int]
     peak_moment: str
     state_bytes: int
+    plan_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)

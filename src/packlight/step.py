@@ -173,6 +173,7 @@ class Profile(JsonRecord):
         carried_bytes: what the loop still holds of the loss of the step before, until backward begins.
         batch_bytes: the model's arguments.
         carries_outputs: whether the loop still holds the model's outputs when the next step begins.
+        carried_before_bytes: what it holds of them when the plan begins, made under another plan.
         codec_seconds: predicted time to encode and decode one element, by codec.
         forward_seconds: predicted time to the end of the model's forward, of `seconds`.
         link: the way to the tier that tensors may be moved to.
@@ -197,6 +198,7 @@ class Profile(JsonRecord):
     carried_bytes: int = 0
     batch_bytes: int = 0
     carries_outputs: bool = True
+    carried_before_bytes: int = 0
     codec_seconds: Mapping[str, float] = field(default_factory=dict)
     forward_seconds: float = 0.0
     link: Link | None = None

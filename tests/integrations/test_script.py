@@ -150,3 +150,30 @@ def test_gradients_and_losses_of_a_run_are_in_its_record(plain_folder: Path, tmp
     printed = [float(value) for value in re.findall(r"step \d+ loss (\S+)", plain_output)]
     assert list(run.measurement.losses["first"]) == printed
     assert list(run.measurement.losses["last"]) == printed
+
+
+@pytest.mark.parametrize(("where", "call"), [("forward", 1), ("forward", 4), ("backward", 2), ("backward", 3)])
+def test_a_script_whose_memory_runs_out_in_its_first_steps_prints_the_same_bits(
+    where: str, call: int, tmp_path: Path
+) -> None:
+    plain = subprocess.run(
+        [sys.executable, "memory_runs_out.py"],
+        cwd=SCRIPTS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    CASES["memory_runs_out"] = ("memory_runs_out.py", "--where", where, "--call", str(call))
+    run, output, told = packlight_run(["--budget", "12MiB", "--exact"], "memory_runs_out", tmp_path)
+    assert output == plain.stdout
+    assert told.count(f"out of memory in {where} of step {(call + 1) // 2}") == 1
+    assert run.measurement.plan_peak_bytes is not None and run.plan is not None
+    assert run.measurement.plan_peak_bytes <= 1.02 * run.plan.estimate.device_peak_bytes
+
+
+def test_a_script_whose_memory_runs_out_later_ends_as_without_packlight(tmp_path: Path) -> None:
+    script = ["memory_runs_out.py", "--where", "backward", "--call", "7"]
+    command = [sys.executable, "-m", "packlight", "run", "--budget", "12MiB", *script]
+    done = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "OutOfMemoryError: CUDA out of memory" in done.stderr

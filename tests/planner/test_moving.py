@@ -13,7 +13,7 @@ from packlight.activations.shelf import Shelf
 from packlight.activations.tier import Arrival, OffloadError, Record, Taken
 from packlight.planner import trace
 from packlight.planner.cost import StepCost
-from packlight.planner.held import Treatment
+from packlight.planner.held import Treatment, has_sign
 from packlight.planner.loop import Seen
 from packlight.planner.profile import profile
 from packlight.planner.timeline import Timeline, flat_tensors
@@ -127,7 +127,7 @@ def test_moved_groups_take_the_predicted_bytes(name: str, num_groups: int) -> No
         ways = [None, Treatment("offload"), Treatment("offload")]
         if group.can_encode:
             ways.append(Treatment("compress", "int8"))
-            ways += [Treatment("compress+offload", "int8")] * (not costs.has_sign(group))
+            ways += [Treatment("compress+offload", "int8")] * (not has_sign(step, group))
         chosen = random.choice(ways)
         treated |= {group.name: chosen} if chosen is not None else {}
     predicted = costs.price((), None, treated=treated)

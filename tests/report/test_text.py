@@ -167,6 +167,13 @@ def test_a_summary_is_one_line_with_both_peaks_and_the_step_time() -> None:
     assert summary(BARE_RUN) == f"packlight: peak 10.75 MiB {followed}, {end}, - a step"
 
 
+def test_the_peak_under_the_final_plan_stands_beside_the_one_of_the_whole_run() -> None:
+    mended = dataclasses.replace(RUN, measurement=dataclasses.replace(MEASUREMENT, plan_peak_bytes=8 * MIB))
+    assert "peak 10.75 MiB, 8.00 MiB under the final plan (predicted 10.50 MiB) in" in summary(mended)
+    assert cells(shown(mended), "all, under the final plan") == ["", "8.00 MiB"]
+    assert "final plan" not in shown(BARE_RUN) + shown(RUN)
+
+
 def test_a_summary_says_when_the_peak_is_above_the_budget() -> None:
     assert RUN.plan is not None
     peak_bytes = RUN.measurement.device_peak_bytes

@@ -5,6 +5,7 @@ Here nothing that a script can see changes: recomputed blocks get another `forwa
 format under the optimiser that is already there, and `remove` puts everything back. `apply` decides nothing.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
@@ -18,12 +19,14 @@ from packlight.activations.recompute import Recomputation, recompute
 from packlight.activations.sites import module_of
 from packlight.budget import Budget
 from packlight.optim.adopt import adopt
-from packlight.planner.loop import Call, Loss
+from packlight.planner.listen import BackwardStandIn
+from packlight.planner.loop import Call, Loss, num_elements
 from packlight.planner.measure import StepWatch
-from packlight.planner.solve import EXACT_FORMATS, device_of
-from packlight.planner.solve import plan as make_plan
+from packlight.planner.mend import Mend
+from packlight.planner.solve import EXACT_FORMATS, device_of, profiled
 from packlight.planner.updates import parameter_names
 from packlight.records import Measurement, Plan
+from packlight.step import Profile
 
 Carried = Recomputation | Engine
 """What undoes the choices for a model's blocks and sites."""
@@ -32,10 +35,27 @@ Carried = Recomputation | Engine
 class Applied:
     """A plan in force; `remove` undoes it. Also a context manager."""
 
-    def __init__(self, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        """Carry the plan out; nothing is changed where a part of it cannot be."""
-        self.plan = plan
-        self._undo = [carry_out(plan, model).remove]
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        step: Profile | None = None,
+        num_elements: int | None = None,
+    ) -> None:
+        """Carry the plan out; nothing is changed where a part of it cannot be.
+
+        Args:
+            plan: the plan.
+            model: the model.
+            optimizer: its optimiser.
+            step: the profile that the plan was made from, from which it can be mended once.
+            num_elements: of the arguments that it was made for; None where that is not known.
+        """
+        self.plan, self._model = plan, model
+        self._carried = carry_out(plan, model)
+        self._undo: list[Callable[[], None]] = [self._put_back]
         try:
             if optimizer is not None:
                 self._undo.append(adopt_formats(plan, model, optimizer))
@@ -44,14 +64,41 @@ class Applied:
         except BaseException:
             self.remove()
             raise
-        if optimizer is not None:
+        if optimizer is not None:  # else nothing tells where a step ends
             self._watch.attach(optimizer)
+            self._begin_to_mend(step, num_elements)
+            self._follow(optimizer)
 
     @property
     def measurement(self) -> Measurement | None:
         """What happened so far, beside `plan.estimate`; None before the first step is complete."""
         measured = self._watch.measurement()
         return measured if measured.num_steps else None
+
+    def _begin_to_mend(self, step: Profile | None, num_elements: int | None) -> None:
+        """Repeat what fails for want of memory in the first steps, and hold their peak against the plan."""
+        self._mend = Mend(self._model, self._watch, change=self._change, tell=_warn, num_steps=2)
+        self._mend.begin(self.plan, step, num_elements=num_elements)
+        self._backward = BackwardStandIn(self._mend.backward)
+        self._undo += [self._backward.remove, self._mend.remove]
+
+    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
+        begins = optimizer.register_step_pre_hook(lambda *_: self._mend.forget())
+        ends = optimizer.register_step_post_hook(lambda *_: self._step_ends())
+        self._undo += [begins.remove, ends.remove]
+
+    def _step_ends(self) -> None:
+        self._mend.step_ends()
+        if not self._mend.is_retrying():
+            self._backward.remove()
+
+    def _change(self, plan: Plan) -> None:
+        self._mend.step_aside()
+        self._put_back()
+        self._carried, self.plan = carry_out(plan, self._model), plan
+
+    def _put_back(self) -> None:
+        self._carried.remove()
 
     def remove(self) -> None:
         """Give blocks and optimiser back as they were (states are decoded to fp32); again it does nothing."""
@@ -124,8 +171,14 @@ def fit(
     ...     handle.measurement.device_peak_bytes <= 20 * 2**20
     True
     """
-    made = make_plan(model, batch, optimizer, budget=budget, loss=loss, host_budget=host_budget, disk=disk, exact=exact)
-    return apply(made, model, optimizer)
+    step, plan = profiled(
+        model, batch, optimizer, budget=budget, loss=loss, host_budget=host_budget, disk=disk, exact=exact
+    )
+    return Applied(plan, model, optimizer, step=step, num_elements=num_elements(Call.of(batch).shapes()))
+
+
+def _warn(plan: Plan, said: str) -> None:
+    warnings.warn(f"packlight: {said}{plan}", stacklevel=2)
 
 
 def carry_out(plan: Plan, model: nn.Module) -> Carried:

@@ -147,10 +147,6 @@ class StepCost:
         """Return the groups that have nothing to do with recomputed blocks: no save inside, and no input of one."""
         return [group for group in self.groups.values() if self.blocks_of(group).isdisjoint(recomputed)]
 
-    def has_sign(self, group: Group) -> bool:
-        """Tell whether a ReLU saves a group for its sign alone."""
-        return any(self.profile.saves[index].encoding == "sign" for index in group.saves)
-
     # What `program.py` writes rows from
 
     def blocks_of(self, group: Group) -> set[str]:
@@ -295,7 +291,12 @@ class StepCost:
         """Return the bytes of outputs that the loop still holds when the next step begins, until it makes new ones."""
         if not self.profile.carries_outputs:
             return 0
-        return int(self._sizes[self._outliving(ends)].sum())
+        return max(int(self._sizes[self._outliving(ends)].sum()), self.profile.carried_before_bytes)
+
+    def carried_bytes(self, recomputed: Collection[str], treated: Mapping[str, Treatment]) -> int:
+        """Return what of the model's outputs the loop takes along into the next step."""
+        _, ends, _ = self._line(frozenset(recomputed), treated)
+        return self._carried(ends)
 
     def _outliving(self, ends: torch.Tensor) -> torch.Tensor:
         gradients = torch.tensor([storage.is_gradient for storage in self.profile.storages], dtype=torch.bool)

@@ -80,6 +80,11 @@ def _shared_sites(profile: Profile, groups: Sequence[Group]) -> set[str]:
     return {site for site, number in sites.items() if number > 1}
 
 
+def has_sign(profile: Profile, group: Group) -> bool:
+    """Tell whether a ReLU saves a group for its sign alone."""
+    return any(profile.saves[index].encoding == "sign" for index in group.saves)
+
+
 def spans(profile: Profile, group: Group, treatment: Treatment, gone: Collection[int]) -> list[Span]:
     """Return what lives on the device because of a group and its treatment.
 

@@ -34,6 +34,10 @@ class Listener:
     def backward_begins(self, tensors: Any) -> None:
         """Hear of a backward pass, with the tensors that it starts from."""
 
+    def run_backward(self, backward: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
+        """Run a backward pass; a subclass may do it in its own way."""
+        backward(tensors, *args, **kwargs)
+
     def backward_ends(self) -> None:
         """Hear of the end of a backward pass."""
 
@@ -91,7 +95,7 @@ class Ears:
     def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
             self._listener.backward_begins(tensors)
-            original(tensors, *args, **kwargs)
+            self._listener.run_backward(original, tensors, *args, **kwargs)
             self._listener.backward_ends()
 
         return backward
@@ -107,6 +111,32 @@ class Ears:
                 self._depth -= 1
 
         return call
+
+
+class BackwardStandIn:
+    """Stands in for `torch.autograd.backward` until `remove`; several may, and each can leave first."""
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        """Call `run` with torch's own function and its arguments."""
+        self._run, self._original, self._is_active = run, torch.autograd.backward, True
+        _set_backward(self)
+
+    def __call__(self, tensors: Any, *args: Any, **kwargs: Any) -> None:
+        """Run a backward pass."""
+        if self._is_active:
+            self._run(self._original, tensors, *args, **kwargs)
+        else:
+            self._original(tensors, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Put torch's own back; where another stands on top of this one, only step aside."""
+        self._is_active = False
+        while isinstance(top := torch.autograd.backward, BackwardStandIn) and not top._is_active:
+            _set_backward(top._original)
+
+
+def _set_backward(function: Callable[..., None]) -> None:
+    torch.autograd.backward = function
 
 
 class LossLog:

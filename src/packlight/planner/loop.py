@@ -29,6 +29,20 @@ def listed(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
     return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Yield what an optimiser steps."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model inside torch's own data-parallel wrapper."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = module.module
+        return inner
+    return module
+
+
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -43,14 +57,6 @@ def covers(known: Shapes, shapes: Shapes) -> bool:
 def num_elements(shapes: Shapes) -> int:
     """Return the elements of tensors of these shapes together."""
     return sum(map(math.prod, shapes))
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the model inside torch's own data-parallel wrapper."""
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        inner: nn.Module = module.module
-        return inner
-    return module
 
 
 def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:

@@ -13,19 +13,21 @@ The first steps are watched operator by operator (`timeline.py`), but never what
 evaluation may take other kernels under a dispatch mode. Later steps run at full speed and are timed.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
+from packlight.planner.loop import Seen
 from packlight.planner.tail import TailWatch
-from packlight.planner.timeline import Timeline, existing_tensors, flat_tensors
+from packlight.planner.timeline import Timeline, existing_tensors, flat_tensors, put_under, take_off
 from packlight.records import Measurement
 
 NUM_MEASURED_STEPS = 3
@@ -53,6 +55,8 @@ class StepWatch:
         self._stepped_at: float | None = None
         self._measuring = self._began = False
         self._peak: tuple[int, str, dict[str, int]] = (0, "", {})
+        self._peak_before_bytes = 0
+        self._plan: _PlanPeak = _PlanPeak()
         self._resident_start_bytes = 0
         self._hooks = [
             model.register_forward_pre_hook(ModuleHook(model, lambda _args: self.forward_begins())),
@@ -114,6 +118,48 @@ class StepWatch:
             self.pause()
         self._stepped_at = self._clock()
 
+    def plan_begins(self) -> None:
+        """Measure the peak apart from the next step on: it runs under another plan."""
+        self._plan = _PlanPeak()
+
+    def step_is_open(self) -> bool:
+        """Tell whether a step has begun and its optimiser has not stepped."""
+        return self._started is not None and self._stepped_at is None
+
+    def plan_peak_bytes(self) -> int | None:
+        """Return the peak under the present plan, in whole steps; None before the first of them."""
+        if self._plan.start is None:
+            return None
+        if self.line.device_type == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        now_bytes = self.line.peak(start=self._plan.start)[0] if self._measuring else 0
+        return max(self._plan.peak_bytes, now_bytes) or None
+
+    def live_bytes(self) -> dict[str, int]:
+        """Return what lives now, by category as far as it is known."""
+        storages = {tensor.untyped_storage()._cdata: tensor for tensor in self.model.parameters()}
+        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+        live = {
+            "parameters": sum(tensor.untyped_storage().nbytes() for tensor in storages.values()),
+            "gradients": sum(gradient.nbytes for gradient in gradients),
+            "optimizer_states": self.state_bytes(),
+        }
+        all_bytes = torch.cuda.memory_allocated() if self.line.device_type == "cuda" else self.line.live_bytes
+        return live | {"activations and what else lives": max(0, all_bytes - sum(live.values()))}
+
+    def seen(self, gradients: Literal["none", "forward", "step"]) -> Seen:
+        """Return what the open step has shown of the loop, `gradients` where it has one backward pass."""
+        return Seen(
+            tail=self.tail.tail(),
+            state_bytes=self.state_bytes(),
+            num_microbatches=max(1, self.num_backwards),
+            num_forwards=math.ceil(self.num_microbatches / max(1, self.num_backwards)),
+            gradients="step" if self.num_backwards > 1 else gradients,
+            other_bytes=self.other_bytes,
+            held_outputs=self.tail.held_outputs,
+            carries_outputs=bool(self.tail.living_outputs()),
+        )
+
     def step_seconds_so_far(self) -> float:
         """Return how long the open step has taken."""
         return 0.0 if self._started is None else (self._clock() or 0.0) - self._started
@@ -126,7 +172,7 @@ class StepWatch:
         cuda = self.line.device_type == "cuda" and self._began
         timed = [seconds for seconds, followed in self._seconds if not followed] or [at for at, _ in self._seconds]
         return Measurement(
-            device_peak_bytes=torch.cuda.max_memory_allocated() if cuda else peak_bytes,
+            device_peak_bytes=max(self._peak_before_bytes, torch.cuda.max_memory_allocated()) if cuda else peak_bytes,
             host_peak_bytes=0,
             reserved_peak_bytes=torch.cuda.max_memory_reserved() if cuda else None,
             resident_peak_bytes=max(0, _resident_bytes("VmHWM") - self._resident_start_bytes),
@@ -137,15 +183,16 @@ class StepWatch:
             peak_by_category={} if cuda else by_category,
             peak_moment="" if cuda else moment,
             state_bytes=self.state_bytes(),
+            plan_peak_bytes=self.plan_peak_bytes(),
         )
 
     def pause(self) -> bool:
         """Take the line off the stack of dispatch modes; returns whether it was on it."""
-        return _take_off(self.line)
+        return take_off(self.line)
 
     def resume(self) -> None:
         """Put the line back onto the stack."""
-        _put_under(self.line)
+        put_under(self.line)
 
     def close(self) -> None:
         """Stop watching and take every hook off."""
@@ -163,7 +210,15 @@ class StepWatch:
         if self._measuring:
             self._meet_others()
             self.resume()
+        if self._plan.start is None:
+            self._open_plan()
         self._started = self._clock()
+
+    def _open_plan(self) -> None:
+        self._plan.start = self.line.now()
+        if self.line.device_type == "cuda":
+            self._peak_before_bytes = max(self._peak_before_bytes, torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
 
     def _begin(self) -> None:
         """Put everything that lives at the head of the line, and watch from here on."""
@@ -185,6 +240,7 @@ class StepWatch:
         if not self._measuring and self._began:
             self.line = Timeline(self.line.device_type)
             self.tail = TailWatch(self.line)
+            self._plan.start = None if self._plan.start is None else 0
             self._num_measured = self.num_steps + 1
             self._follow()
 
@@ -211,6 +267,8 @@ class StepWatch:
             self._measuring = False
             self.pause()
             self._peak = max(self._peak, self.line.peak(), key=lambda peak: peak[0])
+            if self._plan.start is not None:
+                self._plan.peak_bytes = max(self._plan.peak_bytes, self.line.peak(start=self._plan.start)[0])
             self.line.close()
 
     def _peak_now(self) -> tuple[int, str, dict[str, int]]:
@@ -238,6 +296,14 @@ class StepWatch:
         return time.perf_counter()
 
 
+@dataclass
+class _PlanPeak:
+    """The peak under one plan: the event on the present line from which it counts, and what came before that line."""
+
+    start: int | None = None
+    peak_bytes: int = 0
+
+
 def other_bytes(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Return the bytes of all tensors on the model's device that are not parameters, gradients or states."""
     device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
@@ -263,26 +329,6 @@ class ModuleHook:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as a function of the standard library that takes anything and returns None."""
         return getattr, (nullcontext(), "__exit__")
-
-
-def _take_off(mode: Timeline) -> bool:
-    """Remove a mode from the stack, wherever it stands; modes pushed after it stay in their order."""
-    stack = _get_current_dispatch_mode_stack()
-    if mode not in stack:
-        return False
-    above = [_pop_mode() for _ in stack[stack.index(mode) + 1 :]]
-    mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-    for other in reversed(above):
-        _push_mode(other)
-    return True
-
-
-def _put_under(mode: Timeline) -> None:
-    """Put a mode at the bottom of the stack, so that a script's own modes come and go above it."""
-    above = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
-    mode.__enter__()  # type: ignore[no-untyped-call]
-    for other in reversed(above):
-        _push_mode(other)
 
 
 def _resident_bytes(field: str) -> int:

@@ -9,13 +9,13 @@ for the first time, because states do not exist before.
 1 the model is called for the first time   profile on fake tensors, first plan; nothing fits: stop before training
 2 step 1 runs under the most saving plan   the loss, the microbatches and the gradients' lives are seen
 3 the optimiser steps for the first time   profile with what was seen, final plan; states and blocks as it says
-4 steps 1 to 3 are measured                later steps run at full speed
+4 step 2 is over                           what it took is held against the plan, which is mended once (`mend.py`)
+5 steps 1 to 3 are measured                later steps run at full speed
 ```
 """
 
-import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
@@ -24,15 +24,17 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from packlight.budget import Budget, BudgetError
+from packlight.budget import Budget
 from packlight.planner.apply import Carried, adopt_formats, carry_out, saving_now
-from packlight.planner.hardware import measure
 from packlight.planner.listen import Ears, Listener, LossLog
-from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements, unwrapped
-from packlight.planner.measure import ModuleHook, StepWatch, other_bytes
-from packlight.planner.profile import ProfileError, profile
+from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements, parameters_of, unwrapped
+from packlight.planner.making import Maker
+from packlight.planner.measure import ModuleHook, StepWatch
+from packlight.planner.mend import Mend
+from packlight.planner.profile import ProfileError
 from packlight.planner.request import SessionStop, Settings
-from packlight.planner.solve import device_of, joined, least_plan, memory_bytes, predicted_step_seconds, rescale, solve
+from packlight.planner.revise import joined, predicted_step_seconds, rescale
+from packlight.planner.solve import least_plan
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
 
@@ -54,12 +56,14 @@ class Session(Listener):
         self._model: nn.Module | None = None
         self._seen: Seen | None = None
         self._blocks: Carried | None = None
+        self._mend: Mend | None = None
+        self._maker: Maker | None = None
         self._undo: list[Callable[[], None]] = []
         self._shapes: list[Shapes] = []
         self._pace = 1.0, 1.0
         self._stop: SessionStop | None = None
         self._num_updates = 0
-        self._between = self._planning = False
+        self._between = False
         self._gradients: Literal["none", "forward", "step"] = "none"
         self._losses = LossLog()
         self._stack, self._in_call = ExitStack(), ExitStack()
@@ -74,6 +78,8 @@ class Session(Listener):
     def __exit__(self, *exc_info: object) -> None:
         """Stop listening, and undo the plan."""
         self._stack.close()
+        if self._mend is not None:
+            self._mend.remove()
         if self._watch is not None:
             self._watch.close()
         self._undo_plan()
@@ -82,6 +88,10 @@ class Session(Listener):
     def trained(self) -> bool:
         """Whether the script took an optimiser step on a model that was found."""
         return self._num_updates > 0
+
+    @property
+    def _planning(self) -> bool:
+        return self._maker is not None and self._maker.is_busy
 
     def measurement(self) -> Measurement | None:
         """Return what was measured, None where nothing was trained."""
@@ -109,6 +119,11 @@ class Session(Listener):
             self._losses.note(tensors)
             self._watch.backward_begins()
 
+    def run_backward(self, backward: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
+        """Repeat the model's part of it where memory runs out."""
+        run = self._mend.backward if self._mend is not None and not self._planning else super().run_backward
+        run(backward, tensors, *args, **kwargs)
+
     def backward_ends(self) -> None:
         """Note the end of backward."""
         if self._watch is not None and not self._planning:
@@ -122,13 +137,13 @@ class Session(Listener):
     def _consider(self, module: nn.Module, call: Call) -> None:
         own: set[torch.Tensor] = set(module.parameters())
         living = [optimizer for made in self._made if (optimizer := made()) is not None]
-        trained = [optimizer for optimizer in living if own.intersection(_parameters(optimizer))]
+        trained = [optimizer for optimizer in living if own.intersection(parameters_of(optimizer))]
         if not trained:
             return
         self._refuse_other_models(module, own)
         self._ignore_calls()
         self._model, self._call, self._optimizers = unwrapped(module), call, trained
-        self._shapes = [call.shapes()]
+        self._shapes, self._maker = [call.shapes()], Maker(self._model, trained, self.settings)
         try:
             self._plan_before_first_step()
         except SessionStop as stop:
@@ -142,10 +157,31 @@ class Session(Listener):
         before = module.register_forward_pre_hook(hook, with_kwargs=True)
         self._stack.callback(before.remove)
         self._watch = StepWatch(module, trained)
+        self._begin_to_mend()
         after = module.register_forward_hook(ModuleHook(module, lambda *_: self._forward_ended()))
         self._stack.callback(after.remove)
         left = module.register_forward_hook(ModuleHook(module, lambda *_: self._in_call.close()), always_call=True)
         self._stack.callback(left.remove)
+
+    def _begin_to_mend(self) -> None:
+        """Stand around the plan in force; states and a loss to hold are there from the second step on."""
+        plan = self._first or self.plan
+        if plan is not None and self._model is not None and self._watch is not None:
+            num_steps = 1 if self.settings.plan is None else 2
+            tell, change = self.settings.tell, self._change
+            self._mend = Mend(self._model, self._watch, change=change, tell=tell, num_steps=num_steps)
+            self._mend.begin(plan, self._step, is_final=self._first is None)
+
+    def _change(self, plan: Plan) -> None:
+        """Carry out another plan for what the model saves."""
+        assert self._model is not None
+        self._in_call.close()
+        self._put_blocks_back()
+        self._blocks = carry_out(plan, self._model)
+        if self._first is not None and self._seen is None:
+            self._first = plan
+        else:
+            self.plan = plan
 
     def _stop_again(self) -> None:
         if self._stop is not None:
@@ -170,7 +206,7 @@ class Session(Listener):
 
     def _refuse_other_models(self, module: nn.Module, own: set[torch.Tensor]) -> None:
         living = [optimizer for made in self._made if (optimizer := made()) is not None]
-        others = [optimizer for optimizer in living if not own.intersection(_parameters(optimizer))]
+        others = [optimizer for optimizer in living if not own.intersection(parameters_of(optimizer))]
         if others and self.settings.budget is not None:
             raise SessionStop(
                 f"the script trains two models: {type(module).__name__}, and what {type(others[0]).__name__} steps. "
@@ -184,12 +220,12 @@ class Session(Listener):
             return
         if self.settings.budget is None:
             return
-        step, plan = self._make_plan(Seen(other_bytes=None if self.settings.hardware else self._other_bytes()))
+        assert self._model is not None and self._maker is not None and self._call is not None
+        step, plan = self._maker.make(self._call, Seen(other_bytes=self._maker.other_bytes()))
         self.first_estimate, self.plan = plan.estimate, plan
         self.settings.tell(plan, "")
         if self.settings.stop_before_step:
             raise SessionStop("planned", exit_status=0)
-        assert self._model is not None
         self._first = least_plan(step, Budget.of(plan.budget_bytes), exact=self.settings.exact)
         self._blocks = carry_out(self._first, self._model)  # step 2
         self._step = step
@@ -202,38 +238,14 @@ class Session(Listener):
         except ValueError as error:
             raise SessionStop(f"the plan does not suit this script: {error}", exit_status=2) from error
 
-    def _other_bytes(self) -> int:
-        """Return the bytes that live beside the model and its optimisers before the first step."""
-        assert self._model is not None
-        measure(device_of(self._model).type)  # what measuring leaves behind is counted too
-        return other_bytes(self._model, self._optimizers)
-
-    def _make_plan(self, seen: Seen, *, budget: int | None = None) -> tuple[Profile, Plan]:
-        """Profile and solve; once states exist, in the format that they have."""
-        assert self._model is not None and self._call is not None
-        wanted = budget or self.settings.budget or 0
-        self._planning = True
-        try:
-            allowed = Budget.of(wanted, total_bytes=memory_bytes(device_of(self._model), self.settings.hardware))
-            step = profile(self._model, self._call, self._optimizers, seen=seen, hardware=self.settings.hardware)
-            step = replace(step, link=self.settings.link(device_of(self._model)))
-            held = [cost for cost in step.optimizers if self.plan and cost.formats == self.plan.state_formats]
-            if self._num_updates > 0 and held:
-                step = replace(step, optimizers=tuple(held))
-            return _noted(step, self._model), solve(_noted(step, self._model), allowed, exact=self.settings.exact)
-        except BudgetError as error:
-            raise SessionStop(str(error), exit_status=3, smallest_bytes=error.smallest_bytes) from None
-        except (ProfileError, ValueError) as error:
-            raise SessionStop(str(error), exit_status=2) from error
-        finally:
-            self._planning = False
-
     def update_begins(self, optimizer: Optimizer) -> None:
         """Follow a step's end; in the first, decide (step 3)."""
         if self._watch is None or self._planning:
             return
         if optimizer not in self._optimizers:
             self._meet(optimizer)
+        if self._mend is not None:
+            self._mend.forget()
         self._watch.update_begins()
         if self._ready_to_plan_again():
             self._plan_again()
@@ -249,7 +261,7 @@ class Session(Listener):
     def _meet(self, optimizer: Optimizer) -> None:
         """Take in an optimiser that was made after the first forward."""
         assert self._model is not None and self._watch is not None
-        if set(self._model.parameters()).isdisjoint(_parameters(optimizer)):
+        if set(self._model.parameters()).isdisjoint(parameters_of(optimizer)):
             self._refuse_other_models(self._model, set[torch.Tensor](self._model.parameters()))
         self._optimizers.append(optimizer)
         self._watch.optimizers.append(optimizer)
@@ -258,47 +270,49 @@ class Session(Listener):
 
     def _plan_again(self) -> None:
         """Plan with what step 1 has shown, and carry that out (step 3)."""
-        assert self._watch is not None and self._first is not None
+        assert self._watch is not None and self._first is not None and self._mend is not None
         watch, seconds = self._watch, self._watch.step_seconds_so_far()
         was_on = watch.pause()
-        self._seen = Seen(
-            tail=watch.tail.tail(),
-            state_bytes=watch.state_bytes(),
-            num_microbatches=max(1, watch.num_backwards),
-            num_forwards=math.ceil(watch.num_microbatches / max(1, watch.num_backwards)),
-            gradients="step" if watch.num_backwards > 1 else self._gradients,
-            other_bytes=watch.other_bytes,
-            held_outputs=watch.tail.held_outputs,
-            carries_outputs=bool(watch.tail.living_outputs()),
-        )
+        self._seen = watch.seen(self._gradients)
         self._put_blocks_back()
-        step, plan = self._make_plan(self._seen)
-        self._pace = seconds, predicted_step_seconds(step, self._first)
+        step, plan, title = self._make_plan_below(self._mend.limit_bytes)
+        self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
         plan = rescale(plan, *self._pace)
-        self.settings.tell(plan, "after step 1, ")
+        self.settings.tell(plan, f"after step 1, {title}")
         self.plan, self._call = plan, None  # a batch is not held longer than it is needed
         self._carry_out(plan)
+        self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes), default=0))
         if was_on:
             watch.resume()
 
+    def _make_plan_below(self, limit_bytes: int | None) -> tuple[Profile, Plan, str]:
+        """Plan with what was seen, for less than what lived when memory ran out, if it did."""
+        assert self._seen and self.plan and self._maker and self._call
+        budget_bytes = self.plan.budget_bytes
+        if limit_bytes is None or limit_bytes >= budget_bytes:
+            return *self._maker.make(self._call, self._seen, before=self._first), ""
+        step, plan, fits = self._maker.make_or_least(self._call, self._seen, budget=limit_bytes, before=self._first)
+        title = "" if fits else "with nothing that fits what there was when memory ran out, the smallest "
+        return step, replace(plan, budget_bytes=budget_bytes), title
+
     def _plan_for_larger_batches(self, call: Call) -> None:
         """Choose blocks anew, with the states' format as it is; where nothing fits, say so and spare what can be."""
-        assert self._watch is not None and self._seen is not None and self._model is not None and self.plan is not None
-        before, self._call = self.plan, call
+        assert self._watch and self._seen and self._model is not None and self.plan and self._maker
+        before = self.plan
         was_on = self._watch.pause()
         self._put_blocks_back()
-        title = "for a larger batch, "
-        try:
-            step, plan = self._make_plan(self._seen)
-        except SessionStop as stop:
-            if stop.smallest_bytes is None:
-                raise
-            title = f"for a larger batch, which does not fit {self.settings.budget}, the smallest "
-            step, plan = self._make_plan(self._seen, budget=stop.smallest_bytes)
-        self._call = None
+        step, plan, fits = self._maker.make_or_least(call, self._seen, before=before)
+        title = (
+            "for a larger batch, "
+            if fits
+            else f"for a larger batch, which does not fit {self.settings.budget}, the smallest "
+        )
         self.plan = plan = joined(step, rescale(plan, *self._pace), before)
         self.settings.tell(plan, title)
         self._blocks = carry_out(plan, self._model)
+        if self._mend is not None:
+            is_final = not self._mend.is_verified()
+            self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes)), is_final=is_final)
         if self._watch.model is self._model:  # torch has the forward that it is going to call already
             self._in_call.enter_context(saving_now(self._blocks, call))
         self._watch.measure_again()
@@ -306,6 +320,8 @@ class Session(Listener):
             self._watch.resume()
 
     def _put_blocks_back(self) -> None:
+        if self._mend is not None:
+            self._mend.step_aside()
         if self._blocks is not None:
             self._blocks.remove()
             self._blocks = None
@@ -327,17 +343,8 @@ class Session(Listener):
             return
         self._watch.update_ends()
         self._num_updates += 1
+        if self._maker is not None:
+            self._maker.held = self.plan
         self._losses.end_step()
-
-
-def _noted(step: Profile, model: nn.Module) -> Profile:
-    """Say what is not supported yet."""
-    if type(model).__name__ != "OptimizedModule":
-        return step
-    note = "the model is wrapped by torch.compile; under packlight it may run eagerly"
-    return replace(step, notes=(*step.notes, note))
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+        if self._mend is not None and self._num_updates % len(self._optimizers) == 0:  # the last of them has stepped
+            self._mend.step_ends()

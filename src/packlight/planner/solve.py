@@ -9,7 +9,7 @@ where that costs no time.
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.hardware import measure
-from packlight.planner.held import Treatment
+from packlight.planner.held import Treatment, has_sign
 from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link
 from packlight.planner.loop import Loss, Seen, listed
@@ -89,19 +89,41 @@ def plan(
     >>> made.estimate.device_peak_bytes <= 20 * 2**20 < made.estimate.plain_peak_bytes
     True
     """
-    device, known = device_of(model), named(hardware)
+    asked = Asked(budget=budget, loss=loss, host_budget=host_budget, disk=disk, exact=exact, hardware=hardware)
+    return profiled(model, batch, optimizer, **asked)[1]
+
+
+class Asked(TypedDict, total=False):
+    """What `plan` is asked for beside the model, its batch and its optimiser; see there."""
+
+    budget: Required[int | str | Budget]
+    loss: Loss | None
+    host_budget: int | str | None
+    disk: str | None
+    exact: bool
+    hardware: str | None
+
+
+def profiled(
+    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None, **asked: Unpack[Asked]
+) -> tuple[Profile, Plan]:
+    """Do what `plan` does, and return the profile too, from which the plan can be made once more."""
+    device, hardware, budget = device_of(model), asked.get("hardware"), asked["budget"]
+    known = named(hardware)
     unbound = known is not None and isinstance(budget, Budget)
     allowed = Budget.of(budget, total_bytes=None if unbound else memory_bytes(device, hardware))
     beside_bytes = None
     if known is None and device.type != "meta":
         measure(device.type)  # what measuring leaves behind is counted too
         beside_bytes = other_bytes(model, listed(optimizer))
-    step = profile(model, batch, optimizer, loss=loss, seen=Seen(other_bytes=beside_bytes), hardware=hardware)
+    link = find_link(device, host_budget=asked.get("host_budget"), disk=asked.get("disk"), known=known)
+    seen = Seen(other_bytes=beside_bytes)
+    step = profile(model, batch, optimizer, loss=asked.get("loss"), seen=seen, hardware=hardware)
     if known is not None and allowed.device_bytes > known.device_bytes:
         note = f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has"
         step = replace(step, notes=(*step.notes, note))
-    link = find_link(device, host_budget=host_budget, disk=disk, known=known)
-    return solve(replace(step, link=link), allowed, exact=exact)
+    step = replace(step, link=link)
+    return step, solve(step, allowed, exact=asked.get("exact", False))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -198,7 +220,7 @@ def _plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, ex
         device=costs.profile.device,
         budget_bytes=budget.device_bytes,
         exact=exact,
-        choices=_choices(costs, chosen.recomputed, chosen.treated),
+        choices=choices_of(costs, chosen.recomputed, chosen.treated),
         state_formats=dict(chosen.optimizer.formats) if chosen.optimizer else {},
         estimate=_estimate(chosen.cost, plain, host_bytes=_host_bytes(costs, chosen)),
         smallest_budget_bytes=smallest_bytes,
@@ -244,7 +266,7 @@ def _moves(costs: StepCost, *, exact: bool) -> dict[Option, float]:
     options: dict[Option, float] = {}
     for name, group in costs.groups.items():
         treatments = [Treatment("offload")]
-        if group.can_encode and not (group.exact or exact or costs.has_sign(group)):
+        if group.can_encode and not (group.exact or exact or has_sign(costs.profile, group)):
             treatments.append(Treatment("compress+offload", LOSSY_CODEC))
         options |= {(name, treatment): costs.treatment_seconds(name, treatment) for treatment in treatments}
     return options
@@ -258,7 +280,8 @@ def _refusal(budget: Budget, smallest_bytes: int, *, exact: bool) -> str:
     )
 
 
-def _choices(costs: StepCost, recomputed: Collection[str], treated: Mapping[str, Treatment]) -> tuple[Choice, ...]:
+def choices_of(costs: StepCost, recomputed: Collection[str], treated: Mapping[str, Treatment]) -> tuple[Choice, ...]:
+    """Return the record of what is done with blocks and with groups."""
     blocks = [
         Choice(
             group=block,
@@ -307,48 +330,3 @@ def _estimate(cost: Cost, plain: Cost, *, host_bytes: int) -> Estimate:
         peak_by_category=cost.by_category,
         peak_moment=cost.moment,
     )
-
-
-def predicted_step_seconds(step: Profile, plan: Plan) -> float:
-    """Return the predicted time of forward, loss and backward under a plan, without the optimiser."""
-    costs = StepCost(step).through(plan.window_bytes)
-    return costs.price(plan.recomputed(), None, treated=treated_by(plan)).seconds
-
-
-def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
-    """Do what either of two plans does, for batches of both kinds.
-
-    Args:
-        step: the profile that `plan` was made for.
-        plan: a plan for the present batch.
-        before: a plan for earlier batches.
-
-    Returns:
-        The joint plan; it expects the larger of the two peaks.
-    """
-    mover = max(plan, before, key=lambda each: each.window_bytes)
-    costs = StepCost(step).through(mover.window_bytes)
-    recomputed = plan.recomputed() | (before.recomputed() & {choice.group for choice in plan.choices})
-    free = {group.name for group in costs.treatable(recomputed)}
-    both = treated_by(before) | treated_by(plan)
-    treated = {name: treatment for name, treatment in both.items() if name in free}
-    optimizer = next((cost for cost in step.optimizers if cost.formats == plan.state_formats), None)
-    cost = costs.price(recomputed, optimizer, treated=treated)
-    estimate = before.estimate
-    if cost.peak_bytes >= estimate.device_peak_bytes:
-        estimate = replace(
-            plan.estimate,
-            device_peak_bytes=cost.peak_bytes,
-            peak_by_category=cost.by_category,
-            peak_moment=cost.moment,
-        )
-    tier = {name: getattr(mover, name) for name in ("tier", "folder", "window_bytes")}
-    return replace(plan, choices=_choices(costs, recomputed, treated), estimate=estimate, **tier)
-
-
-def rescale(made: Plan, measured_seconds: float, predicted_seconds: float) -> Plan:
-    """Scale a plan's times by how long a real step took beside its prediction."""
-    factor = measured_seconds / predicted_seconds if predicted_seconds else 1.0
-    estimate = replace(made.estimate, step_seconds=made.estimate.step_seconds * factor)
-    choices = tuple(replace(choice, seconds=choice.seconds * factor) for choice in made.choices)
-    return replace(made, estimate=estimate, choices=choices)

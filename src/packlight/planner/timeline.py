@@ -18,7 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from packlight.activations.buffers import is_recomputing
 from packlight.records import CATEGORIES
@@ -202,6 +207,30 @@ class Timeline(TorchDispatchMode):
         entry.died = self.now()
         self.events.append(~known[0])
         self.live_bytes -= entry.num_bytes
+
+
+def take_off(mode: Timeline) -> bool:
+    """Remove a mode from the stack, wherever it stands; modes pushed after it stay in their order.
+
+    Returns:
+        Whether it was on the stack.
+    """
+    stack = _get_current_dispatch_mode_stack()
+    if mode not in stack:
+        return False
+    above = [_pop_mode() for _ in stack[stack.index(mode) + 1 :]]
+    mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    for other in reversed(above):
+        _push_mode(other)
+    return True
+
+
+def put_under(mode: Timeline) -> None:
+    """Put a mode at the bottom of the stack, so that a script's own modes come and go above it."""
+    above = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
+    mode.__enter__()  # type: ignore[no-untyped-call]
+    for other in reversed(above):
+        _push_mode(other)
 
 
 def existing_tensors(device_type: str) -> list[torch.Tensor]:

@@ -1,0 +1,105 @@
+"""Makes a session's plans, and turns what stands against one into the end of the script.
+
+A plan is made in the middle of a script, from what is known by then: nothing of the loss before the first step, all of
+it after. While one is made the model runs on fake tensors, and what a listener hears then is not the script's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from packlight.budget import Budget, BudgetError
+from packlight.planner.hardware import measure
+from packlight.planner.loop import Call, Seen
+from packlight.planner.measure import other_bytes
+from packlight.planner.profile import ProfileError, profile
+from packlight.planner.request import SessionStop, Settings
+from packlight.planner.revise import carried_bytes
+from packlight.planner.solve import device_of, memory_bytes, solve
+from packlight.records import Plan
+from packlight.step import Profile
+
+
+class Maker:
+    """Makes plans for one model.
+
+    Attributes:
+        is_busy: whether a plan is being made.
+        held: the plan whose state formats exist by now; None where no states do.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], settings: Settings) -> None:
+        """Plan for a model and its optimisers; the list of these may grow."""
+        self._model, self._optimizers, self._settings = model, optimizers, settings
+        self.is_busy = False
+        self.held: Plan | None = None
+
+    def other_bytes(self) -> int | None:
+        """Return the bytes that live beside the model and its optimisers before the first step; None elsewhere."""
+        if self._settings.hardware:
+            return None
+        measure(device_of(self._model).type)  # what measuring leaves behind is counted too
+        return other_bytes(self._model, self._optimizers)
+
+    def make(
+        self, call: Call, seen: Seen, *, budget: int | None = None, before: Plan | None = None
+    ) -> tuple[Profile, Plan]:
+        """Profile and solve; once states exist, in the format that they have.
+
+        Args:
+            call: how the model is called.
+            seen: what is known of the loop.
+            budget: instead of the user's.
+            before: the plan under which the last step ran.
+
+        Returns:
+            The profile and the plan.
+
+        Raises:
+            SessionStop: nothing fits, or the step cannot be traced.
+        """
+        wanted = budget or self._settings.budget or 0
+        self.is_busy = True
+        try:
+            device, hardware = device_of(self._model), self._settings.hardware
+            allowed = Budget.of(wanted, total_bytes=memory_bytes(device, hardware))
+            step = profile(self._model, call, self._optimizers, seen=seen, hardware=hardware)
+            step = replace(_noted(step, self._model), link=self._settings.link(device))
+            held = tuple(cost for cost in step.optimizers if self.held and cost.formats == self.held.state_formats)
+            step = replace(step, optimizers=held) if held else step
+            step = replace(step, carried_before_bytes=carried_bytes(step, before)) if before else step
+            return step, solve(step, allowed, exact=self._settings.exact)
+        except BudgetError as error:
+            raise SessionStop(str(error), exit_status=3, smallest_bytes=error.smallest_bytes) from None
+        except (ProfileError, ValueError) as error:
+            raise SessionStop(str(error), exit_status=2) from error
+        finally:
+            self.is_busy = False
+
+    def make_or_least(
+        self, call: Call, seen: Seen, *, budget: int | None = None, before: Plan | None = None
+    ) -> tuple[Profile, Plan, bool]:
+        """Plan likewise; where nothing fits, for the smallest budget that something does.
+
+        Returns:
+            The profile, the plan, and whether it fits.
+
+        Raises:
+            SessionStop: the step cannot be traced.
+        """
+        try:
+            return *self.make(call, seen, budget=budget, before=before), True
+        except SessionStop as stop:
+            if stop.smallest_bytes is None:
+                raise
+            return *self.make(call, seen, budget=stop.smallest_bytes, before=before), False
+
+
+def _noted(step: Profile, model: nn.Module) -> Profile:
+    """Say what is not supported yet."""
+    if type(model).__name__ != "OptimizedModule":
+        return step
+    note = "the model is wrapped by torch.compile; under packlight it may run eagerly"
+    return replace(step, notes=(*step.notes, note))

@@ -1,0 +1,58 @@
+"""What becomes of a plan when more is known: how long a real step took, or that batches can be larger."""
+
+from dataclasses import replace
+
+from packlight.planner.cost import StepCost
+from packlight.planner.solve import choices_of, treated_by
+from packlight.records import Plan
+from packlight.step import Profile
+
+
+def predicted_step_seconds(step: Profile, plan: Plan) -> float:
+    """Return the predicted time of forward, loss and backward under a plan, without the optimiser."""
+    costs = StepCost(step).through(plan.window_bytes)
+    return costs.price(plan.recomputed(), None, treated=treated_by(plan)).seconds
+
+
+def carried_bytes(step: Profile, before: Plan) -> int:
+    """Return what the loop takes of a step's outputs into the next one, under a plan."""
+    return StepCost(step).carried_bytes(before.recomputed(), treated_by(before))
+
+
+def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
+    """Do what either of two plans does, for batches of both kinds.
+
+    Args:
+        step: the profile that `plan` was made for.
+        plan: a plan for the present batch.
+        before: a plan for earlier batches.
+
+    Returns:
+        The joint plan; it expects the larger of the two peaks.
+    """
+    mover = max(plan, before, key=lambda each: each.window_bytes)
+    costs = StepCost(step).through(mover.window_bytes)
+    recomputed = plan.recomputed() | (before.recomputed() & {choice.group for choice in plan.choices})
+    free = {group.name for group in costs.treatable(recomputed)}
+    both = treated_by(before) | treated_by(plan)
+    treated = {name: treatment for name, treatment in both.items() if name in free}
+    optimizer = next((cost for cost in step.optimizers if cost.formats == plan.state_formats), None)
+    cost = costs.price(recomputed, optimizer, treated=treated)
+    estimate = before.estimate
+    if cost.peak_bytes >= estimate.device_peak_bytes:
+        estimate = replace(
+            plan.estimate,
+            device_peak_bytes=cost.peak_bytes,
+            peak_by_category=cost.by_category,
+            peak_moment=cost.moment,
+        )
+    tier = {name: getattr(mover, name) for name in ("tier", "folder", "window_bytes")}
+    return replace(plan, choices=choices_of(costs, recomputed, treated), estimate=estimate, **tier)
+
+
+def rescale(made: Plan, measured_seconds: float, predicted_seconds: float) -> Plan:
+    """Scale a plan's times by how long a real step took beside its prediction."""
+    factor = measured_seconds / predicted_seconds if predicted_seconds else 1.0
+    estimate = replace(made.estimate, step_seconds=made.estimate.step_seconds * factor)
+    choices = tuple(replace(choice, seconds=choice.seconds * factor) for choice in made.choices)
+    return replace(made, estimate=estimate, choices=choices)
