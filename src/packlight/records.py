@@ -216,6 +216,7 @@ class Plan(JsonRecord):
         tier: where groups are moved to, "host" or "disk"; "" where none is.
         folder: of the disk tier.
         window_bytes: most that is on its way to the tier, and again from it.
+        uses: sites in the order in which backward asks for what is moved or encoded there.
         hardware: the name of the device that it is made for; "" for the one at hand.
     """
 
@@ -232,6 +233,7 @@ class Plan(JsonRecord):
     tier: str = ""
     folder: str = ""
     window_bytes: int = 0
+    uses: tuple[str, ...] = ()
     hardware: str = ""
 
     def recomputed(self) -> frozenset[str]:

@@ -388,7 +388,7 @@ def test_a_tier_that_is_of_no_use_is_refused(tmp_path: Path) -> None:
         make_tier("host", device=torch.device("cuda"), folder=tmp_path)
     with pytest.raises(ValueError, match="max_in_flight_bytes is 0"):
         make_tier("disk", device=cpu, max_in_flight_bytes=0)
-    with pytest.raises(ValueError, match=r"late is 'never'; it is \"wait\" or \"keep\""):
+    with pytest.raises(ValueError, match=r"late is 'never'; it is \"wait\", \"keep\" or, for a disk, \"steady\""):
         DiskTier(device=cpu, late="never")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="keep_bytes is 5, but nothing is kept"):
         DiskTier(device=cpu, keep_bytes=5)

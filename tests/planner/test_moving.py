@@ -1,20 +1,23 @@
 """What a plan with moved groups is predicted to take is what the engine takes, however late the tier is."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
 from packlight.activations import Engine
+from packlight.activations.offload import make_tier
 from packlight.activations.shelf import Shelf
-from packlight.activations.tier import Arrival, OffloadError, Record, Taken
+from packlight.activations.tier import Arrival, OffloadError, Record, Taken, Tier
 from packlight.planner import trace
 from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment, has_sign
 from packlight.planner.loop import Seen
+from packlight.planner.moving import moved_bytes, order_of_use
 from packlight.planner.profile import profile
 from packlight.planner.timeline import Timeline, flat_tensors
 from packlight.step import Link, Profile
@@ -96,15 +99,17 @@ def take_step(case: Case, line: Timeline) -> None:
         loss.backward()
 
 
-def real_peak(case: Case, choices: Mapping[str, str], *, window_bytes: int) -> int:
-    with Engine(case.model, choices, tier=LateTier(window_bytes), min_bytes=0, waits=True):
-        for _ in range(2):  # the first learns backward's order
+def real_peaks(case: Case, choices: Mapping[str, str], tier: Tier, uses: Sequence[str]) -> list[int]:
+    peaks = []
+    with Engine(case.model, choices, tier=tier, min_bytes=0, waits=True, uses=uses):
+        for _ in range(2):
             line = Timeline("cpu")
             for tensor in (*case.model.parameters(), *case.model.buffers(), *flat_tensors(case.batch)):
                 line.add(tensor)
             take_step(case, line)
             line.close()
-    return line.peak()[0]
+            peaks.append(line.peak()[0])
+    return peaks
 
 
 def choices_of(step: Profile, costs: StepCost, treated: Mapping[str, Treatment]) -> dict[str, str]:
@@ -127,10 +132,42 @@ def test_moved_groups_take_the_predicted_bytes(name: str, num_groups: int) -> No
         ways = [None, Treatment("offload"), Treatment("offload")]
         if group.can_encode:
             ways.append(Treatment("compress", "int8"))
-            ways += [Treatment("compress+offload", "int8")] * (not has_sign(step, group))
         chosen = random.choice(ways)
         treated |= {group.name: chosen} if chosen is not None else {}
     predicted = costs.price((), None, treated=treated)
-    found = real_peak(case, choices_of(step, costs, treated), window_bytes=costs.window_bytes)
-    assert predicted.peak_bytes == found
+    uses = order_of_use(step, costs.groups, treated)
+    found = real_peaks(case, choices_of(step, costs, treated), LateTier(costs.window_bytes), uses)
+    assert [predicted.peak_bytes] * 2 == found
     assert sum(predicted.by_category.values()) == predicted.peak_bytes
+
+
+@pytest.mark.parametrize("num_groups", [0, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_codes_that_move_take_no_more_than_predicted(name: str, num_groups: int) -> None:
+    """Codes and scales are put one after the other, so the first may be let go of when the second is put."""
+    case = CASES[name]()
+    step = profiled(case)
+    largest_bytes = max(StepCost(step).group_bytes(group) for group in StepCost(step).groups)
+    costs = StepCost(step).through(max(1, num_groups * largest_bytes))
+    able = [group for group in costs.groups.values() if group.can_encode and not has_sign(step, group)]
+    treated = {group.name: Treatment("compress+offload", "int8") for group in able if random.random() < 0.7}
+    predicted = costs.price((), None, treated=treated)
+    uses = order_of_use(step, costs.groups, treated)
+    found = real_peaks(case, choices_of(step, costs, treated), LateTier(costs.window_bytes), uses)
+    slack_bytes = max((moved_bytes(step, costs.groups[name], each) for name, each in treated.items()), default=0)
+    assert all(0 <= predicted.peak_bytes - each <= slack_bytes for each in found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_disk_takes_the_predicted_bytes(name: str, tmp_path: Path) -> None:
+    case = CASES[name]()
+    step = profiled(case)
+    largest_bytes = max(StepCost(step).group_bytes(group) for group in StepCost(step).groups)
+    costs = StepCost(step).through(2 * largest_bytes)
+    treated = {name: Treatment("offload") for name in costs.groups if random.random() < 0.7}
+    predicted = costs.price((), None, treated=treated)
+    tier = make_tier(
+        "disk", device=torch.device("cpu"), folder=tmp_path, max_in_flight_bytes=costs.window_bytes, late="steady"
+    )
+    uses = order_of_use(step, costs.groups, treated)
+    assert [predicted.peak_bytes] * 2 == real_peaks(case, choices_of(step, costs, treated), tier, uses)

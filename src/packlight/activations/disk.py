@@ -69,7 +69,9 @@ class DiskTier(Shelf[Extent]):
             max_bytes: bound on the file's size; None for what the disk holds.
             max_in_flight_bytes: bound on what is being written, and again on what was read ahead.
             on_full: "raise" tells the next caller; "keep" warns once and leaves tensors in memory.
-            late: "wait" makes `put` wait where a tensor would exceed the bound; "keep" leaves it in memory.
+            late: "wait" makes `put` wait where a tensor would exceed the bound; "keep" leaves it in memory. "steady"
+                waits too, and a tensor that has been written is let go of when the bound needs its room, or at `flush`,
+                and not before: so what lives in memory does not depend on how fast the disk is.
             keep_bytes: bound on what is left there for being late, above which `put` waits; None for
                 `max_in_flight_bytes`.
 
@@ -87,9 +89,13 @@ class DiskTier(Shelf[Extent]):
         self._extents = Extents(max_bytes, alignment=BLOCK_BYTES)
         self._max_bytes = max_bytes
         self._file = SpillFile(Path(folder or tempfile.gettempdir()))
-        self._pool = _Pool()
+        self._pool, self._is_steady = _Pool(), late == "steady"
+        self._under_way: deque[Record[Extent]] = deque()
+        self._written: dict[Record[Extent], OffloadError | None] = {}
         self._stagings: list[Staging] = []
         self._staging_bytes = 0
+        for _ in range(NUM_THREADS if self._is_steady else 0):  # their memory, too, is there from the beginning
+            self._stagings.append(self._make_staging())
 
     @property
     def direct(self) -> bool:
@@ -105,6 +111,8 @@ class DiskTier(Shelf[Extent]):
                 self._closed = True
                 self._changed.notify_all()
             self._pool.close()
+            self._under_way.clear()
+            self._written.clear()
             while self._stagings:
                 self._stagings.pop().close()
             self._staging_bytes = 0
@@ -114,8 +122,15 @@ class DiskTier(Shelf[Extent]):
 
     def _make_room(self, num_bytes: int) -> None:
         room_bytes = self.max_in_flight_bytes - num_bytes if num_bytes else 0
-        # One tensor larger than the window moves alone.
-        self._changed.wait_for(lambda: self._in_flight_bytes <= max(room_bytes, 0) or self._closed)
+        room_bytes = max(room_bytes, 0)  # one tensor larger than the window moves alone
+        if not self._is_steady:
+            self._changed.wait_for(lambda: self._in_flight_bytes <= room_bytes or self._closed)
+        while self._under_way and self._in_flight_bytes > room_bytes:
+            self._changed.wait_for(lambda: self._under_way[0] in self._written or self._closed)
+            if self._closed:
+                return
+            first = self._under_way.popleft()
+            self._moved(first, self._written.pop(first))
 
     def _reap(self) -> None:
         """The threads do."""
@@ -140,6 +155,8 @@ class DiskTier(Shelf[Extent]):
         )
 
     def _send(self, record: Record[Extent], place: Extent) -> None:
+        if self._is_steady:
+            self._under_way.append(record)
         self._pool.submit(partial(self._write, record, place, stamp(self.device)), urgent=False)
 
     def _bring(self, record: Record[Extent], place: Extent) -> Arrival:
@@ -161,7 +178,11 @@ class DiskTier(Shelf[Extent]):
         except Exception as error:  # whatever it is, the tensor is still here and the next caller hears of it
             failure = self._failure_of(error, record.num_bytes, self._extents.used_bytes - place.num_bytes)
         with self._changed:
-            self._moved(record, failure)  # step 3: nothing else refers to the tensor, so its memory is free now
+            if self._is_steady:
+                self._written[record] = failure
+                self._changed.notify_all()
+            else:
+                self._moved(record, failure)  # step 3: nothing else refers to the tensor, so its memory is free now
 
     def _write_chunks(self, record: Record[Extent], place: Extent, ready: torch.cuda.Event | None) -> None:
         """Step 2."""
@@ -208,13 +229,17 @@ class DiskTier(Shelf[Extent]):
         try:
             staging = self._stagings.pop()
         except IndexError:
-            staging = make_staging(self.device, direct=self.direct)
-            with self._changed:
-                self._staging_bytes += staging.num_bytes
+            staging = self._make_staging()
         try:
             yield staging
         finally:
             self._stagings.append(staging)
+
+    def _make_staging(self) -> Staging:
+        staging = make_staging(self.device, direct=self.direct)
+        with self._changed:
+            self._staging_bytes += staging.num_bytes
+        return staging
 
     def _failure_of(self, error: Exception, wanted_bytes: int, stored_bytes: int) -> OffloadError:
         if isinstance(error, OSError):
@@ -265,11 +290,13 @@ class _Pool:
         except IndexError:
             future, job = self._others.popleft()
         try:
-            future.set_result(job())
+            result = job()
+            del job  # it refers to a tensor, which shall not outlive the moment at which its reader goes on
+            future.set_result(result)
         except BaseException as error:
             future.set_exception(error)
         finally:
-            del future, job  # an exception refers to this frame, the frame must not refer back
+            del future  # an exception refers to this frame, the frame must not refer back
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)

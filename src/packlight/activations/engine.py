@@ -14,7 +14,7 @@ lie on a stack, and what the engine does not take it hands to the hooks below, w
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Self
@@ -59,8 +59,9 @@ class Engine:
         codec: how tensors are compressed, one of `compress.CODECS`.
         tier: where offloaded tensors go; it is closed with the engine.
         min_bytes: smaller storages are kept.
-        waits: whether a forward ends only when the tier has all that was moved, so that what lives on the device then
-            does not depend on how fast the tier is.
+        waits: whether a forward ends only when the tier has all that was moved (`DiskTier` can be "steady" besides).
+        uses: names of sites in the order in which backward will ask for them, where that is known before a step has
+            shown it.
 
     Raises:
         ValueError: an unknown choice or codec, a tier that is missing, or "recompute" for what is no block. Nothing is
@@ -81,6 +82,7 @@ class Engine:
         tier: Tier | None = None,
         min_bytes: int = MIN_BYTES,
         waits: bool = False,
+        uses: Sequence[str] = (),
     ) -> None:
         _check(choices, codec, tier)
         blocks = _recomputed_blocks(model, choices)
@@ -88,7 +90,7 @@ class Engine:
         self._tier = None if tier is None else by_device(tier)
         self._codec, self._min_bytes = codec, min_bytes
         self._rules = Rules({each: choice for each, choice in choices.items() if choice != "recompute"}, default="keep")
-        self._order, self._useless = Order(), set[Site]()
+        self._order, self._useless = Order(uses), set[Site]()
         self._model, self._local = model, _Running()
         self._notice, self.replicated, self._looks_left = Notice(SITES), Notice(REPLICAS), 2
         with ExitStack() as undo:

@@ -38,7 +38,7 @@ def make_tier(
         on_full: "raise" raises OffloadError where a tensor finds no room; "keep" warns once, and leaves such tensors
             where they are.
         late: where copies are slower than compute, "wait" lets forward wait for them; "keep" leaves tensors where they
-            are, `max_in_flight_bytes` of them at most, before it waits.
+            are, `max_in_flight_bytes` of them at most, before it waits. "steady", for the disk: see `DiskTier`.
 
     Returns:
         The tier; close it after the last backward.

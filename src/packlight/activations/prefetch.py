@@ -1,11 +1,13 @@
 """The order of use: what backward is going to ask for next, learned from the step before.
 
 Backward asks for saves in about the reverse order in which forward made them, but not quite, and not at all where
-microbatches interleave. The idea: each site remembers which site was asked for after it. The first step, which knows
-nothing yet, fetches nothing ahead: a wrong guess would hold bytes that nobody counted on.
+microbatches interleave. The idea: each site remembers which site was asked for after it. A first step that nobody has
+told the order fetches nothing ahead: a wrong guess would hold bytes that nobody counted on.
 """
 
 import weakref
+from collections.abc import Sequence
+from itertools import pairwise
 
 from packlight.activations.groups import Group
 from packlight.activations.sites import Site
@@ -15,10 +17,15 @@ MOST_AHEAD = 16
 
 
 class Order:
-    """Which site is asked for after which; shared by all forwards of an engine."""
+    """Which site is asked for after which; shared by all forwards of an engine.
 
-    def __init__(self) -> None:
-        self.after: dict[Site, Site] = {}
+    Args:
+        uses: names of sites in the order in which they will be asked for, as far as that is known.
+    """
+
+    def __init__(self, uses: Sequence[str] = ()) -> None:
+        sites = [Site.named(name) for name in uses]
+        self.after: dict[Site, Site] = dict(pairwise(sites))
 
 
 class Forward:

@@ -43,7 +43,7 @@ from packlight.activations.tier import (
 )
 
 OnFull = Literal["raise", "keep"]
-Late = Literal["wait", "keep"]
+Late = Literal["wait", "keep", "steady"]
 
 
 class Shelf(ABC, Generic[Place]):
@@ -76,9 +76,9 @@ class Shelf(ABC, Generic[Place]):
             raise ValueError(f"max_in_flight_bytes is {max_in_flight_bytes}; at least one byte must be able to move")
         if on_full not in {"raise", "keep"}:
             raise ValueError(f'on_full is {on_full!r}; it is "raise" or "keep"')
-        if late not in {"wait", "keep"}:
-            raise ValueError(f'late is {late!r}; it is "wait" or "keep"')
-        if late == "wait" and keep_bytes is not None:
+        if late not in {"wait", "keep", "steady"}:
+            raise ValueError(f'late is {late!r}; it is "wait", "keep" or, for a disk, "steady"')
+        if late != "keep" and keep_bytes is not None:
             raise ValueError(f'keep_bytes is {keep_bytes}, but nothing is kept; leave it out, or pass late="keep"')
         keep_bytes = max_in_flight_bytes if keep_bytes is None else keep_bytes
         self._keep_bytes = keep_bytes if late == "keep" else 0

@@ -45,6 +45,17 @@ class Site(NamedTuple):
         """Return the name that patterns are compared with."""
         return f"{self.module}{f'@{self.call}' if self.call else ''}:{self.save}"
 
+    @classmethod
+    def named(cls, name: str) -> "Site":
+        """Return the site of a name.
+
+        >>> Site.named("layers.3.mlp.up@2:1")
+        Site(module='layers.3.mlp.up', call=2, save=1)
+        """
+        called, _, save = name.rpartition(":")
+        module, _, call = called.partition("@")
+        return cls(module, int(call or 0), int(save))
+
 
 def module_of(site: str) -> str:
     """Return the path of the module at whose call a site of this name is.
@@ -52,7 +63,7 @@ def module_of(site: str) -> str:
     >>> module_of("layers.3.mlp.up@2:1")
     'layers.3.mlp.up'
     """
-    return site.rpartition(":")[0].partition("@")[0].removesuffix(INPUTS).removesuffix(".")
+    return Site.named(site).module.removesuffix(INPUTS).removesuffix(".")
 
 
 class ModuleCall:

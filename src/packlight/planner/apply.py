@@ -208,9 +208,15 @@ def carry_out(plan: Plan, model: nn.Module) -> Carried:
     if not plan.tier:
         return Engine(model, choices)
     device = device_of(model)
-    tier = make_tier(plan.tier, device=device, folder=plan.folder or None, max_in_flight_bytes=plan.window_bytes)
+    tier = make_tier(
+        plan.tier,
+        device=device,
+        folder=plan.folder or None,
+        max_in_flight_bytes=plan.window_bytes,
+        late="steady" if plan.tier == "disk" else "wait",
+    )
     try:
-        return Engine(model, choices, tier=tier, waits=plan.tier == "disk")
+        return Engine(model, choices, tier=tier, waits=plan.tier == "disk", uses=plan.uses)
     except BaseException:
         tier.close()
         raise

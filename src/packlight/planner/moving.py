@@ -8,8 +8,9 @@ within a window of bytes; here the same rules run on the events and the predicte
     backward   3 use: those that are used next are fetched ahead as far as the window has room, and live from then on
                4 compute waits for a group that is not back yet
 
-Both queues are first in, first out. Bytes at an event do not depend on how fast the link is: step 1 counts a source
-until the window forces it out, step 3 counts a group from the moment it is asked for. Seconds do.
+Both queues are first in, first out. Bytes at an event do not depend on how fast the link is: at step 1 a source lives
+until the window needs its room (a disk tier that is steady keeps to that; others may let go earlier), at step 3 a group
+lives from the moment it is asked for. Seconds do depend on it.
 """
 
 from collections import deque
@@ -92,6 +93,11 @@ def simulate(
     uses = _uses(profile, groups, treated, gone)
     _come_back(uses, {move.name: move for move in moves}, made, link=link, window_bytes=window_bytes)
     return made
+
+
+def order_of_use(profile: Profile, groups: Mapping[str, Group], treated: Mapping[str, Treatment]) -> tuple[str, ...]:
+    """Return the sites of treated groups in the order in which backward asks for them."""
+    return tuple(use.save.site for use in _uses(profile, groups, treated, ()))
 
 
 def moved_bytes(profile: Profile, group: Group, treatment: Treatment) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from packlight.planner.cost import StepCost
+from packlight.planner.moving import order_of_use
 from packlight.planner.solve import choices_of, treated_by
 from packlight.records import Plan
 from packlight.step import Profile
@@ -47,6 +48,7 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
             peak_moment=cost.moment,
         )
     tier = {name: getattr(mover, name) for name in ("tier", "folder", "window_bytes")}
+    tier["uses"] = order_of_use(step, costs.groups, treated) if mover.tier else ()
     return replace(plan, choices=choices_of(costs, recomputed, treated), estimate=estimate, **tier)
 
 

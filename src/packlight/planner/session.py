@@ -270,10 +270,10 @@ class Session(Listener):
 
     def _plan_again(self) -> None:
         """Plan with what step 1 has shown, and carry that out (step 3)."""
-        assert self._watch is not None and self._first is not None and self._mend is not None
+        assert self._watch and self._first and self._mend and self._maker
         watch, seconds = self._watch, self._watch.step_seconds_so_far()
         was_on = watch.pause()
-        self._seen = watch.seen(self._gradients)
+        self._seen = self._maker.without_tier(watch.seen(self._gradients), self._first)
         self._put_blocks_back()
         step, plan, title = self._make_plan_below(self._mend.limit_bytes)
         self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)

@@ -22,6 +22,7 @@ from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link
 from packlight.planner.loop import Loss, Seen, listed
 from packlight.planner.measure import other_bytes
+from packlight.planner.moving import order_of_use
 from packlight.planner.profile import profile
 from packlight.planner.program import Option
 from packlight.planner.search import Chosen, Search
@@ -235,7 +236,8 @@ def _tier(costs: StepCost, chosen: Chosen) -> dict[str, Any]:
     link = costs.profile.link
     if link is None or not any(treatment.is_moved for treatment in chosen.treated.values()):
         return {}
-    return {"tier": link.tier, "folder": link.folder, "window_bytes": chosen.window_bytes}
+    uses = order_of_use(costs.profile, costs.groups, chosen.treated)
+    return {"tier": link.tier, "folder": link.folder, "window_bytes": chosen.window_bytes, "uses": uses}
 
 
 def _searches(costs: StepCost, optimizer: OptimizerCost | None, *, exact: bool) -> list[Search]:
