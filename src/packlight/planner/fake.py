@@ -112,6 +112,17 @@ def _padded_bytes(width: int, size: int) -> int:
     return (rounded + in_line if rounded % 256 == 0 else rounded) * size
 
 
+def _grouped_mm(func: Any, left: torch.Tensor, right: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run a product of groups; its version for fake tensors takes bf16 alone, the kernels take fp32 and fp16 too."""
+    if left.dtype == torch.bfloat16:
+        return func(left, right, *args, **kwargs)
+    out = func(left.bfloat16(), right.bfloat16(), *args, **kwargs)
+    in_row = 16 // left.element_size()  # rows begin at 16 bytes
+    width = -(-out.shape[-1] // in_row) * in_row
+    stride = (out.shape[-2] * width, width, 1)[-out.dim() :]
+    return torch.empty_strided(out.shape, stride, dtype=left.dtype, device=left.device)
+
+
 _aten = torch.ops.aten
 _NORMS = (_aten.native_layer_norm, _aten.native_batch_norm, _aten.native_group_norm)
 _LOSSES = (_aten.mse_loss, _aten.smooth_l1_loss, _aten.binary_cross_entropy, _aten.soft_margin_loss)
@@ -121,6 +132,7 @@ _AS_ALLOCATED: dict[Any, Callable[..., Any]] = {
     _aten.native_group_norm_backward.default: _group_norm_backward,
     _aten.mkldnn_rnn_layer.default: _lstm_with_workspace,
     _aten.mkldnn_rnn_layer_backward.default: _lstm_backward,
+    _aten._grouped_mm.default: _grouped_mm,
 }
 """Operators of which the kernel allocates something else than its version for fake tensors says (torch 2.13)."""
 
@@ -160,7 +172,7 @@ class FakeLine(Timeline):
             out = tree_map_only(torch.Tensor, functools.partial(torch.empty_like, device=self.device_type), known)
         else:
             run: Callable[..., Any] = _AS_ALLOCATED.get(func, _plainly)
-            out = run(func, *args, **(kwargs or {}))
+            out = run(func, *self.known.with_places(func, args), **(kwargs or {}))
         self.known.follow(func, args, kwargs or {}, out)
         if not self._paused:
             self.observe(func, args, kwargs or {}, out)

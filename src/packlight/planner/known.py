@@ -25,6 +25,10 @@ _FACTORIES = {
     *(_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.scalar_tensor.default),
     *(_aten.zeros.default, _aten.ones.default, _aten.full.default),
 }
+_INDEXED = {
+    *(_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default),
+    _aten._unsafe_index.Tensor,
+}
 
 
 class KnownValues:
@@ -53,6 +57,21 @@ class KnownValues:
         """
         asks = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
         return self._compute(func, args, kwargs) if asks else None
+
+    def with_places(self, func: Any, args: Any) -> Any:
+        """Put the places that a known mask selects in place of the mask: a fake mask does not say how many they are."""
+        if func not in _INDEXED or len(args) < 2:
+            return args
+        places: list[Any] = []
+        for index in args[1]:
+            known = self.value(index)
+            if known is None or known.dtype not in (torch.bool, torch.uint8):
+                places.append(index)
+            else:
+                with no_dispatch():
+                    sizes = [at.shape for at in known.nonzero(as_tuple=True)]
+                places += [torch.empty(size, dtype=torch.long, device=index.device) for size in sizes]
+        return (args[0], places, *args[2:])
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note the values of an operator's results, where they are integers or booleans and its arguments known."""
