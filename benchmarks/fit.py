@@ -109,13 +109,13 @@ def _count(choices: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def one_round(runs: Runs) -> list[Row]:
+def one_round(runs: Runs, ways: Sequence[str]) -> list[Row]:
     """Return the rows of one family: plain, at shares of its peak, by hand, and planned at those peaks."""
     plain = runs.by_hand("plain")
     rows = [plain]
     for share in SHARES:
         rows.append(runs.planned(plain["peak_bytes"] * share // 100, f"{share} %"))
-    for way in WAYS:
+    for way in ways:
         rows.append(runs.by_hand(way))
         rows.append(runs.planned(rows[-1]["peak_bytes"], f"at {way}"))
     for row in rows:
@@ -174,7 +174,7 @@ def verdict(rows: Sequence[Row]) -> dict[str, Any]:
         "largest_slowdown_error_points": max(points),
         "median_slowdown_error_points": statistics.median(points),
         "num_slower_than_by_hand": sum(ratio > 1 for ratio in beside.values()),
-        "median_over_by_hand": statistics.median(beside.values()),
+        "median_over_by_hand": statistics.median(beside.values()) if beside else None,
         "over_by_hand": beside,
     }
 
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--ways", default=",".join(WAYS), help="by hand, comma-separated; may be empty")
     parser.add_argument("--exact", action="store_true", help="exclude lossy choices")
     parser.add_argument("--disk", default=tempfile.gettempdir(), help="folder for what is offloaded")
     parser.add_argument("--output", type=Path, help="where to write rows and verdict as JSON, and the plot beside it")
@@ -214,7 +215,8 @@ def main() -> None:
     console, rows = Console(), []
     for family in options.families.split(","):
         runs = Runs(family, steps=options.steps, disk=options.disk, exact=options.exact)
-        own = merged([one_round(runs) for _ in range(options.rounds)])
+        ways = [way for way in options.ways.split(",") if way]
+        own = merged([one_round(runs, ways) for _ in range(options.rounds)])
         console.print(table(own))
         rows += own
     console.print_json(data=verdict(rows))

@@ -9,7 +9,7 @@ those of a named device (`known_hardware.py`); they serve to compare plans, and 
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Rates:
         launch_seconds: least time of an operator.
         update_seconds_per_element: the low-bit optimiser step, for one parameter element.
         codec_seconds: to encode and decode one element of a saved tensor, by codec.
+        function_seconds: to compute one element of each of `FUNCTIONS`, where that may take longer than its bytes.
     """
 
     flops_per_second: Mapping[str, float]
@@ -44,6 +45,45 @@ class Rates:
     launch_seconds: float
     update_seconds_per_element: float
     codec_seconds: Mapping[str, float]
+    function_seconds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(FUNCTIONS, 0.0))
+
+
+class MeasuredFunctions(dict[str, float]):
+    """The seconds of an element by function, of a device at hand; each is measured when an operator first asks."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __missing__(self, name: str) -> float:
+        """Measure a function (about a millisecond)."""
+        with _disable_current_modes(), torch.inference_mode():
+            values = torch.full((2**18,), 0.5, device=self._device)
+            seconds = _best_seconds(functools.partial(FUNCTIONS[name], values), self._device, repeats=3)
+        return self.setdefault(name, seconds / values.numel())
+
+
+def _draw(values: torch.Tensor) -> torch.Tensor:
+    """Draw numbers as dropout does, and leave the script's generator alone."""
+    return values.bernoulli_(0.5, generator=torch.Generator(values.device))
+
+
+FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "random": _draw,
+    "tanh": torch.tanh,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+    "exp": torch.exp,
+    "log": torch.log,
+    "erf": torch.erf,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "_softmax": functools.partial(torch.softmax, dim=0),
+    "_log_softmax": functools.partial(torch.log_softmax, dim=0),
+}
+"""Functions of an element that take much arithmetic on a CPU, by the operator's name; "random" is all that draw."""
 
 
 class MeasuredFlops(dict[str, float]):
@@ -91,6 +131,7 @@ def measure(device_type: str) -> Rates:
         launch_seconds,
         update_seconds,
         codec_seconds,
+        MeasuredFunctions(device),
     )
 
 
@@ -131,7 +172,18 @@ def operator_seconds(rates: Rates, func: Any, args: tuple[Any, ...], kwargs: dic
     num_bytes = sum(_tensor_bytes(value) for value in (*args, *kwargs.values(), out))
     flops = _flops(func, args, kwargs, out)
     flops_seconds = flops / rates.flops_per_second[_precision(func, args)] if flops else 0.0
-    return max(flops_seconds, num_bytes / rates.bytes_per_second, rates.launch_seconds)
+    function_seconds = _function_seconds(rates, func, kwargs, out)
+    return max(flops_seconds, function_seconds, num_bytes / rates.bytes_per_second, rates.launch_seconds)
+
+
+def _function_seconds(rates: Rates, func: Any, kwargs: dict[str, Any], out: Any) -> float:
+    first = out[0] if isinstance(out, tuple | list) and out else out
+    if not isinstance(first, torch.Tensor):
+        return 0.0
+    name = func.overloadpacket.__name__.removesuffix("_backward").removesuffix("_backward_data")
+    draws = torch.Tag.nondeterministic_seeded in func.tags and "attention" not in name
+    name = "random" if draws else f"{name}_tanh" if kwargs.get("approximate") == "tanh" else name
+    return rates.function_seconds[name] * first.numel() if name in FUNCTIONS else 0.0
 
 
 def _precision(func: Any, args: tuple[Any, ...]) -> str:
