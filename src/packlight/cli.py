@@ -70,6 +70,7 @@ def run(*, script: str, arguments: tuple[str, ...], record: str | None, **option
 @click.option("--budget", metavar="BYTES", required=True, help='"16GiB", "800MB", "80%" or a number of bytes.')
 @click.option("--save", metavar="FILE", help="Write the plan to this JSON file.")
 @click.option("--hardware", metavar="NAME", help='Plan for this device ("h100-80g"), which need not be here.')
+@click.option("--curve", metavar="N", type=click.IntRange(min=2), help="Tell the step time for N other budgets, too.")
 @_script_arguments
 def plan(*, script: str, arguments: tuple[str, ...], save: str | None, **options: Any) -> None:
     """Stop SCRIPT before its first step, and print the plan."""
@@ -184,8 +185,17 @@ def _run(
         _check_tiers(host_budget, disk)
         given = Plan.load(plan_file) if plan_file is not None else None
         allowed = budget if budget is not None or given is None else given.budget_bytes
-        tiers = {"host_budget": host_budget, "disk": None if disk is None else os.path.abspath(disk)}
-        settings = Settings(allowed, exact, given, stops, tell=tell, hardware=hardware, **tiers)
+        settings = Settings(
+            allowed,
+            exact,
+            given,
+            stops,
+            host_budget,
+            None if disk is None else os.path.abspath(disk),
+            tell,
+            hardware,
+            options.get("curve") or 0,
+        )
         return run_script(Target(script, arguments, module), settings)
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error

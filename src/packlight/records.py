@@ -202,6 +202,21 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """What the fastest plan for another budget would take.
+
+    Attributes:
+        budget_bytes: the budget.
+        device_peak_bytes, step_seconds, slowdown: as in `Estimate`.
+    """
+
+    budget_bytes: int
+    device_peak_bytes: int
+    step_seconds: float
+    slowdown: float
+
+
+@dataclass(frozen=True)
 class Plan(JsonRecord):
     """What is chosen where, and what it is expected to cost; it can be printed, saved, compared and edited.
 
@@ -218,6 +233,7 @@ class Plan(JsonRecord):
         window_bytes: most that is on its way to the tier, and again from it.
         uses: sites in the order in which backward asks for what is moved or encoded there.
         hardware: the name of the device that it is made for; "" for the one at hand.
+        curve: what other budgets would give, by growing budget; empty where it was not asked for.
     """
 
     kind: ClassVar[str] = "plan"
@@ -235,6 +251,7 @@ class Plan(JsonRecord):
     window_bytes: int = 0
     uses: tuple[str, ...] = ()
     hardware: str = ""
+    curve: tuple[CurvePoint, ...] = ()
 
     def recomputed(self) -> frozenset[str]:
         """Return the paths of the blocks that are recomputed in backward."""

@@ -457,6 +457,54 @@ def test_a_step_whose_shapes_depend_on_values_is_refused_by_name(model: nn.Modul
         profile(model, torch.randn(4, 8), adamw(model))
 
 
+class Places(nn.Module):
+    """Predicts the masked places only, and writes what it knows of the others into its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        chosen = self.second(hidden[mask])
+        out = x.clone()
+        out[mask] = chosen
+        return out
+
+
+def mixture() -> nn.Module:
+    """A mixture of experts whose products are made group by group."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, bos_token_id=None, eos_token_id=None, use_cache=False,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+def places_case() -> Case:
+    mask = torch.rand(96, 5) < 0.3
+    return Case(Places(), (torch.randn(96, 5, 8), mask), lambda output, batch: output.square().mean())
+
+
+def mixture_case() -> Case:
+    tokens = torch.randint(64, (4, 24))
+    return Case(mixture(), {"input_ids": tokens, "labels": tokens}, lambda output, batch: output.loss)
+
+
+@pytest.mark.parametrize("make", [places_case, mixture_case])
+def test_shapes_that_hang_on_the_batch_and_products_of_groups_are_predicted_to_the_byte(
+    make: Callable[[], Case],
+) -> None:
+    case = make()
+    optimizer = adamw(case.model)
+    step = profile(case.model, case.batch, optimizer, loss=case.loss, seen=DROPPED)
+    for recomputed in block_sets(step):
+        optimizer.state.clear()
+        assert predicted(step, recomputed).peak_bytes == real_peak(case, optimizer, recomputed)[0]
+
+
 def test_a_loss_that_is_no_scalar_is_refused() -> None:
     model = MLP()
     with pytest.raises(ProfileError, match="wanted a scalar tensor"):

@@ -12,6 +12,7 @@ import time
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from packlight.activations.disk import NUM_THREADS
 from packlight.activations.offload import Tier, make_tier
 from packlight.activations.tier import OffloadError
 from packlight.budget import parse_bytes
@@ -75,7 +76,16 @@ def _disk_link(device_type: str, folder: str) -> Link:
     out, back, busy, staging_bytes = _measured(tier, device)
     stat = os.statvfs(folder)
     capacity_bytes = stat.f_bavail * stat.f_frsize
-    return Link("disk", out, back, busy / torch.get_num_threads(), capacity_bytes, staging_bytes, folder)
+    return Link("disk", out, back, busy * _share_taken(), capacity_bytes, staging_bytes, folder)
+
+
+def _share_taken() -> float:
+    """Return what of the copying threads' time compute loses: all of it, but for cores that it leaves idle.
+
+    A parallel loop ends with its slowest thread, so a core that is taken from one of them is lost to all.
+    """
+    num_idle = max(0, len(os.sched_getaffinity(0)) - torch.get_num_threads())
+    return max(0.0, 1 - num_idle / NUM_THREADS)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.budget import Budget, BudgetError
+from packlight.planner.curve import with_curve
 from packlight.planner.hardware import measure
 from packlight.planner.loop import Call, Seen
 from packlight.planner.measure import other_bytes
@@ -78,7 +79,9 @@ class Maker:
             held = tuple(cost for cost in step.optimizers if self.held and cost.formats == self.held.state_formats)
             step = replace(step, optimizers=held) if held else step
             step = replace(step, carried_before_bytes=carried_bytes(step, before)) if before else step
-            return step, solve(step, allowed, exact=self._settings.exact)
+            made = solve(step, allowed, exact=self._settings.exact)
+            points = self._settings.num_curve_points
+            return step, with_curve(step, made, num_points=points) if points else made
         except BudgetError as error:
             raise SessionStop(str(error), exit_status=3, smallest_bytes=error.smallest_bytes) from None
         except (ProfileError, ValueError) as error:

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from packlight.budget import format_bytes
-from packlight.records import CATEGORIES, Choice, Estimate, Measurement, Plan, Run, read_json
+from packlight.records import CATEGORIES, Choice, CurvePoint, Estimate, Measurement, Plan, Run, read_json
 
 
 def read_record(path: str | os.PathLike[str]) -> Plan | Run:
@@ -41,6 +41,8 @@ def show(record: Plan | Run, *, console: Console | None = None) -> None:
     if plan is not None:
         _print_plain(out, str(plan))
         out.print(_choices(plan), markup=False)
+        if plan.curve:
+            out.print(_curve(plan.curve), markup=False)
     out.print(_peaks(plan.estimate if plan else None, run.measurement if run else None), markup=False)
     if run is not None:
         out.print(_run_facts(run), markup=False)
@@ -99,8 +101,13 @@ def _comparison_rows(runs: dict[str, Run], losses: dict[str, float]) -> list[tup
 
 
 def _choices(plan: Plan) -> RenderableType:
-    table = Table(title="blocks", title_justify="left")
-    for title, justify in (("block", "left"), ("choice", "left"), ("holds for backward", "right"), ("adds", "right")):
+    table = Table(title="choices", title_justify="left")
+    for title, justify in (
+        ("block or site", "left"),
+        ("choice", "left"),
+        ("holds for backward", "right"),
+        ("adds", "right"),
+    ):
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
     for first, last, num_choices in _alike(plan.choices):
         name = first.group if num_choices == 1 else f"{first.group} ... {last.group} ({num_choices})"
@@ -109,6 +116,22 @@ def _choices(plan: Plan) -> RenderableType:
     for state_format in formats:
         num_states = sum(chosen == state_format for chosen in plan.state_formats.values())
         table.add_row(f"optimiser states of {num_states} parameters", state_format, "", "")
+    return table
+
+
+def _curve(points: tuple[CurvePoint, ...]) -> RenderableType:
+    """Return step time against budget, and what a GiB more would spare from there to the next point."""
+    table = Table(title="step time against budget", title_justify="left")
+    for title in ("budget", "predicted peak", "adds to a step", "slowdown", "one GiB more spares"):
+        table.add_column(title, justify="right")
+    fastest = points[-1].step_seconds
+    for point, following in zip(points, [*points[1:], None], strict=True):
+        spared = "-"
+        if following is not None:
+            num_gib = (following.budget_bytes - point.budget_bytes) / 2**30
+            spared = _seconds((point.step_seconds - following.step_seconds) / num_gib) if num_gib else "-"
+        sizes = format_bytes(point.budget_bytes), format_bytes(point.device_peak_bytes)
+        table.add_row(*sizes, _seconds(point.step_seconds - fastest), f"{point.slowdown:.2f}x", spared)
     return table
 
 
