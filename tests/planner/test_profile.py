@@ -480,7 +480,8 @@ def mixture() -> nn.Module:
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=4, bos_token_id=None, eos_token_id=None, use_cache=False,
     )  # fmt: skip
-    return MixtralForCausalLM(config)
+    made: nn.Module = MixtralForCausalLM(config)
+    return made
 
 
 def places_case() -> Case:
