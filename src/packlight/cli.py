@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -183,7 +184,11 @@ def _run(
 
     try:
         _check_tiers(host_budget, disk)
+        if measure_only and (host_budget is not None or disk is not None):
+            raise ValueError("--measure-only moves nothing; leave --host-budget and --disk out")
         given = Plan.load(plan_file) if plan_file is not None else None
+        if given is not None and given.tier == "disk" and disk is not None:
+            given = replace(given, folder=os.path.abspath(disk))
         allowed = budget if budget is not None or given is None else given.budget_bytes
         settings = Settings(
             allowed,

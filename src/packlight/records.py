@@ -203,12 +203,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What the fastest plan for another budget would take.
-
-    Attributes:
-        budget_bytes: the budget.
-        device_peak_bytes, step_seconds, slowdown: as in `Estimate`.
-    """
+    """What the fastest plan for another budget would take; but for the budget as in `Estimate`."""
 
     budget_bytes: int
     device_peak_bytes: int
@@ -228,8 +223,7 @@ class Plan(JsonRecord):
         state_formats: the format of each parameter's optimiser state, by the parameter's name.
         smallest_budget_bytes: the least budget that a plan would fit.
         notes: what a reader should know, in sentences.
-        tier: where groups are moved to, "host" or "disk"; "" where none is.
-        folder: of the disk tier.
+        tier, folder: where groups are moved to, "host" or "disk" ("" where none is), and the disk's folder.
         window_bytes: most that is on its way to the tier, and again from it.
         uses: sites in the order in which backward asks for what is moved or encoded there.
         hardware: the name of the device that it is made for; "" for the one at hand.
@@ -291,10 +285,8 @@ class Plan(JsonRecord):
                 held = [f"held as {choice.codec}"] * choice.choice.startswith("compress")
                 way = " and ".join(held + [moved] * ("offload" in choice.choice))
                 found.setdefault(way, []).append(choice.bytes)
-        return [
-            f"  saved tensors: {len(sizes)} {way}, {format_bytes(sum(sizes))} before"
-            for way, sizes in sorted(found.items())
-        ]
+        told = ((way, len(sizes), format_bytes(sum(sizes))) for way, sizes in sorted(found.items()))
+        return [f"  saved tensors: {num_groups} {way}, {size} before" for way, num_groups, size in told]
 
 
 def _shorten(recomputed: frozenset[str], choices: tuple[Choice, ...]) -> str:

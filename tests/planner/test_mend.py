@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,12 +246,22 @@ def hook_on_a_parameter(model: nn.Module) -> None:
     hook.remove()
 
 
+def retain_the_gradient_of_the_output(model: nn.Module) -> None:
+    output = model(batch())
+    output.retain_grad()
+    mean_of_squares(output).backward()
+    assert output.grad is not None
+    bias = next(at for at in model.parameters() if at.shape == output.shape[1:])
+    bias.grad = output.grad.sum(0)  # so that it is compared with that of the run without a plan
+
+
 UNUSUAL: dict[Callable[[nn.Module], None], str] = {
     hook_on_the_output: "hooks",
     keep_the_graph: "more than the gradient of one loss",
     use_a_parameter_in_the_loss: "other ways than the outputs",
     add_two_forwards: "other ways than the outputs",
     hook_on_a_parameter: "hooks",
+    retain_the_gradient_of_the_output: "retains those of its outputs",
 }
 
 
@@ -273,6 +284,63 @@ def test_unusual_steps_give_the_same_gradients_as_without_a_plan(step: Callable[
             step(model)
         found.append([at.grad for at in model.parameters()])
     assert all(map(torch.equal, *found))
+
+
+class NoGradient(torch.autograd.Function):
+    """Passes two tensors on, and a gradient to the first of them alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return gradients[0], None
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*[block() for _ in range(3)])
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x)
+        return self.first(x), self.second(x)
+
+
+def one_sided(output: tuple[Tensor, Tensor], _: object = None) -> Tensor:
+    summed: Tensor = NoGradient.apply(*output)  # type: ignore[no-untyped-call]
+    return summed.square().mean()
+
+
+def test_an_output_that_a_loss_gives_no_gradient_is_left_alone() -> None:
+    found = []
+    for is_planned in (False, True):
+        torch.manual_seed(0)
+        model = TwoHeads()
+        optimizer = adamw(model)
+        with fit(model, optimizer, batch(), budget="18MiB", loss=one_sided) if is_planned else torch.enable_grad():
+            torch.manual_seed(1)
+            one_sided(model(batch())).backward()
+        found.append([at.grad for at in model.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None) and (ours is None or theirs is None or torch.equal(ours, theirs))
+
+
+def test_a_plan_with_a_disk_outlives_a_model_that_is_called_twice_a_step(tmp_path: Path) -> None:
+    """Two forwards of a step share their sites, so nothing can be moved: what the first plan moved is forgotten."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[block() for _ in range(6)])
+    optimizer = adamw(model)
+    settings = Settings("14MiB", exact=True, disk=str(tmp_path), tell=lambda made, title: None)
+    with Session(settings) as session:
+        session.optimizer_made(optimizer)
+        for _ in range(3):
+            (mean_of_squares(model(batch()[:64])) + mean_of_squares(model(batch()[:64]))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert session.measurement() is not None
 
 
 def test_gradients_of_the_parameters_can_still_be_asked_for() -> None:

@@ -111,8 +111,9 @@ class DiskTier(Shelf[Extent]):
                 self._closed = True
                 self._changed.notify_all()
             self._pool.close()
-            self._under_way.clear()
-            self._written.clear()
+            with self._changed:
+                self._under_way.clear()
+                self._written.clear()
             while self._stagings:
                 self._stagings.pop().close()
             self._staging_bytes = 0
@@ -126,11 +127,15 @@ class DiskTier(Shelf[Extent]):
         if not self._is_steady:
             self._changed.wait_for(lambda: self._in_flight_bytes <= room_bytes or self._closed)
         while self._under_way and self._in_flight_bytes > room_bytes:
-            self._changed.wait_for(lambda: self._under_way[0] in self._written or self._closed)
+            self._changed.wait_for(self._is_oldest_written)
             if self._closed:
                 return
-            first = self._under_way.popleft()
-            self._moved(first, self._written.pop(first))
+            if self._under_way:  # another thread may have let go of the last one meanwhile
+                first = self._under_way.popleft()
+                self._moved(first, self._written.pop(first))
+
+    def _is_oldest_written(self) -> bool:
+        return self._closed or not self._under_way or self._under_way[0] in self._written
 
     def _reap(self) -> None:
         """The threads do."""
@@ -155,9 +160,9 @@ class DiskTier(Shelf[Extent]):
         )
 
     def _send(self, record: Record[Extent], place: Extent) -> None:
+        self._pool.submit(partial(self._write, record, place, stamp(self.device)), urgent=False)
         if self._is_steady:
             self._under_way.append(record)
-        self._pool.submit(partial(self._write, record, place, stamp(self.device)), urgent=False)
 
     def _bring(self, record: Record[Extent], place: Extent) -> Arrival:
         result = torch.empty(record.numel, dtype=record.dtype, device=self.device)  # step 4
@@ -278,9 +283,13 @@ class _Pool:
 
     def submit(self, job: _Job, *, urgent: bool) -> Future[Any]:
         future: Future[Any] = Future()
-        entry = (future, job)
-        (self._urgent if urgent else self._others).append(entry)
-        self._executor.submit(self._run_first)
+        queue, entry = self._urgent if urgent else self._others, (future, job)
+        queue.append(entry)
+        try:
+            self._executor.submit(self._run_first)
+        except BaseException:
+            queue.remove(entry)
+            raise
         return future
 
     def _run_first(self) -> None:

@@ -82,7 +82,7 @@ class SpillFile:
     def failure(self, error: OSError, *, wanted_bytes: int, stored_bytes: int) -> OffloadError:
         """Return the error to raise for one of the operating system."""
         free_bytes = "an unknown number of"
-        if self.folder.is_dir():
+        with suppress(OSError):  # the folder may be gone, or its disk
             space = os.statvfs(self.folder)
             free_bytes = str(space.f_bavail * space.f_frsize)
         cause = "is full" if error.errno in FULL else "failed"

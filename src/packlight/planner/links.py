@@ -65,6 +65,24 @@ def find_link(
         raise ValueError(str(error)) from error
 
 
+def unused(
+    device: torch.device,
+    *,
+    host_budget: int | str | None = None,
+    disk: str | os.PathLike[str] | None = None,
+    known: Hardware | None = None,
+) -> tuple[str, ...]:
+    """Say in sentences which of what was allowed `find_link` leaves out."""
+    said = []
+    if host_budget is not None and known is None and device.type != "cuda":
+        said.append(f"host_budget is for what a GPU moves; the model is on {device.type}")
+    if disk is not None and known is not None:
+        said.append(f"the disk in {os.fspath(disk)} is this machine's, and the plan is for {known.name}")
+    elif disk is not None and device.type == "cuda" and host_budget is not None:
+        said.append(f"the disk in {os.fspath(disk)} is not used: a plan uses one tier, and the host is faster")
+    return tuple(said)
+
+
 def _host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

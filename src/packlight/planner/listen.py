@@ -5,6 +5,7 @@ for `backward` or for `zero_grad`. For these a method is replaced while the scri
 Nothing is decided here: a `Listener` is told.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -117,14 +118,15 @@ class BackwardStandIn:
     """Stands in for `torch.autograd.backward` until `remove`; several may, and each can leave first."""
 
     def __init__(self, run: Callable[..., None]) -> None:
-        """Call `run` with torch's own function and its arguments."""
-        self._run, self._original, self._is_active = run, torch.autograd.backward, True
+        """Call `run`, a method, with torch's own function and its arguments, as long as its object lives."""
+        self._run, self._original, self._is_active = weakref.WeakMethod(run), torch.autograd.backward, True
         _set_backward(self)
 
     def __call__(self, tensors: Any, *args: Any, **kwargs: Any) -> None:
         """Run a backward pass."""
-        if self._is_active:
-            self._run(self._original, tensors, *args, **kwargs)
+        run = self._run()
+        if self._is_active and run is not None:
+            run(self._original, tensors, *args, **kwargs)
         else:
             self._original(tensors, *args, **kwargs)
 

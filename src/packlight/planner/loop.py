@@ -44,6 +44,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 Shapes = tuple[tuple[int, ...], ...]
+AUTOCAST_TYPES = ("cpu", "cuda")
 
 
 def covers(known: Shapes, shapes: Shapes) -> bool:
@@ -61,8 +62,7 @@ def num_elements(shapes: Shapes) -> int:
 
 def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     """Return the types of device for which autocast is on now, with its dtype."""
-    types = ("cpu", "cuda")
-    return tuple((at, torch.get_autocast_dtype(at)) for at in types if torch.is_autocast_enabled(at))
+    return tuple((at, torch.get_autocast_dtype(at)) for at in AUTOCAST_TYPES if torch.is_autocast_enabled(at))
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,10 @@ class Call:
     def autocasting(self) -> Iterator[None]:
         """Run under the call's autocast; casts that it cached for tensors of the trace are dropped at the end."""
         with ExitStack() as stack:
-            for device_type, dtype in self.autocast:
-                stack.enter_context(torch.autocast(device_type, dtype=dtype))
+            on = dict(self.autocast)
+            for device_type in AUTOCAST_TYPES:
+                dtype = on.get(device_type)
+                stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=dtype is not None))
             yield
         torch.clear_autocast_cache()
 

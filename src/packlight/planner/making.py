@@ -76,6 +76,7 @@ class Maker:
             allowed = Budget.of(wanted, total_bytes=memory_bytes(device, hardware))
             step = profile(self._model, call, self._optimizers, seen=seen, hardware=hardware)
             step = replace(_noted(step, self._model), link=self._settings.link(device))
+            step = replace(step, notes=(*step.notes, *self._settings.unused(device)))
             held = tuple(cost for cost in step.optimizers if self.held and cost.formats == self.held.state_formats)
             step = replace(step, optimizers=held) if held else step
             step = replace(step, carried_before_bytes=carried_bytes(step, before)) if before else step

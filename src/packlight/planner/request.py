@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from packlight.planner.known_hardware import named
-from packlight.planner.links import find_link
+from packlight.planner.links import find_link, unused
 from packlight.records import Plan
 from packlight.step import Link
 
@@ -54,3 +54,7 @@ class Settings:
     def link(self, device: torch.device) -> Link | None:
         """Return the way to the tier that a plan may use."""
         return find_link(device, host_budget=self.host_budget, disk=self.disk, known=named(self.hardware))
+
+    def unused(self, device: torch.device) -> tuple[str, ...]:
+        """Say in sentences which tiers were allowed and are left out."""
+        return unused(device, host_budget=self.host_budget, disk=self.disk, known=named(self.hardware))

@@ -108,7 +108,10 @@ class Retry:
         self.forget()
         if self._is_nested or not torch.is_grad_enabled() or _is_elsewhere():
             return forward(*args, **kwargs)
-        start = Start(self._model, Call(args, kwargs))
+        try:
+            start = Start(self._model, Call(args, kwargs))
+        except (OSError, RuntimeError, MemoryError):  # then nothing is repeated, and the note of an error says so
+            return forward(*args, **kwargs)
         self.num_elements = max(self.num_elements, num_elements(start.call.shapes()))
         try:
             output = forward(*args, **kwargs)
@@ -155,8 +158,8 @@ class Retry:
     def _obstacle(self, pending: tuple[Start, Outputs] | None, loss: Any) -> str:
         if pending is None:
             return (
-                "its forward was not the last one, has arguments that get gradients, is compiled, "
-                "or runs on several processes"
+                "its forward was not the last one, is the first of a larger batch, has arguments that get gradients, "
+                "is compiled, runs on several processes, or what it starts from could not be noted"
             )
         return pending[1].obstacle(loss, self._model)
 
@@ -188,7 +191,14 @@ class Retry:
         raise self._told(failure, obstacle)
 
     def _turns(self, failure: Failure) -> Iterator[None]:
-        for _ in self._tightener.tighten(failure):
+        turns = self._tightener.tighten(failure)
+        while True:
+            try:
+                next(turns)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise self._told(failure, f"no tighter plan could be carried out ({error})") from error
             self.stand_outermost()
             gc.collect()
             if torch.cuda.is_initialized():

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from packlight.planner.cost import StepCost
+from packlight.planner.held import Treatment
 from packlight.planner.moving import order_of_use
 from packlight.planner.solve import choices_of, treated_by
 from packlight.records import Plan
@@ -12,12 +13,19 @@ from packlight.step import Profile
 def predicted_step_seconds(step: Profile, plan: Plan) -> float:
     """Return the predicted time of forward, loss and backward under a plan, without the optimiser."""
     costs = StepCost(step).through(plan.window_bytes)
-    return costs.price(plan.recomputed(), None, treated=treated_by(plan)).seconds
+    return costs.price(plan.recomputed(), None, treated=_treated(costs, plan)).seconds
+
+
+def _treated(costs: StepCost, *plans: Plan) -> dict[str, Treatment]:
+    """Return what plans do with the groups of a profile, maybe another than they were made for; the last one counts."""
+    both = {name: treatment for plan in plans for name, treatment in treated_by(plan).items()}
+    return {name: treatment for name, treatment in both.items() if name in costs.groups}
 
 
 def carried_bytes(step: Profile, before: Plan) -> int:
     """Return what the loop takes of a step's outputs into the next one, under a plan."""
-    return StepCost(step).carried_bytes(before.recomputed(), treated_by(before))
+    costs = StepCost(step)
+    return costs.carried_bytes(before.recomputed(), _treated(costs, before))
 
 
 def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
@@ -35,8 +43,7 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     costs = StepCost(step).through(mover.window_bytes)
     recomputed = plan.recomputed() | (before.recomputed() & {choice.group for choice in plan.choices})
     free = {group.name for group in costs.treatable(recomputed)}
-    both = treated_by(before) | treated_by(plan)
-    treated = {name: treatment for name, treatment in both.items() if name in free}
+    treated = {name: each for name, each in _treated(costs, before, plan).items() if name in free}
     optimizer = next((cost for cost in step.optimizers if cost.formats == plan.state_formats), None)
     cost = costs.price(recomputed, optimizer, treated=treated)
     estimate = before.estimate

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from packlight.activations.offload import OffloadError
 from packlight.budget import Budget
 from packlight.planner.apply import Carried, adopt_formats, carry_out, saving_now
 from packlight.planner.listen import Ears, Listener, LossLog
@@ -216,10 +217,9 @@ class Session(Listener):
 
     def _plan_before_first_step(self) -> None:
         if self.settings.plan is not None:
-            self._carry_out_given(self.settings.plan)
-            return
+            return self._carry_out_given(self.settings.plan)
         if self.settings.budget is None:
-            return
+            return None
         assert self._model is not None and self._maker is not None and self._call is not None
         step, plan = self._maker.make(self._call, Seen(other_bytes=self._maker.other_bytes()))
         self.first_estimate, self.plan = plan.estimate, plan
@@ -235,7 +235,7 @@ class Session(Listener):
             raise SessionStop("the plan expects a peak above the budget; plan again", exit_status=3)
         try:
             self._carry_out(plan)
-        except ValueError as error:
+        except (ValueError, OffloadError) as error:
             raise SessionStop(f"the plan does not suit this script: {error}", exit_status=2) from error
 
     def update_begins(self, optimizer: Optimizer) -> None:
@@ -343,8 +343,8 @@ class Session(Listener):
             return
         self._watch.update_ends()
         self._num_updates += 1
-        if self._maker is not None:
-            self._maker.held = self.plan
         self._losses.end_step()
-        if self._mend is not None and self._num_updates % len(self._optimizers) == 0:  # the last of them has stepped
+        if self._maker:
+            self._maker.held = self.plan
+        if self._mend and self._num_updates % len(self._optimizers) == 0:  # the last of them has stepped
             self._mend.step_ends()

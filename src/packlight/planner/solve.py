@@ -19,7 +19,7 @@ from packlight.planner.cost import Cost, StepCost
 from packlight.planner.hardware import measure
 from packlight.planner.held import Treatment, has_sign
 from packlight.planner.known_hardware import named
-from packlight.planner.links import find_link
+from packlight.planner.links import find_link, unused
 from packlight.planner.loop import Loss, Seen, listed
 from packlight.planner.measure import other_bytes
 from packlight.planner.moving import order_of_use
@@ -117,13 +117,15 @@ def profiled(
     if known is None and device.type != "meta":
         measure(device.type)  # what measuring leaves behind is counted too
         beside_bytes = other_bytes(model, listed(optimizer))
-    link = find_link(device, host_budget=asked.get("host_budget"), disk=asked.get("disk"), known=known)
+    host_budget, disk = asked.get("host_budget"), asked.get("disk")
+    link = find_link(device, host_budget=host_budget, disk=disk, known=known)
     seen = Seen(other_bytes=beside_bytes)
     step = profile(model, batch, optimizer, loss=asked.get("loss"), seen=seen, hardware=hardware)
     if known is not None and allowed.device_bytes > known.device_bytes:
         note = f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has"
         step = replace(step, notes=(*step.notes, note))
-    step = replace(step, link=link)
+    left_out = unused(device, host_budget=host_budget, disk=disk, known=known)
+    step = replace(step, link=link, notes=(*step.notes, *left_out))
     return step, solve(step, allowed, exact=asked.get("exact", False))
 
 

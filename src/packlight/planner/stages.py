@@ -14,7 +14,7 @@ backward begins    2 `obstacle` walks the graph: does anything but the outputs l
 """
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,9 @@ class Outputs:
         """Say why backward from a loss cannot go in two stages (step 2); nothing where it can."""
         if not isinstance(loss, torch.Tensor) or loss.grad_fn is None or not self._roots:
             return "backward starts from more than one loss, or from none that the model's outputs lead to"
-        if any(_is_foreign(hook) for table in self._hooks for hook in table.values()) or _has_hooks(model):
-            return "the script has hooks on the model's gradients"
+        retained = any(tensor is not None and tensor.retains_grad for tensor in (each() for each in self._tensors))
+        if retained or any(_is_foreign(hook) for table in self._hooks for hook in table.values()) or _has_hooks(model):
+            return "the script has hooks on the model's gradients, or retains those of its outputs"
         start: _Edge = tuple(get_gradient_edge(loss))[:2]  # type: ignore[assignment]
         reached, leaves, _ = _walk(start, set(self._edges))
         if leaves or not reached:
@@ -65,13 +66,13 @@ class Outputs:
         """Do stage one (step 3).
 
         Returns:
-            The gradient of the loss by the position of each output that gets one.
+            The gradient of the loss by the position of each output that gets one; a function on the way may give none.
         """
         start: _Edge = tuple(get_gradient_edge(loss))[:2]  # type: ignore[assignment]
         reached, _, _ = _walk(start, set(self._edges))
         positions = {self._edges.index(edge): GradientEdge(*edge) for edge in reached}
-        found = torch.autograd.grad([loss], list(positions.values()))
-        return dict(zip(positions, found, strict=True))
+        found: Sequence[torch.Tensor | None] = torch.autograd.grad([loss], [*positions.values()], allow_unused=True)
+        return {at: gradient for at, gradient in zip(positions, found, strict=True) if gradient is not None}
 
     def run(
         self,
@@ -88,6 +89,8 @@ class Outputs:
             inputs: what gets gradients; None: everything.
         """
         roots, self._roots = [self._roots[at] for at in gradients], []
+        if not roots:
+            return
         self._gradients.update(gradients)
         gradients.clear()
         try:
