@@ -3,7 +3,7 @@
 Each of twelve model families (`fit_families.py`) is trained as it is, at 80, 60, 40 and 25 % of that peak (or the least
 that fits), in four ways that people save activations by hand, and planned again with each of those ways' peaks as the
 budget. Every run is a process of its own and is measured by `packlight run`; `--rounds` repeats all of it, and times
-are medians over rounds of the median step. Prints tables, and writes JSON and a plot of step time against peak.
+are medians over rounds of the median step. Prints tables, and writes JSON and a page that plots step time against peak.
 
     python -m benchmarks.fit --rounds 3 --output benchmarks/results/HARDWARE/fit.json
 """
@@ -180,21 +180,25 @@ def verdict(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw step time against peak, one panel a family."""
-    from matplotlib import pyplot
+    """Draw step time against peak, one panel a family, as a page that loads plotly's script from the net."""
+    from plotly.graph_objects import Scatter
+    from plotly.subplots import make_subplots
 
     names = list(dict.fromkeys(row["family"] for row in rows))
-    figure, panels = pyplot.subplots(-(-len(names) // 4), min(4, len(names)), figsize=(16, 10), squeeze=False)
-    for name, panel in zip(names, panels.flat, strict=False):
+    columns = min(4, len(names))
+    figure = make_subplots(-(-len(names) // columns), columns, subplot_titles=names)
+    for at, name in enumerate(names):
         own = [row for row in rows if row["family"] == name]
+        place = {"row": at // columns + 1, "col": at % columns + 1}
         planned = sorted((row for row in own if "fits" in row), key=lambda row: row["peak_bytes"])
-        panel.plot(*_points(planned), "o-", label="packlight")
-        for way in ("plain", *WAYS):
-            panel.plot(*_points([row for row in own if row["way"] == way]), "s", label=way)
-        panel.set(title=name, xlabel="peak, MiB", ylabel="step time over plain")
-    panels.flat[0].legend()
-    figure.tight_layout()
-    figure.savefig(path)
+        lines = {"packlight": planned, **{way: [row for row in own if row["way"] == way] for way in ("plain", *WAYS)}}
+        for number, (way, points) in enumerate(lines.items()):
+            peaks, times = _points(points)
+            colour = f"hsl({number * 60}, 60%, 45%)"
+            marks = {"name": way, "legendgroup": way, "showlegend": at == 0, "line_color": colour}
+            figure.add_trace(Scatter(x=peaks, y=times, mode="lines+markers", **marks), **place)
+    figure.update_xaxes(title_text="peak, MiB").update_yaxes(title_text="step time over plain")
+    figure.write_html(path, include_plotlyjs="cdn")
 
 
 def _points(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
@@ -224,7 +228,7 @@ def main() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         made = {"command": ["python", "-m", "benchmarks.fit", *sys.argv[1:]], "verdict": verdict(rows), "rows": rows}
         options.output.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        plot(rows, options.output.with_suffix(".svg"))
+        plot(rows, options.output.with_suffix(".html"))
 
 
 if __name__ == "__main__":
