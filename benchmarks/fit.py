@@ -205,6 +205,14 @@ def _points(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     return [row["peak_bytes"] / 2**20 for row in rows], [row["slowdown"] for row in rows]
 
 
+def write(rows: Sequence[Row], path: Path) -> None:
+    """Write what there is so far, and draw it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {"command": ["python", "-m", "benchmarks.fit", *sys.argv[1:]], "verdict": verdict(rows), "rows": rows}
+    path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    plot(rows, path.with_suffix(".html"))
+
+
 def main() -> None:
     """Run every family."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -223,12 +231,9 @@ def main() -> None:
         own = merged([one_round(runs, ways) for _ in range(options.rounds)])
         console.print(table(own))
         rows += own
+        if options.output:  # after each family: all of them take an hour
+            write(rows, options.output)
     console.print_json(data=verdict(rows))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        made = {"command": ["python", "-m", "benchmarks.fit", *sys.argv[1:]], "verdict": verdict(rows), "rows": rows}
-        options.output.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        plot(rows, options.output.with_suffix(".html"))
 
 
 if __name__ == "__main__":
