@@ -19,7 +19,7 @@ from packlight.activations.host import HostTier
 from packlight.activations.offload import OffloadError
 from packlight.activations.pages import Pages
 from packlight.activations.slabs import LARGE_BYTES, SLAB_BYTES, Slabs
-from packlight.activations.staging import DeviceStaging
+from packlight.activations.staging import CHUNK_BYTES, DeviceStaging
 from tests.cases import DEVICES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -578,7 +578,7 @@ def test_staging_waits_for_its_copies(cuda: FakeCuda) -> None:
     staging.unload(back)
     assert torch.equal(back, part)
     assert cuda.log == ["in side", "host waits for side"] * 2
-    assert staging.num_bytes == sum(cuda.registered.values()) == 4 * MIB
+    assert staging.num_bytes == sum(cuda.registered.values()) == CHUNK_BYTES
     staging.close()
     assert not cuda.registered
 

@@ -165,7 +165,8 @@ def fit(
     >>> batch = torch.ones(4096, 64)
     >>> with fit(model, optimizer, batch, budget="20MiB", loss=lambda output, _: output.sum()) as handle:
     ...     for _ in range(3):
-    ...         model(batch).sum().backward()
+    ...         output = model(batch)
+    ...         output.sum().backward()
     ...         optimizer.step()
     ...         optimizer.zero_grad()
     ...     handle.measurement.device_peak_bytes <= 20 * 2**20
