@@ -204,3 +204,8 @@ class Profile(JsonRecord):
     link: Link | None = None
     notes: tuple[str, ...] = ()
     hardware: str = ""
+
+    @property
+    def staging_bytes(self) -> int:
+        """What copies to the tier need for themselves on the device; those of a GPU are in host memory."""
+        return self.link.staging_bytes if self.link is not None and self.device == "cpu" else 0

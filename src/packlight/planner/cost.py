@@ -70,7 +70,7 @@ class StepCost:
         self.groups = {group.name: group for group in find_groups(profile)}
         self.window_bytes = 0
         self._spans: list[Span] = []
-        self._staging_bytes = 0
+        self._moving, self._staging_bytes = Moving(), 0
         self._lasting: torch.Tensor | None = None
 
     def through(self, window_bytes: int) -> Self:
@@ -106,8 +106,7 @@ class StepCost:
                 at, peak_bytes, replayed = replay.before, with_replay, replay
         seconds = self.profile.seconds * self.profile.num_microbatches + sum(map(self.recompute_seconds, chosen))
         seconds += sum(self.treatment_seconds(name, treatment) for name, treatment in (treated or {}).items())
-        if treated:
-            seconds += self.moving(chosen, treated).waiting_seconds * self.profile.num_microbatches
+        seconds += self._moving.waiting_seconds * self.profile.num_microbatches
         cost = Cost(peak_bytes, self._moment(at), self._by_category(at, ends, replays, replayed), seconds, at)
         return cost if optimizer is None else self._with_optimizer(cost, ends, optimizer)
 
@@ -117,14 +116,14 @@ class StepCost:
         """Return the second runs, where each storage of the first run ends, and the live bytes after each event."""
         replays = [replay for replay in self.replays if replay.region.block in chosen]
         ends = self._ends(chosen)
-        self._spans = []
+        self._spans, self._moving = [], self.moving(chosen, treated)
         self._staging_bytes = self.staging_bytes(treated)
         if treated:
             ends = self._find_ends(chosen, treated)
             gone = self._gone(chosen)
             for name, treatment in treated.items():
                 self._spans += spans(self.profile, self.groups[name], treatment, gone)
-            self._spans += self.moving(chosen, treated).spans
+            self._spans += self._moving.spans
         return replays, ends, self._live_bytes(ends, replays)
 
     def moving(self, recomputed: Collection[str], treated: Mapping[str, Treatment]) -> Moving:
@@ -136,9 +135,8 @@ class StepCost:
 
     def staging_bytes(self, treated: Mapping[str, Treatment]) -> int:
         """Return what copies to the tier need for themselves on the device; a GPU's are in host memory."""
-        link = self.profile.link
         moves = any(treatment.is_moved for treatment in treated.values())
-        return link.staging_bytes if link is not None and moves and self.profile.device == "cpu" else 0
+        return self.profile.staging_bytes if moves else 0
 
     def _gone(self, recomputed: Collection[str]) -> set[int]:
         return {at for at, save in enumerate(self.profile.saves) if self.block_of(save) in recomputed}

@@ -44,14 +44,6 @@ class Maker:
         measure(device_of(self._model).type)  # what measuring leaves behind is counted too
         return other_bytes(self._model, self._optimizers)
 
-    def without_tier(self, seen: Seen, plan: Plan) -> Seen:
-        """Take what a plan's tier needed for itself out of what was seen to live beside the step under it."""
-        device = device_of(self._model)
-        link = self._settings.link(device)
-        if seen.other_bytes is None or link is None or not plan.tier or device.type != "cpu":
-            return seen
-        return replace(seen, other_bytes=seen.other_bytes - link.staging_bytes)
-
     def make(
         self, call: Call, seen: Seen, *, budget: int | None = None, before: Plan | None = None
     ) -> tuple[Profile, Plan]:

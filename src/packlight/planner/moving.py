@@ -54,13 +54,11 @@ class Moving:
         spans: bytes that live on the device because of them, each with its first and its last event.
         waiting_seconds: time that compute waits.
         stored_bytes: what lies on the tier at most.
-        moved_bytes: in both directions.
     """
 
     spans: list[Span] = field(default_factory=list)
     waiting_seconds: float = 0.0
     stored_bytes: int = 0
-    moved_bytes: int = 0
 
 
 def simulate(
@@ -135,7 +133,6 @@ def _go_out(profile: Profile, moves: Sequence[Move], made: Moving, *, link: Link
         finished = max(now, finished) + move.num_bytes / link.out_bytes_per_second
         under_way.append((finished, move))
         under_way_bytes += move.num_bytes
-        made.moved_bytes += move.num_bytes
     for _, other in under_way:
         _live_until(other, profile.forward_end, made)
     made.waiting_seconds += max(late, finished - profile.forward_seconds)
@@ -166,12 +163,15 @@ class _Reader:
     def __init__(self, link: Link, window_bytes: int, made: Moving) -> None:
         self._link, self._window_bytes, self._made = link, window_bytes, made
         self._ahead: dict[str, tuple[int, float]] = {}
+        self._partly: dict[str, int] = {}  # codes or scales alone may have found room, from this event on
         self._ahead_bytes, self._finished = 0, 0.0
 
     def fetch_ahead(self, move: Move, event: int, now: float) -> bool:
         """Begin to read, unless that was done; False where the window is full."""
         if move.name not in self._ahead:
             if self._ahead_bytes + move.num_bytes > self._window_bytes:
+                if move.is_encoded:
+                    self._partly.setdefault(move.name, event)
                 return False
             self._ahead[move.name] = event, self._read(move, now)
             self._ahead_bytes += move.num_bytes
@@ -184,6 +184,7 @@ class _Reader:
             self._ahead_bytes -= move.num_bytes
         else:
             began, finished = event, self._read(move, now)
+        began = min(began, self._partly.pop(move.name, began))
         end = event + 1 if move.is_encoded else event  # codes live until the tensor is decoded
         if began < end:
             self._made.spans.append((move.num_bytes, began, end))
@@ -191,7 +192,6 @@ class _Reader:
 
     def _read(self, move: Move, now: float) -> float:
         self._finished = max(now, self._finished) + move.num_bytes / self._link.in_bytes_per_second
-        self._made.moved_bytes += move.num_bytes
         return self._finished
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment
+from packlight.planner.loop import Seen
 from packlight.planner.moving import order_of_use
 from packlight.planner.solve import choices_of, treated_by
 from packlight.records import Plan
@@ -26,6 +27,13 @@ def carried_bytes(step: Profile, before: Plan) -> int:
     """Return what the loop takes of a step's outputs into the next one, under a plan."""
     costs = StepCost(step)
     return costs.carried_bytes(before.recomputed(), _treated(costs, before))
+
+
+def without_tier(seen: Seen, plan: Plan, step: Profile) -> Seen:
+    """Take what a plan's tier needed for itself out of what was seen to live beside the step under it."""
+    if seen.other_bytes is None or not plan.tier:
+        return seen
+    return replace(seen, other_bytes=seen.other_bytes - step.staging_bytes)
 
 
 def joined(step: Profile, plan: Plan, before: Plan) -> Plan:

@@ -34,7 +34,7 @@ from packlight.planner.measure import ModuleHook, StepWatch
 from packlight.planner.mend import Mend
 from packlight.planner.profile import ProfileError
 from packlight.planner.request import SessionStop, Settings
-from packlight.planner.revise import joined, predicted_step_seconds, rescale
+from packlight.planner.revise import joined, predicted_step_seconds, rescale, without_tier
 from packlight.planner.solve import least_plan
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
@@ -270,10 +270,10 @@ class Session(Listener):
 
     def _plan_again(self) -> None:
         """Plan with what step 1 has shown, and carry that out (step 3)."""
-        assert self._watch and self._first and self._mend and self._maker
+        assert self._watch and self._first and self._mend and self._step
         watch, seconds = self._watch, self._watch.step_seconds_so_far()
         was_on = watch.pause()
-        self._seen = self._maker.without_tier(watch.seen(self._gradients), self._first)
+        self._seen = without_tier(watch.seen(self._gradients), self._first, self._step)
         self._put_blocks_back()
         step, plan, title = self._make_plan_below(self._mend.limit_bytes)
         self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
