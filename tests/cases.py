@@ -69,7 +69,7 @@ def _digits() -> Any:
 def digits(num: int) -> tuple[Tensor, Tensor]:
     """Draw images of handwritten digits (num, 1, 8, 8) and which digit each one is."""
     data = _digits()
-    chosen = torch.randperm(len(data.images))[:num].numpy()
+    chosen = torch.randperm(len(data.images))[:num].tolist()
     images = torch.tensor(data.images[chosen], dtype=torch.float32)
     return images.unsqueeze(1) / 16, torch.tensor(data.target[chosen])
 
@@ -252,7 +252,7 @@ class ExpertLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         scores, chosen = self.router(normed).softmax(dim=-1).topk(2)
-        gates = torch.zeros(*x.shape[:-1], len(self.experts)).scatter(-1, chosen, scores)
+        gates = scores.new_zeros(*x.shape[:-1], len(self.experts)).scatter(-1, chosen, scores)
         for at, expert in enumerate(self.experts):
             x = x + gates[..., at : at + 1] * expert(normed)
         return x

@@ -25,6 +25,7 @@ ALLOWED_VARIABLES = {
     "KMP_DUPLICATE_LIB_OK",  # set by the import of sklearn
     "KMP_INIT_AT_FORK",  # the same
     "PYTORCH_NVML_BASED_CUDA_CHECK",  # set by the import of deepspeed and lightning
+    "CUDA_MODULE_LOADING",  # set by torch when CUDA is initialised
     "TORCHINDUCTOR_CACHE_DIR",  # set by the import of torch.distributed.pipelining and others
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",  # set by torch.compile
 }

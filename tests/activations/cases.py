@@ -53,8 +53,9 @@ DISK = ("offload", "recompute, offload, keep and compress in each block")
 
 def engine(model: nn.Module, how: str, **others: Any) -> Engine:
     """Carry out exact choices, for the smallest tensors too."""
-    choices = EXACT[how](model)
-    tier = make_tier("disk", device=CPU) if any("offload" in each for each in choices.values()) else None
+    choices, device = EXACT[how](model), next(model.parameters()).device
+    offloads = any("offload" in each for each in choices.values())
+    tier = make_tier("host" if device.type == "cuda" else "disk", device=device) if offloads else None
     return Engine(model, choices, **({"codec": "mask", "tier": tier, "min_bytes": 0} | others))
 
 
@@ -102,8 +103,8 @@ Context = Callable[[], Any]
 
 
 @contextmanager
-def bf16() -> Iterator[None]:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def bf16(device_type: str = "cpu") -> Iterator[None]:
+    with torch.autocast(device_type, dtype=torch.bfloat16):
         yield
 
 
@@ -127,7 +128,8 @@ def train(
 
 def numbers(model: nn.Module) -> list[Tensor]:
     gradients = [at.grad.clone() for at in model.parameters() if at.grad is not None]
-    return [*gradients, *[buffer.clone() for buffer in model.buffers()], torch.get_rng_state()]
+    random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+    return [*gradients, *[buffer.clone() for buffer in model.buffers()], *random]
 
 
 def assert_equal(mine: list[Tensor], theirs: list[Tensor]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from packlight.activations.compress import CODECS, Encoded
 from packlight.optim.state import group_settings, init_state
@@ -115,18 +115,19 @@ def _matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 def measure(device_type: str) -> Rates:
     """Measure the rates of a device (about half a second, once in a process)."""
     device = torch.device(device_type)
+    side, num_encoded = (1024, 2**20) if device.type == "cpu" else (4096, 2**24)
     with _disable_current_modes(), torch.inference_mode():
-        matrix = torch.ones(1024, 1024, dtype=torch.float32, device=device)
+        matrix = torch.ones(side, side, dtype=torch.float32, device=device)
         flops_seconds = _best_seconds(lambda: matrix @ matrix, device)
         block = torch.ones(2**24, dtype=torch.float32, device=device)
         target = torch.empty_like(block)
         copy_seconds = _best_seconds(lambda: target.copy_(block), device)
         scalar = torch.ones(1, dtype=torch.float32, device=device)
         launch_seconds = _best_seconds(lambda: scalar + 1, device)
-        update_seconds = _update_seconds(device)
-        codec_seconds = {codec: _codec_seconds(codec, block[: 2**20]) for codec in CODECS}
+        update_seconds = _update_seconds(device, side)
+        codec_seconds = {codec: _codec_seconds(codec, block[:num_encoded]) for codec in CODECS}
     return Rates(
-        MeasuredFlops(device, 2 * 1024**3 / flops_seconds),
+        MeasuredFlops(device, 2 * side**3 / flops_seconds),
         2 * block.nbytes / copy_seconds,
         launch_seconds,
         update_seconds,
@@ -145,9 +146,9 @@ def _codec_seconds(codec: str, values: torch.Tensor) -> float:
     return _best_seconds(run, values.device, repeats=3) / values.numel()
 
 
-def _update_seconds(device: torch.device) -> float:
-    """Measure the low-bit AdamW step, in seconds for one element."""
-    parameter = torch.ones(1024, 1024, dtype=torch.float32, device=device)
+def _update_seconds(device: torch.device, side: int) -> float:
+    """Measure the low-bit AdamW step of a square matrix, in seconds for one element."""
+    parameter = torch.ones(side, side, dtype=torch.float32, device=device)
     state = init_state(parameter, "4bit")
     settings = group_settings({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False})
     run = functools.partial(update, parameter, parameter, state, state_format="4bit", settings=settings)
@@ -205,10 +206,16 @@ def _tensor_bytes(value: object) -> int:
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
     packet = func.overloadpacket
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if packet is attention:
-        return float(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
-    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return 2.5 * float(sdpa_flop_count(args[1].shape, args[2].shape, args[3].shape))
+    if packet.__name__.startswith("_scaled_dot_product"):
+        is_backward = packet.__name__.endswith("_backward")
+        query, key, value = args[1:4] if is_backward else args[:3]
+        # Backward computes the scores again, and two products for each of forward's two.
+        return _attention_flops(query, key, value) * (2.5 if is_backward else 1.0)
     count = flop_registry.get(packet)
     return float(count(*args, **kwargs, out_val=out)) if count is not None else 0.0
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> float:
+    """Count two products; torch 2.11's own count refuses keys of fewer heads. Each (batch, heads, length, width)."""
+    batch, num_heads, length, width = query.shape
+    return 2.0 * batch * num_heads * length * key.shape[-2] * (width + value.shape[-1])

@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.budget import Budget, BudgetError
+from packlight.planner.beside import other_bytes
 from packlight.planner.curve import with_curve
 from packlight.planner.hardware import measure
 from packlight.planner.loop import Call, Seen
-from packlight.planner.measure import other_bytes
 from packlight.planner.profile import ProfileError, profile
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import carried_bytes

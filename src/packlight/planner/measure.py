@@ -155,10 +155,16 @@ class StepWatch:
             num_microbatches=max(1, self.num_backwards),
             num_forwards=math.ceil(self.num_microbatches / max(1, self.num_backwards)),
             gradients="step" if self.num_backwards > 1 else gradients,
-            other_bytes=self.other_bytes,
+            other_bytes=self.other_bytes + self._unseen_bytes(),
             held_outputs=self.tail.held_outputs,
             carries_outputs=bool(self.tail.living_outputs()),
         )
+
+    def _unseen_bytes(self) -> int:
+        """Return what a GPU's allocator has given out and no tensor of Python's holds: libraries' workspaces."""
+        if self.line.device_type != "cuda" or not self._measuring:
+            return 0
+        return max(0, torch.cuda.memory_allocated() - self.line.live_bytes)
 
     def step_seconds_so_far(self) -> float:
         """Return how long the open step has taken."""
@@ -302,16 +308,6 @@ class _PlanPeak:
 
     start: int | None = None
     peak_bytes: int = 0
-
-
-def other_bytes(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Return the bytes of all tensors on the model's device that are not parameters, gradients or states."""
-    device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    own = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad) if tensor is not None]
-    own += [tensor for each in optimizers for tensor in flat_tensors(list(each.state.values()))]
-    known = {tensor.untyped_storage()._cdata for tensor in own}
-    storages = {tensor.untyped_storage()._cdata: tensor for tensor in existing_tensors(device_type)}
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in known)
 
 
 class ModuleHook:

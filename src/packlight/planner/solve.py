@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from packlight.budget import Budget, BudgetError, format_bytes
+from packlight.planner.beside import other_bytes
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.hardware import measure
 from packlight.planner.held import Treatment, has_sign
 from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link, unused
 from packlight.planner.loop import Loss, Seen, listed
-from packlight.planner.measure import other_bytes
 from packlight.planner.moving import order_of_use
 from packlight.planner.profile import profile
 from packlight.planner.program import Option

@@ -1,0 +1,247 @@
+"""What packlight promises holds on a GPU: bits of gradients and updates, bytes of plans."""
+
+import copy
+import functools
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import packlight
+from packlight.activations.engine import Engine
+from packlight.activations.offload import make_tier
+from packlight.numerics import FORMATS
+from packlight.numerics.groups import GROUP_FORMATS
+from packlight.optim import AdamW
+from packlight.planner.solve import plan
+from tests.activations.cases import EXACT, MODELS, NUM_STEPS, assert_equal, bf16, engine, train
+from tests.cases import GPT, NUM_BYTES, Case, windows
+
+DEVICE = "cuda"
+PEAK_TOLERANCE = 0.02
+"""The share by which a plan may miss, as for every other device."""
+
+pytestmark = [
+    pytest.mark.usefixtures("seed"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+
+@pytest.fixture
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let each operator give the same bits each time, where it can."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def case_of(name: str) -> Case:
+    with torch.device(DEVICE):
+        return MODELS[name]()
+
+
+def twin(case: Case) -> Case:
+    return Case(copy.deepcopy(case.model), case.batch, case.loss)
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+@pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_gradients_buffers_and_random_state_are_bit_equal(name: str, mixed: bool, repeatable: None) -> None:
+    loop = {"context": functools.partial(bf16, DEVICE)} if mixed else {}
+    case = case_of(name)
+    expected = list(train(twin(case), **loop))
+    for mine, theirs in zip(train(twin(case), **loop), expected, strict=True):
+        if not all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
+            pytest.skip("two plain runs differ")
+    for how in EXACT:
+        ours = twin(case)
+        with engine(ours.model, how):
+            got = list(train(ours, **loop))
+        assert len(got) == NUM_STEPS
+        for mine, theirs in zip(got, expected, strict=True):
+            assert_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("codec", GROUP_FORMATS)
+def test_lossy_codecs_give_the_gradients_but_for_rounding(codec: str) -> None:
+    case = case_of("gpt")
+    plain = twin(case)
+    plain.value().backward()
+    with Engine(case.model, {"*": "compress"}, codec=codec, min_bytes=0):
+        case.value().backward()
+    pairs = list(zip(case.model.parameters(), plain.model.parameters(), strict=True))
+    error = sum(float((a.grad - b.grad).double().square().sum()) for a, b in pairs)  # type: ignore[operator, union-attr]
+    size = sum(float(b.grad.double().square().sum()) for _, b in pairs)  # type: ignore[union-attr]
+    assert 0 < (error / size) ** 0.5 < 0.2
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_many_steps_through_a_tier_leave_the_memory_as_it_was(tier: str) -> None:
+    case = case_of("gpt")
+    made = make_tier(tier, device=torch.device(DEVICE))
+    with Engine(case.model, {"*": "offload"}, tier=made, min_bytes=0):
+        for step in range(30):
+            case.model.zero_grad()
+            case.value().backward()
+            if step == 2:
+                before = torch.cuda.memory_allocated()
+        made.flush()
+        assert torch.cuda.memory_allocated() == before
+
+
+def loss_of(net: nn.Module, step: int) -> Tensor:
+    torch.manual_seed(step)
+    tokens = windows(4, 32).to(DEVICE)
+    return F.cross_entropy(net(tokens)[:, :-1].reshape(-1, NUM_BYTES).float(), tokens[:, 1:].reshape(-1))
+
+
+def gpt(dtype: torch.dtype = torch.float32) -> GPT:
+    torch.manual_seed(0)
+    return GPT(width=64, num_layers=1).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("state_format", FORMATS)
+def test_a_step_gives_the_bits_that_it_gives_on_the_cpu(state_format: str, dtype: torch.dtype) -> None:
+    there = gpt(dtype)
+    here = copy.deepcopy(there).to("cpu")
+    ours, theirs = (AdamW(net.parameters(), lr=1e-2, state_format=state_format) for net in (there, here))
+    for step in range(3):
+        ours.zero_grad()
+        loss_of(there, step).backward()
+        for a, b in zip(there.parameters(), here.parameters(), strict=True):
+            b.grad = None if a.grad is None else a.grad.cpu()
+        ours.step()
+        theirs.step()
+    assert_equal([at.cpu() for at in there.parameters()], list(here.parameters()))
+    for a, b in zip(there.parameters(), here.parameters(), strict=True):
+        assert_equal([at.cpu() for at in ours.state[a].values()], list(theirs.state[b].values()))
+    assert ours.state_bytes() == theirs.state_bytes()
+
+
+@pytest.mark.parametrize("state_format", FORMATS)
+def test_grad_scaler_skips_infinities(state_format: str) -> None:
+    net = gpt()
+    optimizer = AdamW(net.parameters(), lr=1e-2, state_format=state_format)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**12)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(net, step)).backward()
+        before = [at.detach().clone() for at in net.parameters()]
+        if step == 1:
+            assert net.head.weight.grad is not None
+            net.head.weight.grad[3, 3] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        unchanged = all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+        assert unchanged is (step == 1)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+@pytest.mark.parametrize("state_format", FORMATS)
+def test_a_resumed_run_is_the_run(state_format: str) -> None:
+    whole, part = gpt(), gpt()
+    one, two = (AdamW(net.parameters(), lr=1e-2, state_format=state_format) for net in (whole, part))
+
+    def advance(net: nn.Module, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            loss_of(net, step).backward()
+            optimizer.step()
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        advance(whole, one, range(4))
+        advance(part, two, range(2))
+        resumed = AdamW(part.parameters(), lr=1e-2, state_format=state_format)
+        resumed.load_state_dict({**two.state_dict()})
+        advance(part, resumed, range(2, 4))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_equal(list(whole.parameters()), list(part.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:release_gradients=True updates parameters inside backward:UserWarning")
+def test_released_gradients_update_as_kept_ones() -> None:
+    nets = [gpt(), gpt()]
+    kept, released = (
+        AdamW(net.parameters(), lr=1e-2, release_gradients=release)
+        for net, release in zip(nets, (False, True), strict=True)
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for step in range(3):
+            for net, optimizer in zip(nets, (kept, released), strict=True):
+                optimizer.zero_grad()
+                loss_of(net, step).backward()
+                optimizer.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(param.grad is None for param in nets[1].parameters())
+    assert_equal(list(nets[0].parameters()), list(nets[1].parameters()))
+
+
+def test_a_step_can_be_captured_in_a_graph() -> None:
+    net = gpt()
+    optimizer = AdamW(net.parameters(), lr=torch.tensor(1e-2, device=DEVICE))
+    for param in net.parameters():
+        param.grad = torch.randn_like(param)
+    for _ in range(3):
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    eager = copy.deepcopy(net.state_dict())
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    assert_equal(list(net.state_dict().values()), list(eager.values()))  # captured, not run
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not torch.equal(net.head.weight, eager["head.weight"])
+
+
+@pytest.mark.parametrize("tier", ["", "host"])
+@pytest.mark.parametrize("name", ["gpt", "lora", "llama", "bert", "convnet", "unet", "vit", "flat"])
+def test_an_exact_plan_keeps_its_budget_and_its_estimate(name: str, tier: str) -> None:
+    made_case = case_of(name)
+    batch = _larger(made_case.batch)
+    case = Case(made_case.model, batch, _own_loss_or_mean_square)
+    optimizer = torch.optim.AdamW([at for at in case.model.parameters() if at.requires_grad], lr=1e-3)
+    host_budget = "4GiB" if tier else None
+    gc.collect()
+    first = plan(case.model, batch, optimizer, budget="50%", loss=case.loss, exact=True, host_budget=host_budget)
+    budget = (first.smallest_budget_bytes + first.estimate.plain_peak_bytes) // 2
+    asked: dict[str, Any] = {"budget": budget, "loss": case.loss, "exact": True, "host_budget": host_budget}
+    with packlight.fit(case.model, optimizer, batch, **asked) as handle:
+        for step in range(4):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            output = case.output()
+            loss = case.loss(output, case.batch)
+            loss.backward()
+            optimizer.step()
+            del output, loss
+        measured, made = handle.measurement, handle.plan
+    assert measured is not None and measured.num_steps == 4
+    print(name, tier, measured.device_peak_bytes, made.estimate.device_peak_bytes, made.tier)
+    assert measured.device_peak_bytes <= budget
+    assert measured.device_peak_bytes == pytest.approx(made.estimate.device_peak_bytes, rel=PEAK_TOLERANCE)
+
+
+def _larger(batch: Any) -> Any:
+    """Repeat a batch, so that what a step saves outweighs the libraries' workspaces."""
+    times = 64
+    if isinstance(batch, Tensor):
+        return batch.repeat(times, *[1] * (batch.dim() - 1))
+    if isinstance(batch, dict):
+        return {key: _larger(value) for key, value in batch.items()}
+    return tuple(_larger(each) for each in batch)
+
+
+def _own_loss_or_mean_square(output: Any, _: object) -> Tensor:
+    found: Tensor = output.loss if hasattr(output, "loss") else output.float().square().mean()
+    return found
