@@ -183,6 +183,8 @@ class MemoryTier:
     def flush(self) -> None:
         """All is moved."""
 
+    drain = flush
+
     def close(self) -> None:
         self.is_closed = True
 

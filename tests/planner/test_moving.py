@@ -101,7 +101,7 @@ def take_step(case: Case, line: Timeline) -> None:
 
 def real_peaks(case: Case, choices: Mapping[str, str], tier: Tier, uses: Sequence[str]) -> list[int]:
     peaks = []
-    with Engine(case.model, choices, tier=tier, min_bytes=0, waits=True, uses=uses):
+    with Engine(case.model, choices, tier=tier, min_bytes=0, drains=True, uses=uses):
         for _ in range(2):
             line = Timeline("cpu")
             for tensor in (*case.model.parameters(), *case.model.buffers(), *flat_tensors(case.batch)):

@@ -45,6 +45,11 @@ class TierByDevice:
         for tier in self._made():
             tier.flush()
 
+    def drain(self) -> None:
+        """Give back the memory of everything that was put; see `Tier.drain`."""
+        for tier in self._made():
+            tier.drain()
+
     def close(self) -> None:
         """Close every tier."""
         for tier in self._made():

@@ -59,7 +59,8 @@ class Engine:
         codec: how tensors are compressed, one of `compress.CODECS`.
         tier: where offloaded tensors go; it is closed with the engine.
         min_bytes: smaller storages are kept.
-        waits: whether a forward ends only when the tier has all that was moved (`DiskTier` can be "steady" besides).
+        drains: whether the memory of all that a forward moves is free when it ends (`DiskTier` can be "steady"
+            besides).
         uses: names of sites in the order in which backward will ask for them, where that is known before a step has
             shown it.
 
@@ -81,12 +82,12 @@ class Engine:
         codec: str = "fp8",
         tier: Tier | None = None,
         min_bytes: int = MIN_BYTES,
-        waits: bool = False,
+        drains: bool = False,
         uses: Sequence[str] = (),
     ) -> None:
         _check(choices, codec, tier)
         blocks = _recomputed_blocks(model, choices)
-        self.tier, self._waits = tier, waits
+        self.tier, self._drains = tier, drains
         self._tier = None if tier is None else by_device(tier)
         self._codec, self._min_bytes = codec, min_bytes
         self._rules = Rules({each: choice for each, choice in choices.items() if choice != "recompute"}, default="keep")
@@ -149,9 +150,9 @@ class Engine:
         self._running().pop()
 
     def settle(self) -> None:
-        """Wait until the tier has what the forward moved, if that was asked for."""
-        if self._waits and self.tier is not None:
-            self.tier.flush()
+        """Free the memory of what the forward moved, if that was asked for."""
+        if self._drains and self.tier is not None:
+            self.tier.drain()
 
     @skipped
     def tell_of_compiled(self) -> None:

@@ -87,6 +87,13 @@ class HostTier(Shelf[Slot]):
         self._untimed: deque[tuple[Copy, int, Stopwatch]] = deque()
         self._shut = weakref.finalize(self, _shut, self._copier, self._slabs, self._pid)
 
+    def drain(self) -> None:
+        """Drop every tensor that is being copied: compute waits for the copies (step 1), the host does not."""
+        self._check_caller()
+        with self._changed:
+            self._begin_call()
+            self._make_room(self.max_in_flight_bytes)
+
     def close(self) -> None:
         """Wait for the copies, and give the host memory up."""
         if self._pid != os.getpid():

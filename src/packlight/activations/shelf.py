@@ -205,6 +205,10 @@ class Shelf(ABC, Generic[Place]):
             self._make_room(0)
             self._begin_call()
 
+    def drain(self) -> None:
+        """Give back the memory of everything that was put; see `Tier.drain`."""
+        self.flush()
+
     def traffic(self) -> Traffic:
         """Return what was moved so far."""
         self._check_caller()

@@ -95,6 +95,9 @@ class Tier(Protocol):
     def flush(self) -> None:
         """Wait until everything that was put has been moved."""
 
+    def drain(self) -> None:
+        """Give back the memory of everything that was put; whoever uses it next waits for the moves, or this does."""
+
     def close(self) -> None:
         """Give up everything stored, the threads and the memory; calling it again does nothing."""
 

@@ -217,7 +217,7 @@ def carry_out(plan: Plan, model: nn.Module) -> Carried:
         late="steady" if plan.tier == "disk" else "wait",
     )
     try:
-        return Engine(model, choices, tier=tier, waits=plan.tier == "disk", uses=plan.uses)
+        return Engine(model, choices, tier=tier, drains=True, uses=plan.uses)
     except BaseException:
         tier.close()
         raise
