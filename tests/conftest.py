@@ -39,7 +39,7 @@ ALLOWED_THREADS = {"tqdm_monitor"}  # tqdm's, one for the life of the process
 
 # Tables of packlight's formats, made at their first use: 264,192 for fp8, 4,160 for each code book, of which tests make
 # some of their own. More would crowd the tight budgets of later tests.
-MAX_TENSOR_BYTES = 330_000
+MAX_TENSOR_BYTES = 330_000 * (2 if torch.cuda.is_available() else 1)
 
 # torch.compile's pool would outlive its test. Set here: inductor reads it at its import, which other imports may cause.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"

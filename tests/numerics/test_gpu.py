@@ -113,12 +113,16 @@ class Run:
             for param, size in zip(params, sizes, strict=True)
         ]
 
-    def advance(self, grads: Sequence[Tensor]) -> None:
+    def advance(self, grads: Sequence[Tensor], *, exactly: bool = True) -> None:
         """Do a step on both and compare them."""
         self.step += 1
         self.by_kernels([_copy(grad, self.device) for grad in grads])
         self.by_reference(grads)
-        self.compare()
+        if exactly:
+            self.compare()
+        else:
+            for ours, theirs in zip(self.model.params, self.expected.params, strict=True):
+                torch.testing.assert_close(ours.cpu(), theirs)
 
     def by_kernels(self, grads: Sequence[Tensor], found_inf: Tensor | None = None) -> None:
         from packlight.numerics import gpu  # imports Triton
@@ -233,7 +237,8 @@ def other_strides_and_addresses_give_the_same_bits(device: str) -> None:
             run.advance(grads)
     for state_format in ("paper4bit", "factored"):
         run = Run(device, state_format)
-        run.advance(run.gradients())
+        # Sums of rows and columns are torch's, whose order is another on a GPU.
+        run.advance(run.gradients(), exactly=device == "cpu" or state_format != "factored")
 
 
 def steps_on_the_same_addresses_copy_nothing(device: str) -> None:

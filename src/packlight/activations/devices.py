@@ -30,9 +30,9 @@ class TierByDevice:
         self._make, self._lock = make, threading.Lock()
         self._tiers: dict[torch.device, Tier | None] = {each: make(each) for each in devices}
 
-    def takes(self, device: torch.device) -> bool:
-        """Tell whether tensors of a device can be put; where not, warn of it once."""
-        return self._tier_for(device) is not None
+    def takes(self, device: torch.device, *, tells: bool = True) -> bool:
+        """Tell whether tensors of a device can be put; where not, warn of it once if it `tells`."""
+        return self._tier_for(device, tells=tells) is not None
 
     def put(self, flat: Tensor) -> Stored:
         """Begin to move a tensor out; see `Tier.put`."""
@@ -63,19 +63,23 @@ class TierByDevice:
     def _made(self) -> list[Tier]:
         return [tier for tier in self._tiers.values() if tier is not None]
 
-    def _tier_for(self, device: torch.device) -> Tier | None:
+    def _tier_for(self, device: torch.device, *, tells: bool = True) -> Tier | None:
         if device not in self._tiers:  # asked for every save, so without the lock at first
             with self._lock:
-                if device not in self._tiers:
-                    self._tiers[device] = self._made_or_told(device)
+                if device not in self._tiers and not self._make_or_tell(device, tells=tells):
+                    return None
         return self._tiers[device]
 
-    def _made_or_told(self, device: torch.device) -> Tier | None:
+    def _make_or_tell(self, device: torch.device, *, tells: bool) -> bool:
+        """Make a device's tier, or say that there is none; whether that is settled now."""
         try:
-            return self._make(device)
+            self._tiers[device] = self._make(device)
         except ValueError as error:
+            if not tells:
+                return False
+            self._tiers[device] = None
             warnings.warn(f"what is saved on {device} is not offloaded but kept: {error}", stacklevel=2)
-            return None
+        return True
 
 
 def by_device(tier: Tier) -> TierByDevice:

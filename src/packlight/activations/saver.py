@@ -100,8 +100,9 @@ class Saver:
         Returns:
             What autograd is to hold instead; None where the tensor stays as it is.
         """
-        if "offload" in choice and self._tier is not None and not self._tier.takes(tensor.device):
-            return None
+        if "offload" in choice and self._tier is not None:
+            if not self._tier.takes(tensor.device, tells=tensor.dim() > 0):  # Python's numbers are saved on the CPU
+                return None
         parts = parts_of(tensor)
         if parts is not None:
             if self._resident.holds(tensor):

@@ -182,3 +182,6 @@ class FakeLine(Timeline):
         """Note what an operator made, and add its seconds."""
         super().observe(func, args, kwargs, out)
         self.seconds += operator_seconds(self.rates, func, args, kwargs, out)
+        measured = self.rates.operators.measured(func, args, kwargs) if self.rates.operators else None
+        if measured is not None and measured.scratch_bytes:
+            self.add(torch.empty(measured.scratch_bytes, dtype=torch.uint8, device=self.device_type))

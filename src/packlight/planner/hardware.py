@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from packlight.activations.compress import CODECS, Encoded
 from packlight.optim.state import group_settings, init_state
 from packlight.optim.stepping import update
+from packlight.planner.operators import Operators
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 """In which a device may have different matrix rates; what is none of them (fp64, integers) counts as fp32."""
@@ -38,6 +39,7 @@ class Rates:
         update_seconds_per_element: the low-bit optimiser step, for one parameter element.
         codec_seconds: to encode and decode one element of a saved tensor, by codec.
         function_seconds: to compute one element of each of `FUNCTIONS`, where that may take longer than its bytes.
+        operators: what calls were measured to take; None for a device that is not at hand.
     """
 
     flops_per_second: Mapping[str, float]
@@ -46,6 +48,7 @@ class Rates:
     update_seconds_per_element: float
     codec_seconds: Mapping[str, float]
     function_seconds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(FUNCTIONS, 0.0))
+    operators: Operators | None = None
 
 
 class MeasuredFunctions(dict[str, float]):
@@ -122,8 +125,7 @@ def measure(device_type: str) -> Rates:
         block = torch.ones(2**24, dtype=torch.float32, device=device)
         target = torch.empty_like(block)
         copy_seconds = _best_seconds(lambda: target.copy_(block), device)
-        scalar = torch.ones(1, dtype=torch.float32, device=device)
-        launch_seconds = _best_seconds(lambda: scalar + 1, device)
+        launch_seconds = _launch_seconds(device)
         update_seconds = _update_seconds(device, side)
         codec_seconds = {codec: _codec_seconds(codec, block[:num_encoded]) for codec in CODECS}
     return Rates(
@@ -133,7 +135,19 @@ def measure(device_type: str) -> Rates:
         update_seconds,
         codec_seconds,
         MeasuredFunctions(device),
+        Operators(device),
     )
+
+
+def _launch_seconds(device: torch.device) -> float:
+    """Measure the least time of an operator: of many in a row, as a step queues them."""
+    scalar, num_launches = torch.ones(1, dtype=torch.float32, device=device), 64
+
+    def launch() -> None:
+        for _ in range(num_launches):
+            scalar.add_(1)
+
+    return _best_seconds(launch, device) / num_launches
 
 
 def _codec_seconds(codec: str, values: torch.Tensor) -> float:
@@ -167,9 +181,12 @@ def _best_seconds(function: Callable[[], Any], device: torch.device, *, repeats:
 
 
 def operator_seconds(rates: Rates, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
-    """Predict an operator's time: the longer of arithmetic and memory traffic, and no less than a launch."""
+    """Predict an operator's time: as measured, else the longer of arithmetic and memory traffic; at least a launch."""
     if func.is_view:
         return 0.0
+    measured = rates.operators.measured(func, args, kwargs) if rates.operators else None
+    if measured is not None:
+        return max(measured.seconds, rates.launch_seconds)
     num_bytes = sum(_tensor_bytes(value) for value in (*args, *kwargs.values(), out))
     flops = _flops(func, args, kwargs, out)
     flops_seconds = flops / rates.flops_per_second[_precision(func, args)] if flops else 0.0

@@ -122,7 +122,10 @@ def _measured(tier: Tier, device: torch.device) -> tuple[float, float, float, in
     try:
         with _disable_current_modes(), torch.inference_mode():
             sample = torch.ones(SAMPLE_BYTES, dtype=torch.uint8, device=device)
-            tier.put(sample).get()  # the first copy makes threads and buffers
+            first = [tier.put(sample) for _ in range(NUM_SAMPLES)]  # they make threads, buffers and pinned memory
+            first[-1].get()
+            tier.flush()
+            del first
             busy, start = time.process_time(), time.perf_counter()
             stored = [tier.put(sample) for _ in range(NUM_SAMPLES)]
             tier.flush()

@@ -16,8 +16,8 @@ evaluation may take other kernels under a dispatch mode. Later steps run at full
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +131,7 @@ class StepWatch:
         if self._plan.start is None:
             return None
         if self.line.device_type == "cuda":
-            return int(torch.cuda.max_memory_allocated())
+            return max(self._plan.peak_bytes, torch.cuda.max_memory_allocated())
         now_bytes = self.line.peak(start=self._plan.start)[0] if self._measuring else 0
         return max(self._plan.peak_bytes, now_bytes) or None
 
@@ -191,6 +191,22 @@ class StepWatch:
             state_bytes=self.state_bytes(),
             plan_peak_bytes=self.plan_peak_bytes(),
         )
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave out what is allocated inside, for planning."""
+        was_on, cuda = self.pause(), self.line.device_type == "cuda"
+        if cuda:
+            peak_bytes = torch.cuda.max_memory_allocated()
+            self._peak_before_bytes = max(self._peak_before_bytes, peak_bytes)
+            self._plan.peak_bytes = max(self._plan.peak_bytes, peak_bytes if self._plan.start is not None else 0)
+        try:
+            yield
+        finally:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            if was_on:
+                self.resume()
 
     def pause(self) -> bool:
         """Take the line off the stack of dispatch modes; returns whether it was on it."""

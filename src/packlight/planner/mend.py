@@ -7,7 +7,6 @@ out before (`retry.py`) is a measurement too: what lived then is more than what 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
@@ -117,10 +116,10 @@ class Mend(Tightener):
             f"out of memory in {failure.where} of step {self._num_steps + 1}, with {format_bytes(failure.live_bytes)} "
             "live; what failed is done again, "
         )
-        with self._unwatched():
+        with self._watch.aside():
             plans = tighter(self.plan, self._step, failure.live_bytes)
         for plan, how in plans:
-            with self._unwatched():
+            with self._watch.aside():
                 self._take(plan, is_final=self._is_final)
                 self._tell(self.plan, f"{title}{how}: ")
             yield
@@ -142,16 +141,6 @@ class Mend(Tightener):
         self._step = step
         self._take(made)
         self._tell(self.plan or made, said if is_enough else f"{said}{above}which no plan mends; the most saving ")
-
-    @contextmanager
-    def _unwatched(self) -> Iterator[None]:
-        """Leave out the tensors of planning."""
-        was_on = self._watch.pause()
-        try:
-            yield
-        finally:
-            if was_on:
-                self._watch.resume()
 
     def _is_wrong(self, plan: Plan, measured_bytes: int) -> bool:
         """Tell whether a measured peak is above the budget or, once it is at its highest, far from its prediction."""

@@ -272,18 +272,16 @@ class Session(Listener):
         """Plan with what step 1 has shown, and carry that out (step 3)."""
         assert self._watch and self._first and self._mend and self._step
         watch, seconds = self._watch, self._watch.step_seconds_so_far()
-        was_on = watch.pause()
         self._seen = without_tier(watch.seen(self._gradients), self._first, self._step)
-        self._put_blocks_back()
-        step, plan, title = self._make_plan_below(self._mend.limit_bytes)
+        with watch.aside():
+            self._put_blocks_back()
+            step, plan, title = self._make_plan_below(self._mend.limit_bytes)
         self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
         plan = rescale(plan, *self._pace)
         self.settings.tell(plan, f"after step 1, {title}")
         self.plan, self._call = plan, None  # a batch is not held longer than it is needed
         self._carry_out(plan)
         self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes), default=0))
-        if was_on:
-            watch.resume()
 
     def _make_plan_below(self, limit_bytes: int | None) -> tuple[Profile, Plan, str]:
         """Plan with what was seen, for less than what lived when memory ran out, if it did."""
@@ -299,9 +297,9 @@ class Session(Listener):
         """Choose blocks anew, with the states' format as it is; where nothing fits, say so and spare what can be."""
         assert self._watch and self._seen and self._model is not None and self.plan and self._maker
         before = self.plan
-        was_on = self._watch.pause()
-        self._put_blocks_back()
-        step, plan, fits = self._maker.make_or_least(call, self._seen, before=before)
+        with self._watch.aside():
+            self._put_blocks_back()
+            step, plan, fits = self._maker.make_or_least(call, self._seen, before=before)
         title = (
             "for a larger batch, "
             if fits
@@ -316,8 +314,6 @@ class Session(Listener):
         if self._watch.model is self._model:  # torch has the forward that it is going to call already
             self._in_call.enter_context(saving_now(self._blocks, call))
         self._watch.measure_again()
-        if was_on:
-            self._watch.resume()
 
     def _put_blocks_back(self) -> None:
         if self._mend is not None:
