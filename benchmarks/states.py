@@ -292,7 +292,7 @@ def main(
     path: Path | None,
 ) -> None:
     """Measure every group, print it, and write the record."""
-    console, groups, load = Console(), [], os.getloadavg()[0]
+    console, groups, claims, load = Console(), [], [], os.getloadavg()[0]
     wanted = () if peers == "none" else tuple(peers.split(","))
     if unknown := {*wanted} - {*PEERS}:
         raise click.BadParameter(f"--peers {', '.join(unknown)} came, some of {', '.join(PEERS)} were wanted")
@@ -307,9 +307,9 @@ def main(
         if name == "linear":
             console.print(linear_table(part))
         groups += part
-    claims = [claim for group in groups for claim in bounds(group)] + growth(groups)
-    console.print(bounds_table(claims))
-    if path:
+        claims = [claim for group in groups for claim in bounds(group)] + growth(groups)
+        if path is None:
+            continue
         record = {
             "command": shlex.join(["python", "benchmarks/states.py", *sys.argv[1:]]),
             "environment": {**environment(), **_versions(), "load_averages": [load, os.getloadavg()[0]]},
@@ -317,7 +317,10 @@ def main(
             "groups": groups,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(record, indent=1) + "\n", encoding="utf-8"
+        )  # a long run that is stopped leaves its part
+    console.print(bounds_table(claims))
 
 
 def _measured(

@@ -101,7 +101,7 @@ class Saver:
             What autograd is to hold instead; None where the tensor stays as it is.
         """
         if "offload" in choice and self._tier is not None:
-            if not self._tier.takes(tensor.device, tells=tensor.dim() > 0):  # Python's numbers are saved on the CPU
+            if not self._tier.takes(tensor.device, tells=tensor.numel() > 1):  # Python's numbers are on the CPU
                 return None
         parts = parts_of(tensor)
         if parts is not None:

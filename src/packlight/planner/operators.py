@@ -12,6 +12,7 @@ parameters is left to the roofline, and so is what raises.
 
 import time
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,10 @@ LONG_SECONDS = 0.05
 """What takes so long is not repeated."""
 NUM_RUNS = 3
 _NAMES_LEFT_OUT = ("_foreach", "_fused_ada", "_fused_sgd", "empty", "new_empty", "set_", "resize", "_to_copy_sparse")
+
+
+# Their fake tensors say that the generator's state, seed and offset, is on the GPU; the kernels read it on the host.
+_STATE_ON_HOST = ("_scaled_dot_product_efficient_attention_backward", "_efficient_attention_backward")
 
 
 class Measured(NamedTuple):
@@ -76,6 +81,8 @@ class Operators:
         if not isinstance(leaf, torch.Tensor):
             hash(leaf)
             return type(leaf), leaf
+        if leaf.dim() == 0 and leaf.device.type == "cpu":
+            return "number", leaf.dtype
         if leaf.device.type != self._device.type or leaf.layout != torch.strided or leaf.is_quantized:
             raise ValueError(f"no operand of its own can be made for one on {leaf.device}")
         return leaf.shape, leaf.stride(), leaf.dtype
@@ -86,15 +93,18 @@ class Operators:
             return None
         devices = [self._device] if self._device.type == "cuda" else []
         with _disable_current_modes(), torch.inference_mode(), torch.random.fork_rng(devices):
-            args, kwargs = tree_map_only(torch.Tensor, self._operand, (args, kwargs))
+            on_host = func.overloadpacket.__name__ in _STATE_ON_HOST
+            make = partial(self._operand, state_on_host=on_host)
+            args, kwargs = tree_map_only(torch.Tensor, make, (args, kwargs))
             run = lambda: func(*args, **kwargs)  # noqa: E731
             if self._device.type == "cuda":
                 return Measured(self._device_seconds(run), self._scratch_bytes(run))
             return Measured(_host_seconds(run), 0)
 
-    def _operand(self, like: torch.Tensor) -> torch.Tensor:
+    def _operand(self, like: torch.Tensor, *, state_on_host: bool) -> torch.Tensor:
+        on_host = like.device.type == "cpu" or (state_on_host and like.dim() == 0)
         num_elements = _extent_bytes(like) // like.element_size()
-        whole = torch.zeros(num_elements, dtype=like.dtype, device=self._device)
+        whole = torch.zeros(num_elements, dtype=like.dtype, device="cpu" if on_host else self._device)
         if like.is_floating_point():
             # Random bits take a GPU more power than equal ones, and so more time; on a CPU drawing them takes long.
             whole.fill_(0.5) if self._device.type == "cpu" else whole.uniform_(0.1, 0.9)
