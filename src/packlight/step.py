@@ -175,6 +175,7 @@ class Profile(JsonRecord):
         carries_outputs: whether the loop still holds the model's outputs when the next step begins.
         carried_before_bytes: what it holds of them when the plan begins, made under another plan.
         codec_seconds: predicted time to encode and decode one element, by codec.
+        codec_call_seconds: what that takes for each tensor besides.
         forward_seconds: predicted time to the end of the model's forward, of `seconds`.
         link: the way to the tier that tensors may be moved to.
         notes: what a reader should know, in sentences.
@@ -200,6 +201,7 @@ class Profile(JsonRecord):
     carries_outputs: bool = True
     carried_before_bytes: int = 0
     codec_seconds: Mapping[str, float] = field(default_factory=dict)
+    codec_call_seconds: float = 0.0
     forward_seconds: float = 0.0
     link: Link | None = None
     notes: tuple[str, ...] = ()

@@ -91,8 +91,7 @@ class Shelf(ABC, Generic[Place]):
         self._in_flight_bytes = self._ahead_bytes = self._most_stored_bytes = 0
         self._kept_bytes = self._most_kept_bytes = 0
         self._dropped: deque[Record[Place]] = deque()
-        self._leaving: set[Record[Place]] = set()
-        """Freed, but a copy uses their places."""
+        self._leaving: set[Record[Place]] = set()  # freed, but a copy uses their places
         self._out, self._in = Stopwatch(), Stopwatch()
 
     # What a tier does its own way, called under the lock

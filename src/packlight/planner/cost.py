@@ -20,7 +20,7 @@ from typing import Self
 
 import torch
 
-from packlight.planner.held import Group, Span, Treatment, find_groups, spans
+from packlight.planner.held import Group, Span, Treatment, find_groups, merged, spans
 from packlight.planner.moving import Moving, moved_bytes, simulate
 from packlight.planner.replay import Replay, replay_of
 from packlight.records import CATEGORIES
@@ -213,12 +213,15 @@ class StepCost:
         return seconds * self.profile.num_microbatches
 
     def treatment_seconds(self, name: str, treatment: Treatment) -> float:
-        """Return what a group adds to a step by itself: its codec, and what its copies take from compute."""
+        """Return what a group adds to a step by itself; it comes back anew for each use that overlaps no other."""
         group, link = self.groups[name], self.profile.link
         num_elements = self.profile.saves[group.saves[0]].num_elements
-        seconds = num_elements * self.profile.codec_seconds.get(treatment.codec, 0.0)
+        uses = merged((save.unpacked, save.used) for save in (self.profile.saves[at] for at in group.saves))
+        times = (1 + len(uses)) / 2
+        seconds = times * self.profile.codec_call_seconds
+        if treatment.choice != "offload":
+            seconds += times * num_elements * self.profile.codec_seconds.get(treatment.codec, 0.0)
         if treatment.is_moved and link is not None:
-            seconds *= treatment.choice != "offload"
             seconds += 2 * moved_bytes(self.profile, group, treatment) * link.busy_seconds_per_byte
         return seconds * self.profile.num_microbatches
 

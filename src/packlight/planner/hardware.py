@@ -9,7 +9,7 @@ those of a named device (`known_hardware.py`); they serve to compare plans, and 
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +17,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from packlight.activations.compress import CODECS, Encoded
+from packlight.activations.engine import Engine
 from packlight.optim.state import group_settings, init_state
 from packlight.optim.stepping import update
 from packlight.planner.operators import Operators
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 """In which a device may have different matrix rates; what is none of them (fp64, integers) counts as fp32."""
+
+NUM_ENCODED = 8
+"""Tensors that are encoded in a row where a codec is measured."""
+NUM_HOOKED = 32
+"""Tensors that are saved where the engine's own time is measured."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -38,7 +44,7 @@ class Rates:
         launch_seconds: least time of an operator.
         update_seconds_per_element: the low-bit optimiser step, for one parameter element.
         codec_seconds: to encode and decode one element of a saved tensor, by codec.
-        function_seconds: to compute one element of each of `FUNCTIONS`, where that may take longer than its bytes.
+        codec_call_seconds: what that takes for a tensor of any size besides.
         operators: what calls were measured to take; None for a device that is not at hand.
     """
 
@@ -47,46 +53,8 @@ class Rates:
     launch_seconds: float
     update_seconds_per_element: float
     codec_seconds: Mapping[str, float]
-    function_seconds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(FUNCTIONS, 0.0))
+    codec_call_seconds: float
     operators: Operators | None = None
-
-
-class MeasuredFunctions(dict[str, float]):
-    """The seconds of an element by function, of a device at hand; each is measured when an operator first asks."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._device = device
-
-    def __missing__(self, name: str) -> float:
-        """Measure a function (about a millisecond)."""
-        with _disable_current_modes(), torch.inference_mode():
-            values = torch.full((2**18,), 0.5, device=self._device)
-            seconds = _best_seconds(functools.partial(FUNCTIONS[name], values), self._device, repeats=3)
-        return self.setdefault(name, seconds / values.numel())
-
-
-def _draw(values: torch.Tensor) -> torch.Tensor:
-    """Draw numbers as dropout does, and leave the script's generator alone."""
-    return values.bernoulli_(0.5, generator=torch.Generator(values.device))
-
-
-FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "random": _draw,
-    "tanh": torch.tanh,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-    "sigmoid": torch.sigmoid,
-    "exp": torch.exp,
-    "log": torch.log,
-    "erf": torch.erf,
-    "sin": torch.sin,
-    "cos": torch.cos,
-    "_softmax": functools.partial(torch.softmax, dim=0),
-    "_log_softmax": functools.partial(torch.log_softmax, dim=0),
-}
-"""Functions of an element that take much arithmetic on a CPU, by the operator's name; "random" is all that draw."""
 
 
 class MeasuredFlops(dict[str, float]):
@@ -118,7 +86,7 @@ def _matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 def measure(device_type: str) -> Rates:
     """Measure the rates of a device (about half a second, once in a process)."""
     device = torch.device(device_type)
-    side, num_encoded = (1024, 2**20) if device.type == "cpu" else (4096, 2**24)
+    side, num_encoded = (1024, 2**19) if device.type == "cpu" else (4096, 2**24)
     with _disable_current_modes(), torch.inference_mode():
         matrix = torch.ones(side, side, dtype=torch.float32, device=device)
         flops_seconds = _best_seconds(lambda: matrix @ matrix, device)
@@ -128,13 +96,14 @@ def measure(device_type: str) -> Rates:
         launch_seconds = _launch_seconds(device)
         update_seconds = _update_seconds(device, side)
         codec_seconds = {codec: _codec_seconds(codec, block[:num_encoded]) for codec in CODECS}
+        codec_call_seconds = _codec_call_seconds(device, codec_seconds["int8"])
     return Rates(
         MeasuredFlops(device, 2 * side**3 / flops_seconds),
         2 * block.nbytes / copy_seconds,
         launch_seconds,
         update_seconds,
         codec_seconds,
-        MeasuredFunctions(device),
+        codec_call_seconds,
         Operators(device),
     )
 
@@ -153,11 +122,27 @@ def _launch_seconds(device: torch.device) -> float:
 def _codec_seconds(codec: str, values: torch.Tensor) -> float:
     """Measure an encoding and its decoding, in seconds for one element."""
 
-    def run() -> None:
-        encoded = Encoded(values, codec)
-        encoded.get()
+    def run() -> None:  # as a step encodes many tensors before it decodes one, so that memory comes fresh
+        encoded = [Encoded(values, codec) for _ in range(NUM_ENCODED)]
+        decoded = [each.get() for each in encoded]
+        del encoded, decoded
 
-    return _best_seconds(run, values.device, repeats=3) / values.numel()
+    return _best_seconds(run, values.device, repeats=3) / NUM_ENCODED / values.numel()
+
+
+def _codec_call_seconds(device: torch.device, element_seconds: float) -> float:
+    """Measure what the engine takes for a tensor of any size: the hooks, the group, and starting the kernels."""
+    model = torch.nn.Sequential(*[torch.nn.GELU() for _ in range(NUM_HOOKED)])
+    with torch.inference_mode(False), torch.enable_grad():
+        values = torch.ones(2**13, device=device, requires_grad=True)
+
+        def step() -> None:
+            model(values).sum().backward()
+
+        plain_seconds = _best_seconds(step, device, repeats=3)
+        with Engine(model, {"*": "compress"}, codec="int8"):
+            seconds = _best_seconds(step, device, repeats=3)
+    return max(0.0, (seconds - plain_seconds) / NUM_HOOKED - values.numel() * element_seconds)
 
 
 def _update_seconds(device: torch.device, side: int) -> float:
@@ -190,18 +175,7 @@ def operator_seconds(rates: Rates, func: Any, args: tuple[Any, ...], kwargs: dic
     num_bytes = sum(_tensor_bytes(value) for value in (*args, *kwargs.values(), out))
     flops = _flops(func, args, kwargs, out)
     flops_seconds = flops / rates.flops_per_second[_precision(func, args)] if flops else 0.0
-    function_seconds = _function_seconds(rates, func, kwargs, out)
-    return max(flops_seconds, function_seconds, num_bytes / rates.bytes_per_second, rates.launch_seconds)
-
-
-def _function_seconds(rates: Rates, func: Any, kwargs: dict[str, Any], out: Any) -> float:
-    first = out[0] if isinstance(out, tuple | list) and out else out
-    if not isinstance(first, torch.Tensor):
-        return 0.0
-    name = func.overloadpacket.__name__.removesuffix("_backward").removesuffix("_backward_data")
-    draws = torch.Tag.nondeterministic_seeded in func.tags and "attention" not in name
-    name = "random" if draws else f"{name}_tanh" if kwargs.get("approximate") == "tanh" else name
-    return rates.function_seconds[name] * first.numel() if name in FUNCTIONS else 0.0
+    return max(flops_seconds, num_bytes / rates.bytes_per_second, rates.launch_seconds)
 
 
 def _precision(func: Any, args: tuple[Any, ...]) -> str:

@@ -91,6 +91,7 @@ class Hardware:
             launch_seconds=LAUNCH_SECONDS,
             update_seconds_per_element=update_bytes / usable,
             codec_seconds={codec: 2 * (4 + num_bytes) / usable for codec, num_bytes in held.items()},
+            codec_call_seconds=4 * LAUNCH_SECONDS,
         )
 
 

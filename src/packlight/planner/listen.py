@@ -8,7 +8,7 @@ Nothing is decided here: a `Listener` is told.
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -179,3 +179,20 @@ def _replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callab
         yield
     finally:
         setattr(owner, name, original)
+
+
+class ModuleHook:
+    """A hook of one module only; in a copy or a pickle of the module it does nothing, and needs no packlight."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., None]) -> None:
+        """Call `function` with what the hook is given after the module."""
+        self._module, self._function = module, function
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Call the function, unless the module is a copy."""
+        if module is self._module:
+            self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as a function of the standard library that takes anything and returns None."""
+        return getattr, (nullcontext(), "__exit__")

@@ -16,15 +16,16 @@ evaluation may take other kernels under a dispatch mode. Later steps run at full
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
+from packlight.planner.listen import ModuleHook
 from packlight.planner.loop import Seen
 from packlight.planner.tail import TailWatch
 from packlight.planner.timeline import Timeline, existing_tensors, flat_tensors, put_under, take_off
@@ -324,23 +325,6 @@ class _PlanPeak:
 
     start: int | None = None
     peak_bytes: int = 0
-
-
-class ModuleHook:
-    """A hook of one module only; in a copy or a pickle of the module it does nothing, and needs no packlight."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., None]) -> None:
-        """Call `function` with what the hook is given after the module."""
-        self._module, self._function = module, function
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        """Call the function, unless the module is a copy."""
-        if module is self._module:
-            self._function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle as a function of the standard library that takes anything and returns None."""
-        return getattr, (nullcontext(), "__exit__")
 
 
 def _resident_bytes(field: str) -> int:

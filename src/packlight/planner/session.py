@@ -27,10 +27,10 @@ from torch.optim.optimizer import Optimizer
 from packlight.activations.offload import OffloadError
 from packlight.budget import Budget
 from packlight.planner.apply import Carried, adopt_formats, carry_out, saving_now
-from packlight.planner.listen import Ears, Listener, LossLog
+from packlight.planner.listen import Ears, Listener, LossLog, ModuleHook
 from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements, parameters_of, unwrapped
 from packlight.planner.making import Maker
-from packlight.planner.measure import ModuleHook, StepWatch
+from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
 from packlight.planner.profile import ProfileError
 from packlight.planner.request import SessionStop, Settings

@@ -309,6 +309,7 @@ class Trace:
             batch_bytes=self.batch_bytes,
             carries_outputs=self.seen.carries_outputs,
             codec_seconds=self.line.rates.codec_seconds,
+            codec_call_seconds=self.line.rates.codec_call_seconds,
             forward_seconds=self.forward_seconds,
             notes=(*notes, *self.notes),
             hardware=self.hardware.name if self.hardware else "",
