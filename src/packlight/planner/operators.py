@@ -23,6 +23,8 @@ MOST_SHARE = 0.25
 """Operands may take this share of the memory that is free."""
 LONG_SECONDS = 0.05
 """What takes so long is not repeated."""
+SHORT_SECONDS = 1e-4
+"""Beside what is as short, the wait for a GPU's end counts."""
 NUM_RUNS = 3
 _NAMES_LEFT_OUT = ("_foreach", "_fused_ada", "_fused_sgd", "empty", "new_empty", "set_", "resize", "_to_copy_sparse")
 
@@ -65,9 +67,9 @@ class Operators:
         """
         if func.namespace != "aten" or func.overloadpacket.__name__.startswith(_NAMES_LEFT_OUT):
             return None
-        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
-            return None
         leaves, spec = tree_flatten((args, kwargs))
+        if torch.Tag.data_dependent_output in func.tags or _draws_shape(func, leaves):
+            return None
         try:
             key = func, str(spec), tuple(map(self._key, leaves))
             if key not in self._known:
@@ -111,14 +113,18 @@ class Operators:
         return whole.as_strided(like.shape, like.stride())
 
     def _device_seconds(self, run: Callable[[], Any]) -> float:
-        """Time runs in a row, as a step queues them, after one that may compile a kernel."""
+        """Time runs in a row, as a step queues them, after one that may compile a kernel; many where they are short."""
         run()
+        seconds = self._row_seconds(run, NUM_RUNS)
+        return seconds if seconds > SHORT_SECONDS else self._row_seconds(run, 10 * NUM_RUNS)
+
+    def _row_seconds(self, run: Callable[[], Any], num_runs: int) -> float:
         torch.cuda.synchronize(self._device)
         start = time.perf_counter()
-        for _ in range(NUM_RUNS):
+        for _ in range(num_runs):
             run()
         torch.cuda.synchronize(self._device)
-        return (time.perf_counter() - start) / NUM_RUNS
+        return (time.perf_counter() - start) / num_runs
 
     def _scratch_bytes(self, run: Callable[[], Any]) -> int:
         """Run once more, and see what the allocator gave out meanwhile."""
@@ -138,6 +144,14 @@ def _host_seconds(run: Callable[[], Any]) -> float:
         if best > LONG_SECONDS:
             break
     return best
+
+
+def _draws_shape(func: Any, leaves: list[Any]) -> bool:
+    """Tell whether the result's shape hangs on values, as that of an index by a mask does."""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    masks = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8))
+    return func is not torch.ops.aten.index.Tensor or next(masks, None) is not None
 
 
 def _extent_bytes(tensor: torch.Tensor) -> int:
