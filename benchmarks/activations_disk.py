@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 
-import packlight
 from benchmarks.activations_steps import (
     Record,
     claim,
@@ -37,6 +36,7 @@ from benchmarks.activations_steps import (
     seconds,
     status_bytes,
 )
+from packlight.activations import Engine
 from packlight.activations.disk import DiskTier
 from packlight.activations.spill import SpillFile
 from packlight.demo.train_gpt import Shape
@@ -139,9 +139,9 @@ def _offloaded(model: torch.nn.Module, window_bytes: int | None, folder: Path) -
     if window_bytes is None:
         yield None
         return
-    with packlight.offload(model, tier="disk", folder=folder, max_in_flight_bytes=window_bytes) as engine:
-        assert isinstance(engine.tier, DiskTier)
-        yield engine.tier
+    tier = DiskTier(device=torch.device("cpu"), folder=folder, max_in_flight_bytes=window_bytes)
+    with Engine(model, {"*": "offload"}, tier=tier):
+        yield tier
 
 
 def _in_own_process(variant: Variant, settings: dict[str, str]) -> Record:

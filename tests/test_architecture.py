@@ -22,6 +22,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "packlight"
 ARROWS: dict[str, set[str]] = {
     "budget": set(),
     "records": set(),
+    "serial": set(),
     "step": set(),
     "numerics": set(),
     "optim": {"numerics"},
@@ -44,6 +45,7 @@ NO_SIBLINGS = {"integrations"}
 THIRD_PARTY: dict[str, set[str]] = {
     "budget": set(),
     "records": set(),
+    "serial": set(),
     "step": set(),
     "report": {"rich", "plotly"},
     "cli": {"torch", "click", "rich"},
@@ -202,7 +204,7 @@ def keeps_to_the_arrows(modules: Sequence[Module]) -> Iterator[str]:
 def may_import(module: Module, target: str) -> bool:
     allowed = set(ARROWS[module.part])
     if module.part not in NO_RECORDS:
-        allowed |= {"budget", "records", "step"}
+        allowed |= {"budget", "records", "serial", "step"}
     if module.part not in {"", *NO_SIBLINGS}:
         allowed.add(module.part)
     return any(inside(target, name) for name in allowed)

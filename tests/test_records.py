@@ -15,7 +15,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from packlight.records import CATEGORIES, CHOICES, SCHEMA, Choice, Estimate, JsonRecord, Measurement, Plan, Run
+from packlight.records import CATEGORIES, CHOICES, Choice, Estimate, Measurement, Plan, Run
+from packlight.serial import SCHEMA, JsonRecord
 from packlight.step import OptimizerCost, Profile, Region, Save, Storage
 
 NAMES = st.text(max_size=8)
@@ -152,6 +153,7 @@ def test_the_documented_keys_stand_in_the_json_of_a_run(tmp_path: Path) -> None:
     assert {*peaks, "losses", "reserved_peak_bytes", "resident_peak_bytes"} <= data["measurement"].keys()
     assert {"budget_bytes", "choices", "state_formats"} <= data["plan"].keys()
     chosen = {"group": "blocks.0", "choice": "recompute", "bytes": 300, "seconds": 0.1, "codec": "", "sites": []}
+    chosen |= {"held_seconds": 0.0, "options": {}}
     assert data["plan"]["choices"][0] == chosen
     assert data["plan"]["state_formats"] == {"weight": "paper4bit", "bias": "fp32"}
     assert data["measurement"]["losses"] == {"first": [2.5, 2.0], "last": [2.5, 2.0]}

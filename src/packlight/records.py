@@ -5,151 +5,21 @@ runs: its profiler writes traces of what already happened. Here every stage of p
 of this file and nothing else, so that deciding and doing are separate programs joined by a JSON file, and a saved
 record can be read on a machine without torch.
 
-The line of events that a `Profile` holds stands in `step.py`, for its size.
+The line of events that a `Profile` holds stands in `step.py`, for its size; how records become JSON, in `serial.py`.
 """
 
-import dataclasses
-import functools
-import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar
 
 from packlight.budget import format_bytes
-
-_Record = TypeVar("_Record")
-
-SCHEMA = 1
-"""Version of the JSON layout; a reader refuses a newer one."""
+from packlight.serial import JsonRecord
 
 CATEGORIES = ("parameters", "gradients", "optimizer_states", "activations", "temporaries", "other")
 """What the bytes at a peak are divided into; "other" is buffers, batches and whatever else the script holds."""
 
 CHOICES = ("keep", "recompute", "compress", "offload", "compress+offload")
 """What can be done with a group of storages."""
-
-
-class JsonRecord:
-    """Reading and writing for the records that stand in files of their own (`kind` names which)."""
-
-    kind: ClassVar[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain JSON types, with `schema` and `kind` in front."""
-        return {"schema": SCHEMA, "kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
-
-    @classmethod
-    def from_dict(cls, data: object) -> Self:
-        """Build the record from what `to_dict` returned.
-
-        Returns:
-            The record.
-
-        Raises:
-            ValueError: another kind of record, another schema, or missing, unknown or wrong fields.
-        """
-        if not isinstance(data, Mapping) or data.get("kind") != cls.kind:
-            got = data.get("kind") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"got a record of kind {got!r}; wanted {cls.kind!r}")
-        if data.get("schema") != SCHEMA:
-            raise ValueError(
-                f"the record has schema {data.get('schema')!r} and this packlight reads {SCHEMA}; "
-                "write it again, or use the packlight that wrote it"
-            )
-        return _build(cls, {key: value for key, value in data.items() if key not in ("schema", "kind")})
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record as JSON; the file appears whole or not at all."""
-        target = Path(path)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file, indent=1)
-            os.chmod(name, 0o644)
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a record that `save` wrote.
-
-        Returns:
-            The record.
-
-        Raises:
-            ValueError: the file is not JSON, or not such a record.
-        """
-        data = read_json(path)
-        try:
-            return cls.from_dict(data)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: the file does not hold a JSON object.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{os.fspath(path)} is not JSON ({error}); wanted a file that packlight wrote") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{os.fspath(path)} holds a {type(data).__name__}; wanted a file that packlight wrote")
-    return data
-
-
-def _build(cls: type[_Record], data: object, where: str = "") -> _Record:
-    """Construct a dataclass from plain JSON types, as the types of its fields say; `where` it stands in the file."""
-    where = where or cls.__name__
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where} is {data!r:.60}; wanted the fields of a {cls.__name__}; was it edited?")
-    fields = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    required = {
-        name
-        for name, entry in fields.items()
-        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    }
-    unknown, missing = sorted(set(data) - set(fields)), sorted(required - set(data))
-    if unknown or missing:
-        raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}; was it edited?")
-    types = _field_types(cls)  # type: ignore[arg-type]
-    return cls(**{name: _build_field(types[name], value, f"{where}.{name}") for name, value in data.items()})
-
-
-@functools.cache
-def _field_types(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def _build_field(kind: Any, value: Any, where: str) -> Any:
-    """Build a field of a type from plain JSON types."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if kind is Any or (origin is UnionType and value is None):
-        return value
-    if origin is UnionType:
-        return _build_field(parts[0], value, where)
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)  # type: ignore[arg-type]
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_build_field(parts[0], item, f"{where}[{at}]") for at, item in enumerate(value))
-    if origin is Mapping and isinstance(value, Mapping):
-        return {key: _build_field(parts[1], item, f"{where}.{key}") for key, item in value.items()}
-    accepted = (int, float) if kind is float else kind
-    if origin is not None or not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"{where} is {value!r:.60}; wanted {getattr(kind, '__name__', kind)}; was it edited?")
-    return value
 
 
 @dataclass(frozen=True)
@@ -163,6 +33,9 @@ class Choice:
         seconds: what the choice adds to a step.
         codec: how it is encoded, where it is.
         sites: all that save the group, where it is no block.
+        held_seconds: predicted time from the group's first save to its last use, if it is kept.
+        options: what each choice that there is would add to a step by itself, in seconds; waiting for a tier is not
+            known by itself.
     """
 
     group: str
@@ -171,6 +44,8 @@ class Choice:
     seconds: float
     codec: str = ""
     sites: tuple[str, ...] = ()
+    held_seconds: float = 0.0
+    options: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a choice that nothing would carry out (a plan may have been edited by hand)."""
@@ -228,6 +103,7 @@ class Plan(JsonRecord):
         uses: sites in the order in which backward asks for what is moved or encoded there.
         hardware: the name of the device that it is made for; "" for the one at hand.
         curve: what other budgets would give, by growing budget; empty where it was not asked for.
+        kept: groups outside of recomputed blocks that stay as they are, though more could be done with them.
     """
 
     kind: ClassVar[str] = "plan"
@@ -246,6 +122,7 @@ class Plan(JsonRecord):
     uses: tuple[str, ...] = ()
     hardware: str = ""
     curve: tuple[CurvePoint, ...] = ()
+    kept: tuple[Choice, ...] = ()
 
     def recomputed(self) -> frozenset[str]:
         """Return the paths of the blocks that are recomputed in backward."""

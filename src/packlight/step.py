@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from packlight.records import JsonRecord
+from packlight.serial import JsonRecord
 
 
 @dataclass(frozen=True)

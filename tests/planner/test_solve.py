@@ -11,8 +11,9 @@ from torch import nn
 from packlight.budget import Budget, BudgetError
 from packlight.planner.cost import StepCost
 from packlight.planner.loop import Seen
+from packlight.planner.outcome import treated_by
 from packlight.planner.profile import profile
-from packlight.planner.solve import HEADROOM, LOADED_BATCHES, device_bytes, plan, solve, treated_by
+from packlight.planner.solve import HEADROOM, LOADED_BATCHES, device_bytes, plan, solve
 from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile
 from tests.cases import CASES, MLP

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from packlight.records import CATEGORIES, Choice, Estimate, JsonRecord, Measurement, Plan, Run
+from packlight.records import CATEGORIES, Choice, Estimate, Measurement, Plan, Run
 from packlight.report.text import comparison, read_record, show, summary
+from packlight.serial import JsonRecord
 
 MIB = 2**20
 PREDICTED = dict(zip(CATEGORIES, (4 * MIB, 3 * MIB, 2 * MIB, MIB, MIB // 2, 0), strict=True))
@@ -116,6 +117,15 @@ def test_the_choices_are_shown_and_neighbours_gathered(record: Plan | Run) -> No
     assert cells(printed, "blocks.2") == ["keep", "3.00 MiB", "0 s"]
     assert cells(printed, "optimiser states of 2 parameters")[0] == "4bit"
     assert cells(printed, "optimiser states of 1 parameters")[0] == "fp32"
+
+
+def test_what_else_could_be_done_stands_beside_each_choice_and_beside_what_is_kept() -> None:
+    options = {"keep": 0.0, "offload": 0.5, "compress": 0.25}
+    treated = Choice("a:0", "compress", 2**20, 0.25, codec="int8", sites=("a:0",), held_seconds=2.0, options=options)
+    kept = Choice("b:0", "keep", 2**20, 0.0, held_seconds=3.0, options=options)
+    printed = shown(dataclasses.replace(PLAN, choices=(treated,), kept=(kept,)))
+    assert cells(printed, "a:0") == ["compress", "1.00 MiB", "2 s", "0.25 s", "keep 0 s, offload 0.5 s"]
+    assert cells(printed, "b:0") == ["keep", "1.00 MiB", "3 s", "0 s", "compress 0.25 s, offload 0.5 s"]
 
 
 def test_neighbours_with_other_bytes_stand_alone() -> None:

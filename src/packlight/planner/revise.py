@@ -6,8 +6,9 @@ from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment
 from packlight.planner.loop import Seen
 from packlight.planner.moving import order_of_use
-from packlight.planner.solve import choices_of, treated_by
-from packlight.records import Plan
+from packlight.planner.options import by_name
+from packlight.planner.outcome import choices_of, treated_by
+from packlight.records import Choice, Plan
 from packlight.step import Profile
 
 
@@ -64,12 +65,21 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
         )
     tier = {name: getattr(mover, name) for name in ("tier", "folder", "window_bytes")}
     tier["uses"] = order_of_use(step, costs.groups, treated) if mover.tier else ()
-    return replace(plan, choices=choices_of(costs, recomputed, treated), estimate=estimate, **tier)
+    choices = choices_of(costs, recomputed, treated, options=by_name(costs, exact=plan.exact))
+    done = {choice.group for choice in choices}
+    kept = tuple(choice for choice in plan.kept if choice.group not in done)
+    return replace(plan, choices=choices, kept=kept, estimate=estimate, **tier)
 
 
 def rescale(made: Plan, measured_seconds: float, predicted_seconds: float) -> Plan:
     """Scale a plan's times by how long a real step took beside its prediction."""
     factor = measured_seconds / predicted_seconds if predicted_seconds else 1.0
     estimate = replace(made.estimate, step_seconds=made.estimate.step_seconds * factor)
-    choices = tuple(replace(choice, seconds=choice.seconds * factor) for choice in made.choices)
-    return replace(made, estimate=estimate, choices=choices)
+    choices, kept = (tuple(_scaled(choice, factor) for choice in each) for each in (made.choices, made.kept))
+    return replace(made, estimate=estimate, choices=choices, kept=kept)
+
+
+def _scaled(choice: Choice, factor: float) -> Choice:
+    options = {name: seconds * factor for name, seconds in choice.options.items()}
+    held_seconds = choice.held_seconds * factor
+    return replace(choice, seconds=choice.seconds * factor, held_seconds=held_seconds, options=options)

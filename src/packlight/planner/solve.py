@@ -7,7 +7,6 @@ where that costs no time.
 """
 
 import math
-from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Required, TypedDict, Unpack
 
@@ -16,17 +15,16 @@ from torch import nn
 
 from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.beside import other_bytes
-from packlight.planner.cost import Cost, StepCost
+from packlight.planner.cost import StepCost
 from packlight.planner.hardware import measure
-from packlight.planner.held import Treatment, has_sign
 from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link, unused
 from packlight.planner.loop import Loss, Seen, listed
-from packlight.planner.moving import order_of_use
+from packlight.planner.options import encodings, moves
+from packlight.planner.outcome import plan_of
 from packlight.planner.profile import profile
-from packlight.planner.program import Option
-from packlight.planner.search import Chosen, Search
-from packlight.records import Choice, Estimate, Plan
+from packlight.planner.search import Search
+from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile
 
 HEADROOM = 0.01
@@ -34,12 +32,6 @@ HEADROOM = 0.01
 
 LOADED_BATCHES = 2
 """On the CPU a data loader's next batches share the device with the step; so many are left room for."""
-
-EXACT_CODEC = "mask"
-"""How groups are encoded that lose nothing by it."""
-
-LOSSY_CODEC = "int8"
-"""How others are: of the codecs of about a byte an element the one with the least error."""
 
 EXACT_FORMATS = ("fp32", "as is")
 
@@ -185,7 +177,7 @@ def _decide(step: Profile, budget: Budget, *, exact: bool) -> Plan | int:
     plain = costs.price((), formats[0])
     # Lossy states are not chosen for speed alone: a plan as fast as the training as it is counts as no slower than any.
     chosen = min(found, key=lambda each: max(each.cost.seconds, plain.seconds))
-    return _plan_of(costs, chosen, plain, budget, exact=exact, smallest_bytes=smallest_budget_bytes)
+    return plan_of(costs, chosen, plain, budget, exact=exact, smallest_bytes=smallest_budget_bytes)
 
 
 def least_plan(step: Profile, budget: Budget, *, exact: bool) -> Plan:
@@ -206,7 +198,7 @@ def least_plan(step: Profile, budget: Budget, *, exact: bool) -> Plan:
         if exact or chosen.cost.peak_bytes <= _limit_bytes(step, budget):
             break
     plain = costs.price((), optimizer)
-    return _plan_of(costs, chosen, plain, budget, exact=exact, smallest_bytes=chosen.cost.peak_bytes)
+    return plan_of(costs, chosen, plain, budget, exact=exact, smallest_bytes=chosen.cost.peak_bytes)
 
 
 def _spare_bytes(step: Profile) -> int:
@@ -218,33 +210,9 @@ def _limit_bytes(step: Profile, budget: Budget) -> int:
     return int(budget.device_bytes * (1 - HEADROOM)) - _spare_bytes(step)
 
 
-def _plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, exact: bool, smallest_bytes: int) -> Plan:
-    return Plan(
-        device=costs.profile.device,
-        budget_bytes=budget.device_bytes,
-        exact=exact,
-        choices=choices_of(costs, chosen.recomputed, chosen.treated),
-        state_formats=dict(chosen.optimizer.formats) if chosen.optimizer else {},
-        estimate=_estimate(chosen.cost, plain, host_bytes=_host_bytes(costs, chosen)),
-        smallest_budget_bytes=smallest_bytes,
-        notes=costs.profile.notes,
-        hardware=costs.profile.hardware,
-        **_tier(costs, chosen),
-    )
-
-
-def _tier(costs: StepCost, chosen: Chosen) -> dict[str, Any]:
-    """Return the fields of a plan that say where groups are moved to; none where they are not."""
-    link = costs.profile.link
-    if link is None or not any(treatment.is_moved for treatment in chosen.treated.values()):
-        return {}
-    uses = order_of_use(costs.profile, costs.groups, chosen.treated)
-    return {"tier": link.tier, "folder": link.folder, "window_bytes": chosen.window_bytes, "uses": uses}
-
-
 def _searches(costs: StepCost, optimizer: OptimizerCost | None, *, exact: bool) -> list[Search]:
     """Return a search without the tier and, where there is one, some with it, which differ in the tier's window."""
-    encoded, moved = _options(costs, exact=exact), _moves(costs, exact=exact)
+    encoded, moved = encodings(costs, exact=exact), moves(costs, exact=exact)
     searches = [Search(costs, optimizer, encoded)]
     if moved:
         largest_bytes = max(map(costs.group_bytes, costs.groups))
@@ -253,84 +221,9 @@ def _searches(costs: StepCost, optimizer: OptimizerCost | None, *, exact: bool) 
     return searches
 
 
-def _options(costs: StepCost, *, exact: bool) -> dict[Option, float]:
-    """Return how each group may be encoded, and its seconds a step."""
-    options: dict[Option, float] = {}
-    for name, group in costs.groups.items():
-        if group.exact or (group.can_encode and not exact):
-            treatment = Treatment("compress", EXACT_CODEC if group.exact else LOSSY_CODEC)
-            options[name, treatment] = costs.treatment_seconds(name, treatment)
-    return options
-
-
-def _moves(costs: StepCost, *, exact: bool) -> dict[Option, float]:
-    """Return how each group may be moved to the tier, and its seconds a step without waiting."""
-    if costs.profile.link is None:
-        return {}
-    options: dict[Option, float] = {}
-    for name, group in costs.groups.items():
-        treatments = [Treatment("offload")]
-        if group.can_encode and not (group.exact or exact or has_sign(costs.profile, group)):
-            treatments.append(Treatment("compress+offload", LOSSY_CODEC))
-        options |= {(name, treatment): costs.treatment_seconds(name, treatment) for treatment in treatments}
-    return options
-
-
 def _refusal(budget: Budget, smallest_bytes: int, *, exact: bool) -> str:
     hint = "; without exact=True low-bit optimiser states may need less" if exact else ""
     return (
         f"no plan fits {format_bytes(budget.device_bytes)} ({budget.device_bytes} bytes); the smallest budget that "
         f"fits is {smallest_bytes} bytes ({format_bytes(smallest_bytes)}){hint}; or try a smaller batch"
-    )
-
-
-def choices_of(costs: StepCost, recomputed: Collection[str], treated: Mapping[str, Treatment]) -> tuple[Choice, ...]:
-    """Return the record of what is done with blocks and with groups."""
-    blocks = [
-        Choice(
-            group=block,
-            choice="recompute" if block in recomputed else "keep",
-            bytes=costs.held_bytes(block),
-            seconds=costs.recompute_seconds(block) if block in recomputed else 0.0,
-        )
-        for block in costs.saving_blocks()
-    ]
-    groups = [
-        Choice(
-            group=name,
-            choice=treatment.choice,
-            bytes=costs.group_bytes(name),
-            seconds=costs.treatment_seconds(name, treatment),
-            codec=treatment.codec,
-            sites=tuple(costs.profile.saves[at].site for at in costs.groups[name].saves),
-        )
-        for name, treatment in treated.items()
-    ]
-    return (*blocks, *groups)
-
-
-def treated_by(plan: Plan) -> dict[str, Treatment]:
-    """Return what a plan does with groups, as `StepCost.price` takes it."""
-    return {each.group: Treatment(each.choice, each.codec) for each in plan.choices if each.sites}
-
-
-def _host_bytes(costs: StepCost, chosen: Chosen) -> int:
-    """Return what a plan takes of the host's memory: on the host tier all that is there, else the disk's staging."""
-    stored_bytes = costs.moving(chosen.recomputed, chosen.treated).stored_bytes
-    if costs.profile.link is None or not stored_bytes:
-        return 0
-    in_host_bytes = stored_bytes if costs.profile.link.tier == "host" else costs.profile.link.staging_bytes
-    on_cpu = costs.profile.device == "cpu" and not costs.profile.hardware
-    return 0 if on_cpu else in_host_bytes  # there it is the device's own memory
-
-
-def _estimate(cost: Cost, plain: Cost, *, host_bytes: int) -> Estimate:
-    return Estimate(
-        device_peak_bytes=cost.peak_bytes,
-        host_peak_bytes=host_bytes,
-        step_seconds=cost.seconds,
-        slowdown=cost.seconds / plain.seconds if plain.seconds else 1.0,
-        plain_peak_bytes=plain.peak_bytes,
-        peak_by_category=cost.by_category,
-        peak_moment=cost.moment,
     )

@@ -11,7 +11,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from packlight.budget import format_bytes
-from packlight.records import CATEGORIES, Choice, CurvePoint, Estimate, Measurement, Plan, Run, read_json
+from packlight.records import CATEGORIES, Choice, CurvePoint, Estimate, Measurement, Plan, Run
+from packlight.serial import read_json
 
 
 def read_record(path: str | os.PathLike[str]) -> Plan | Run:
@@ -101,22 +102,29 @@ def _comparison_rows(runs: dict[str, Run], losses: dict[str, float]) -> list[tup
 
 
 def _choices(plan: Plan) -> RenderableType:
-    table = Table(title="choices", title_justify="left")
-    for title, justify in (
-        ("block or site", "left"),
-        ("choice", "left"),
-        ("holds for backward", "right"),
-        ("adds", "right"),
-    ):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
-    for first, last, num_choices in _alike(plan.choices):
+    table, choices = Table(title="choices", title_justify="left"), (*plan.choices, *plan.kept)
+    more = any(choice.options for choice in choices)  # a record of an older packlight has none
+    table.add_column("block or site")
+    table.add_column("choice")
+    for title in ("holds for backward", *["for"] * more, "adds"):
+        table.add_column(title, justify="right")
+    if more:
+        table.add_column("others would add")
+    for first, last, num_choices in _alike(choices):
         name = first.group if num_choices == 1 else f"{first.group} ... {last.group} ({num_choices})"
-        table.add_row(name, first.choice, format_bytes(first.bytes), _seconds(first.seconds))
+        held, added = [_seconds(first.held_seconds)] * more, _seconds(first.seconds)
+        table.add_row(name, first.choice, format_bytes(first.bytes), *held, added, *[_others(first)] * more)
     formats = sorted(set(plan.state_formats.values()))
     for state_format in formats:
         num_states = sum(chosen == state_format for chosen in plan.state_formats.values())
         table.add_row(f"optimiser states of {num_states} parameters", state_format, "", "")
     return table
+
+
+def _others(choice: Choice) -> str:
+    """Say what the other choices would add, the cheapest first."""
+    others = sorted((seconds, name) for name, seconds in choice.options.items() if name != choice.choice)
+    return ", ".join(f"{name} {_seconds(seconds)}" for seconds, name in others)
 
 
 def _curve(points: tuple[CurvePoint, ...]) -> RenderableType:
@@ -136,14 +144,18 @@ def _curve(points: tuple[CurvePoint, ...]) -> RenderableType:
 
 
 def _alike(choices: tuple[Choice, ...]) -> list[tuple[Choice, Choice, int]]:
-    """Gather neighbours with the same choice and bytes."""
+    """Gather neighbours with the same choice, bytes and other choices."""
     gathered: list[tuple[Choice, Choice, int]] = []
     for choice in choices:
-        if gathered and (gathered[-1][0].choice, gathered[-1][0].bytes) == (choice.choice, choice.bytes):
+        if gathered and _kind(gathered[-1][0]) == _kind(choice):
             gathered[-1] = (gathered[-1][0], choice, gathered[-1][2] + 1)
         else:
             gathered.append((choice, choice, 1))
     return gathered
+
+
+def _kind(choice: Choice) -> tuple[object, ...]:
+    return choice.choice, choice.codec, choice.bytes, sorted(choice.options)
 
 
 def _peaks(estimate: Estimate | None, measured: Measurement | None) -> RenderableType:
