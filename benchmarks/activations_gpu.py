@@ -207,6 +207,7 @@ def _row(name: str, work: Work, plain: Work, rounds: int, device: str) -> Record
     for _ in range(2):
         work.step()
     start = _traffic(work)
+    work.model.zero_grad(set_to_none=True)
     row: Record = {"contender": name, "peak_bytes": peak_bytes(work.step, device)}
     if (end := _traffic(work)) is not None and start is not None:
         row |= {"bytes_out": end.bytes_out - start.bytes_out, "bytes_in": end.bytes_in - start.bytes_in}

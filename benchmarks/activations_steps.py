@@ -177,7 +177,7 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
     """Measure the most bytes of tensors that a step has made and that live at one time.
 
     Args:
-        step: does one.
+        step: does one; gradients of an earlier one should be gone, for they would count as there before.
         device: "cpu", where `Timeline` follows storages, or "cuda", where the allocator counts.
 
     Returns:

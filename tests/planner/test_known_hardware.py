@@ -11,7 +11,7 @@ from torch import nn
 from packlight.activations.compress import CODECS, encoded_bytes
 from packlight.budget import Budget
 from packlight.planner import hardware
-from packlight.planner.hardware import PRECISIONS, MeasuredFlops, operator_seconds
+from packlight.planner.hardware import PRECISIONS, MeasuredFlops, operator_cost
 from packlight.planner.known_hardware import KNOWN, LAUNCH_SECONDS, LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, named
 from packlight.planner.profile import profile
 from packlight.planner.solve import plan
@@ -122,7 +122,7 @@ def test_a_matrix_product_takes_its_operations_over_the_rate_of_its_precision() 
     rates, side = KNOWN["a100-80g"].rates(), 8192
     for dtype, tflops in ((torch.float32, 19.5), (torch.bfloat16, 312), (torch.float16, 312), (torch.float64, 19.5)):
         matrix = torch.empty(side, side, dtype=dtype, device="meta")
-        seconds = operator_seconds(rates, torch.ops.aten.mm.default, (matrix, matrix), {}, matrix)
+        seconds = operator_cost(rates, torch.ops.aten.mm.default, (matrix, matrix), {}, matrix).seconds
         assert seconds == pytest.approx(2 * side**3 / (MATRIX_SHARE * tflops * 1e12))
 
 
@@ -130,7 +130,7 @@ def test_convolutions_are_in_tf32_as_by_default_in_torch() -> None:
     rates = KNOWN["a100-80g"].rates()
     value, weight = torch.empty(64, 256, 64, 64, device="meta"), torch.empty(256, 256, 3, 3, device="meta")
     args = (value, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-    seconds = operator_seconds(rates, torch.ops.aten.convolution.default, args, {}, value)
+    seconds = operator_cost(rates, torch.ops.aten.convolution.default, args, {}, value).seconds
     assert seconds == pytest.approx(2 * value.numel() * 256 * 9 / (MATRIX_SHARE * 156e12))
 
 

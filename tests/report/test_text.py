@@ -123,7 +123,7 @@ def test_what_else_could_be_done_stands_beside_each_choice_and_beside_what_is_ke
     options = {"keep": 0.0, "offload": 0.5, "compress": 0.25}
     treated = Choice("a:0", "compress", 2**20, 0.25, codec="int8", sites=("a:0",), held_seconds=2.0, options=options)
     kept = Choice("b:0", "keep", 2**20, 0.0, held_seconds=3.0, options=options)
-    printed = shown(dataclasses.replace(PLAN, choices=(treated,), kept=(kept,)))
+    printed = shown(dataclasses.replace(PLAN, choices=(treated,), kept=(kept,)), width=140)
     assert cells(printed, "a:0") == ["compress", "1.00 MiB", "2 s", "0.25 s", "keep 0 s, offload 0.5 s"]
     assert cells(printed, "b:0") == ["keep", "1.00 MiB", "3 s", "0 s", "compress 0.25 s, offload 0.5 s"]
 

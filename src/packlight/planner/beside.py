@@ -4,6 +4,7 @@ On the CPU these are the tensors that Python holds. On a GPU the allocator tells
 it that no tensor of Python's holds, and it gives out blocks that are larger than what was asked for.
 """
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ def other_bytes(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -
     here = (tensor.untyped_storage() for tensor in own if tensor.device == device)
     known = {storage._cdata: storage.nbytes() for storage in here}
     if device.type == "cuda":
+        gc.collect()  # what only reference cycles hold would be counted for as long as the step lasts
         _make_workspaces(device)
         rounded = Timeline(device.type).round
         return max(0, torch.cuda.memory_allocated(device) - sum(map(rounded, known.values())))

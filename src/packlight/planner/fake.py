@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from packlight.planner.hardware import Rates, operator_seconds
+from packlight.planner.hardware import Rates, operator_cost
 from packlight.planner.known import KnownValues
 from packlight.planner.timeline import Timeline
 
@@ -147,6 +147,7 @@ class FakeLine(Timeline):
     def __init__(self, device_type: str, rates: Rates, *, allocator: str = "") -> None:
         super().__init__(device_type, allocator=allocator)
         self.rates, self.seconds = rates, 0.0
+        self.seconds_by_rates: dict[str, float] = {}
         self.known = KnownValues()
         self._num_ticks = 0
 
@@ -181,7 +182,10 @@ class FakeLine(Timeline):
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note what an operator made, and add its seconds."""
         super().observe(func, args, kwargs, out)
-        self.seconds += operator_seconds(self.rates, func, args, kwargs, out)
-        measured = self.rates.operators.measured(func, args, kwargs) if self.rates.operators else None
-        if measured is not None and measured.scratch_bytes:
-            self.add(torch.empty(measured.scratch_bytes, dtype=torch.uint8, device=self.device_type))
+        cost = operator_cost(self.rates, func, args, kwargs, out)
+        self.seconds += cost.seconds
+        if not cost.is_measured:
+            name = func.overloadpacket.__name__
+            self.seconds_by_rates[name] = self.seconds_by_rates.get(name, 0.0) + cost.seconds
+        if cost.scratch_bytes:
+            self.add(torch.empty(cost.scratch_bytes, dtype=torch.uint8, device=self.device_type))

@@ -1,9 +1,10 @@
 """Rates of a device, and what an operator costs by them.
 
-PyTorch counts floating-point operations and knows no seconds. Here an operator takes the longer of two times, its
-arithmetic over the matrix rate of its precision and its bytes over the memory rate (the roofline model, Williams et al.
-2009), and no less than a launch. The rates are measured in a fraction of a second where the device is at hand, or are
-those of a named device (`known_hardware.py`); they serve to compare plans, and the first real step then scales them.
+PyTorch counts floating-point operations and knows no seconds. Where the device is at hand an operator is run alone
+(`operators.py`). Else, and where that cannot be, it takes the longer of two times, its arithmetic over the matrix rate
+of its precision and its bytes over the memory rate (the roofline model, Williams et al. 2009), and no less than a
+launch. The rates are measured in a second, or are those of a named device (`known_hardware.py`); they serve to compare
+plans, and the first real step then scales them.
 """
 
 import functools
@@ -20,7 +21,7 @@ from packlight.activations.compress import CODECS, Encoded
 from packlight.activations.engine import Engine
 from packlight.optim.state import group_settings, init_state
 from packlight.optim.stepping import update
-from packlight.planner.operators import Operators
+from packlight.planner.operators import CallCost, Operators
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 """In which a device may have different matrix rates; what is none of them (fp64, integers) counts as fp32."""
@@ -84,9 +85,9 @@ def _matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 @functools.cache
 def measure(device_type: str) -> Rates:
-    """Measure the rates of a device (about half a second, once in a process)."""
+    """Measure the rates of a device (less than a second, once in a process; on a GPU in 300 MiB)."""
     device = torch.device(device_type)
-    side, num_encoded = (1024, 2**19) if device.type == "cpu" else (4096, 2**24)
+    side, num_encoded = (1024, 2**19) if device.type == "cpu" else (4096, 2**22)
     with _disable_current_modes(), torch.inference_mode():
         matrix = torch.ones(side, side, dtype=torch.float32, device=device)
         flops_seconds = _best_seconds(lambda: matrix @ matrix, device)
@@ -165,17 +166,30 @@ def _best_seconds(function: Callable[[], Any], device: torch.device, *, repeats:
     return best
 
 
-def operator_seconds(rates: Rates, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
-    """Predict an operator's time: as measured, else the longer of arithmetic and memory traffic; at least a launch."""
+def operator_cost(rates: Rates, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> CallCost:
+    """Predict what an operator takes: as measured, else the longer of arithmetic and memory traffic.
+
+    Args:
+        rates: of the device.
+        func: the operator.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        out: its results.
+
+    Returns:
+        Its seconds, of a launch at least, and on a GPU at hand its scratch memory.
+    """
     if func.is_view:
-        return 0.0
-    measured = rates.operators.measured(func, args, kwargs) if rates.operators else None
-    if measured is not None:
-        return max(measured.seconds, rates.launch_seconds)
+        return CallCost(0.0)
     num_bytes = sum(_tensor_bytes(value) for value in (*args, *kwargs.values(), out))
     flops = _flops(func, args, kwargs, out)
     flops_seconds = flops / rates.flops_per_second[_precision(func, args)] if flops else 0.0
-    return max(flops_seconds, num_bytes / rates.bytes_per_second, rates.launch_seconds)
+    by_rates = max(flops_seconds, num_bytes / rates.bytes_per_second, rates.launch_seconds)
+    if rates.operators is not None:
+        measured = rates.operators.measured(func, args, kwargs, out, by_rates=by_rates)
+        if measured is not None:
+            return measured._replace(seconds=max(measured.seconds, rates.launch_seconds))
+    return CallCost(by_rates, is_measured=False)
 
 
 def _precision(func: Any, args: tuple[Any, ...]) -> str:

@@ -58,7 +58,7 @@ class StepWatch:
         self._peak: tuple[int, str, dict[str, int]] = (0, "", {})
         self._peak_before_bytes = 0
         self._plan: _PlanPeak = _PlanPeak()
-        self._resident_start_bytes = 0
+        self._resident_start_bytes = self._resident_before_bytes = 0
         self._hooks = [
             model.register_forward_pre_hook(ModuleHook(model, lambda _args: self.forward_begins())),
             model.register_forward_hook(ModuleHook(model, lambda _args, output: self.forward_ends(output))),
@@ -182,7 +182,7 @@ class StepWatch:
             device_peak_bytes=max(self._peak_before_bytes, torch.cuda.max_memory_allocated()) if cuda else peak_bytes,
             host_peak_bytes=0,
             reserved_peak_bytes=torch.cuda.max_memory_reserved() if cuda else None,
-            resident_peak_bytes=max(0, _resident_bytes("VmHWM") - self._resident_start_bytes),
+            resident_peak_bytes=max(0, self._resident_peak_bytes() - self._resident_start_bytes),
             step_seconds=statistics.median(timed) if timed else None,
             num_steps=self.num_steps,
             num_measured_steps=self.num_steps if cuda else self._num_followed,
@@ -193,10 +193,14 @@ class StepWatch:
             plan_peak_bytes=self.plan_peak_bytes(),
         )
 
+    def _resident_peak_bytes(self) -> int:
+        return max(self._resident_before_bytes, _resident_bytes("VmHWM"))
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Leave out what is allocated inside, for planning."""
         was_on, cuda = self.pause(), self.line.device_type == "cuda"
+        self._resident_before_bytes = self._resident_peak_bytes()
         if cuda:
             peak_bytes = torch.cuda.max_memory_allocated()
             self._peak_before_bytes = max(self._peak_before_bytes, peak_bytes)
@@ -204,6 +208,7 @@ class StepWatch:
         try:
             yield
         finally:
+            _reset_resident_peak()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             if was_on:
@@ -245,7 +250,7 @@ class StepWatch:
 
     def _begin(self) -> None:
         """Put everything that lives at the head of the line, and watch from here on."""
-        self._resident_start_bytes = _resident_bytes("VmRSS")
+        self._resident_start_bytes, self._resident_before_bytes = _resident_bytes("VmRSS"), 0
         _reset_resident_peak()
         if self.line.device_type == "cuda":
             torch.cuda.reset_peak_memory_stats()

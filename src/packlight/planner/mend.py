@@ -201,11 +201,16 @@ def tighter(plan: Plan, step: Profile | None, limit_bytes: int) -> list[tuple[Pl
             plans.insert(0, (replace(fitting, budget_bytes=plan.budget_bytes), "under a tighter plan"))
         except BudgetError:
             pass
-    kept: list[tuple[Plan, str]] = []
+    found: list[tuple[Plan, str]] = []
     for made, how in plans:
-        if all(made.choices != other.choices for other in (plan, *(each for each, _ in kept))):
-            kept.append((made, how))
-    return kept or [(plan, "under the same plan, since none saves more")]
+        if all(_done(made) != _done(other) for other in (plan, *(each for each, _ in found))):
+            found.append((made, how))
+    return found or [(plan, "under the same plan, since none saves more")]
+
+
+def _done(plan: Plan) -> list[tuple[str, str, str]]:
+    """Return what a plan does; its times may be scaled."""
+    return [(choice.group, choice.choice, choice.codec) for choice in plan.choices]
 
 
 def with_formats_of(plan: Plan, step: Profile) -> Profile:
@@ -222,7 +227,8 @@ def all_recomputed(plan: Plan) -> Plan:
         for choice in plan.choices
         if not (choice.sites and any(_is_inside(site, blocks) for site in choice.sites))
     ]
-    return replace(plan, choices=tuple(choices), notes=(*plan.notes, "its peak is not predicted: it has no profile"))
+    notes = (*plan.notes, "its peak is not predicted: it has no profile")
+    return replace(plan, choices=tuple(choices), kept=(), notes=notes)
 
 
 def _is_inside(site: str, blocks: tuple[str, ...]) -> bool:

@@ -6,13 +6,22 @@ wants, and on a CPU a strided copy runs at a tenth of the memory's rate. Layers 
 calls. The idea: each of these is run a few times on operands of the same shapes and strides, while the step that it
 belongs to is traced on fake tensors; its operands are there for no longer than that.
 
-Integers are all 0, which is an index into anything. What reads values, draws its shape from them, or works on lists of
-parameters is left to the roofline, and so is what raises.
+```
+1 left out    what is no call of torch's own, reads values, draws its shape from them, works on lists of parameters,
+              takes the lengths of groups, or asserts
+2 bounded     what would take long by its rate or fill the memory, and everything once all runs have taken long enough
+3 operands    floating-point numbers of ordinary size, integers that index into anything, spread over it
+4 run         once to compile, then in a row; on a GPU once more beside the allocator's count
+```
+
+What is not run counts by its rates; `hardware.py` decides.
 """
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,30 +29,39 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 MOST_SHARE = 0.25
-"""Operands may take this share of the memory that is free."""
+"""Operands and results may take this share of the memory that is free."""
+MOST_SECONDS = 1.0
+"""What would take longer by its rates is not run."""
+MOST_SECONDS_IN_ALL = 30.0
+"""When so long was spent on a device, nothing more is run."""
 LONG_SECONDS = 0.05
 """What takes so long is not repeated."""
 SHORT_SECONDS = 1e-4
 """Beside what is as short, the wait for a GPU's end counts."""
 NUM_RUNS = 3
-_NAMES_LEFT_OUT = ("_foreach", "_fused_ada", "_fused_sgd", "empty", "new_empty", "set_", "resize", "_to_copy_sparse")
-
-
+# Step 1, beside what tags tell. An assert that fails on a GPU ends the process's use of it.
+_NAMES_WITH_LENGTHS = ("_grouped_mm", "_scaled_grouped_mm", "_embedding_bag", "segment_reduce", "_nested")
+_NAMES_OF_LISTS = ("_foreach", "_fused_ada", "_fused_sgd")
+_NAMES_OF_ASSERTS = ("_assert", "_functional_assert")
+_NAMES_OF_MEMORY = ("empty", "new_empty", "set_", "resize")
+_NAMES_LEFT_OUT = (*_NAMES_WITH_LENGTHS, *_NAMES_OF_LISTS, *_NAMES_OF_ASSERTS, *_NAMES_OF_MEMORY)
 # Their fake tensors say that the generator's state, seed and offset, is on the GPU; the kernels read it on the host.
 _STATE_ON_HOST = ("_scaled_dot_product_efficient_attention_backward", "_efficient_attention_backward")
 
 
-class Measured(NamedTuple):
+class CallCost(NamedTuple):
     """What one call takes.
 
     Attributes:
         seconds: from its start to the next one's.
         scratch_bytes: taken from a GPU's allocator inside the call, at most, beside its results; 0 on the CPU, where
             nothing counts them.
+        is_measured: whether it was run, or counts by the device's rates.
     """
 
     seconds: float
-    scratch_bytes: int
+    scratch_bytes: int = 0
+    is_measured: bool = True
 
 
 class Operators:
@@ -52,36 +70,54 @@ class Operators:
     def __init__(self, device: torch.device) -> None:
         """Measure nothing yet."""
         self._device = device
-        self._known: dict[Hashable, Measured | None] = {}
+        self._known: dict[Hashable, CallCost | None] = {}
+        self._spent_seconds = 0.0
 
-    def measured(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Measured | None:
+    def measured(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any = None, *, by_rates: float = 0.0
+    ) -> CallCost | None:
         """Return what a call takes, run on operands of its own.
 
         Args:
             func: an operator, such as torch.ops.aten.mm.default.
             args: its arguments; of tensors, which may be fake, only the geometry counts.
             kwargs: its keyword arguments.
+            out: its results; of tensors only the geometry counts.
+            by_rates: the seconds that it takes by the device's rates.
 
         Returns:
-            What it takes; None where that cannot be found out.
+            What it takes; None where that is not found out.
+
+        Raises:
+            RuntimeError: a kernel has failed for good, so that the device cannot be used any more.
         """
-        if func.namespace != "aten" or func.overloadpacket.__name__.startswith(_NAMES_LEFT_OUT):
+        if func.namespace != "aten" or func.is_view or func.overloadpacket.__name__.startswith(_NAMES_LEFT_OUT):
             return None
         leaves, spec = tree_flatten((args, kwargs))
         if torch.Tag.data_dependent_output in func.tags or _draws_shape(func, leaves):
             return None
         try:
-            key = func, str(spec), tuple(map(self._key, leaves))
-            if key not in self._known:
-                self._known[key] = None  # what raises is not tried again
-                self._known[key] = self._measure(func, args, kwargs)
-            return self._known[key]
-        except Exception:  # an operator may refuse in any way: the caller has another way to cost it
+            key = func, str(spec), tuple(map(self._key, leaves)), _settings()
+        except (TypeError, ValueError):  # of no hash, or not of this device alone
             return None
+        if key not in self._known:
+            tensors = [each for each in (*leaves, *tree_flatten(out)[0]) if isinstance(each, torch.Tensor)]
+            if self._is_too_much(sum(map(_extent_bytes, tensors)), by_rates):
+                return None  # another time there may be room
+            self._known[key] = self._try(func, args, kwargs)
+        return self._known[key]
+
+    def _is_too_much(self, num_bytes: int, by_rates: float) -> bool:
+        """Step 2."""
+        if by_rates > MOST_SECONDS or self._spent_seconds > MOST_SECONDS_IN_ALL:
+            return True
+        return num_bytes > MOST_SHARE * free_bytes(self._device)
 
     def _key(self, leaf: Any) -> Hashable:
         if not isinstance(leaf, torch.Tensor):
             hash(leaf)
+            if isinstance(leaf, torch.Generator):
+                raise ValueError("its numbers are the caller's")
             return type(leaf), leaf
         if leaf.dim() == 0 and leaf.device.type == "cpu":
             return "number", leaf.dtype
@@ -89,27 +125,39 @@ class Operators:
             raise ValueError(f"no operand of its own can be made for one on {leaf.device}")
         return leaf.shape, leaf.stride(), leaf.dtype
 
-    def _measure(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Measured | None:
-        operands = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-        if 2 * sum(map(_extent_bytes, operands)) > MOST_SHARE * free_bytes(self._device):
+    def _try(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallCost | None:
+        start = time.perf_counter()
+        try:
+            return self._measure(func, args, kwargs)
+        except Exception as error:  # an operator may refuse in any way
+            broken: type[Exception] | tuple[()] = getattr(torch, "AcceleratorError", ())
+            if isinstance(error, broken) and not isinstance(error, torch.OutOfMemoryError):
+                raise RuntimeError(f"{func} failed on operands of its own and broke {self._device}: {error}") from error
             return None
+        finally:
+            self._spent_seconds += time.perf_counter() - start
+
+    def _measure(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallCost:
         devices = [self._device] if self._device.type == "cuda" else []
         with _disable_current_modes(), torch.inference_mode(), torch.random.fork_rng(devices):
             on_host = func.overloadpacket.__name__ in _STATE_ON_HOST
-            make = partial(self._operand, state_on_host=on_host)
+            make = partial(self._operand, state_on_host=on_host, bound=_index_bound(args, kwargs))
             args, kwargs = tree_map_only(torch.Tensor, make, (args, kwargs))
             run = lambda: func(*args, **kwargs)  # noqa: E731
             if self._device.type == "cuda":
-                return Measured(self._device_seconds(run), self._scratch_bytes(run))
-            return Measured(_host_seconds(run), 0)
+                return CallCost(self._device_seconds(run), self._scratch_bytes(run))
+            return CallCost(_host_seconds(run))
 
-    def _operand(self, like: torch.Tensor, *, state_on_host: bool) -> torch.Tensor:
+    def _operand(self, like: torch.Tensor, *, state_on_host: bool, bound: int) -> torch.Tensor:
+        """Step 3."""
         on_host = like.device.type == "cpu" or (state_on_host and like.dim() == 0)
         num_elements = _extent_bytes(like) // like.element_size()
         whole = torch.zeros(num_elements, dtype=like.dtype, device="cpu" if on_host else self._device)
         if like.is_floating_point():
             # Random bits take a GPU more power than equal ones, and so more time; on a CPU drawing them takes long.
             whole.fill_(0.5) if self._device.type == "cpu" else whole.uniform_(0.1, 0.9)
+        elif like.dtype in (torch.int32, torch.int64) and like.dim():
+            torch.arange(num_elements, dtype=like.dtype, device=whole.device, out=whole).remainder_(bound)
         return whole.as_strided(like.shape, like.stride())
 
     def _device_seconds(self, run: Callable[[], Any]) -> float:
@@ -135,6 +183,16 @@ class Operators:
         return scratch_bytes
 
 
+def _settings() -> Hashable:
+    """Return what decides which kernel an operator takes, beside its operands."""
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.get_num_threads(),
+    )
+
+
 def _host_seconds(run: Callable[[], Any]) -> float:
     best = float("inf")
     for _ in range(NUM_RUNS + 1):
@@ -154,6 +212,17 @@ def _draws_shape(func: Any, leaves: list[Any]) -> bool:
     return func is not torch.ops.aten.index.Tensor or next(masks, None) is not None
 
 
+def _index_bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return a number below which an integer indexes into every dimension that there is, in tensors and in numbers."""
+    sizes: list[int] = []
+    for leaf in tree_flatten((args, kwargs))[0]:
+        if isinstance(leaf, torch.Tensor):
+            sizes += leaf.shape
+        elif type(leaf) is int and leaf > 1:  # the number of rows of a gradient that is to be made, a list of sizes
+            sizes.append(leaf)
+    return max(1, min(sizes, default=1))
+
+
 def _extent_bytes(tensor: torch.Tensor) -> int:
     """Return the bytes from a tensor's first element to its last."""
     if tensor.numel() == 0:
@@ -163,8 +232,18 @@ def _extent_bytes(tensor: torch.Tensor) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much memory a device has free."""
+    """Return how much memory a device has free; of a CPU's, what the process's control group leaves."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    return min([available, *_group_room()])
+
+
+def _group_room() -> Iterable[int]:
+    """Yield what a control group with a limit leaves, of either version."""
+    folder = Path("/sys/fs/cgroup")
+    second = "memory.max", "memory.current"
+    for limit, used in (second, ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with suppress(OSError, ValueError):  # there is no such group, or it has no limit
+            yield max(0, int((folder / limit).read_text()) - int((folder / used).read_text()))

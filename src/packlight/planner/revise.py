@@ -66,8 +66,7 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     tier = {name: getattr(mover, name) for name in ("tier", "folder", "window_bytes")}
     tier["uses"] = order_of_use(step, costs.groups, treated) if mover.tier else ()
     choices = choices_of(costs, recomputed, treated, options=by_name(costs, exact=plan.exact))
-    done = {choice.group for choice in choices}
-    kept = tuple(choice for choice in plan.kept if choice.group not in done)
+    kept = tuple(choice for choice in plan.kept if choice.group in free and choice.group not in treated)
     return replace(plan, choices=choices, kept=kept, estimate=estimate, **tier)
 
 

@@ -51,7 +51,10 @@ def plan(
     exact: bool = False,
     hardware: str | None = None,
 ) -> Plan:
-    """Decide how a training step fits a byte budget; runs nothing on the device and changes nothing.
+    """Decide how a training step fits a byte budget; runs nothing of the model and changes nothing of the caller's.
+
+    Operators are run alone on the device, on operands of their own, to learn what they take: at most a quarter of the
+    memory that is free, for seconds. On a GPU the allocator's peak statistics begin anew.
 
     Tensors of the script that live on the model's device now (a data set) count as used throughout the step.
 

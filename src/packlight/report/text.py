@@ -112,13 +112,18 @@ def _choices(plan: Plan) -> RenderableType:
         table.add_column("others would add")
     for first, last, num_choices in _alike(choices):
         name = first.group if num_choices == 1 else f"{first.group} ... {last.group} ({num_choices})"
-        held, added = [_seconds(first.held_seconds)] * more, _seconds(first.seconds)
+        held, added = [_span(first.held_seconds, last.held_seconds)] * more, _span(first.seconds, last.seconds)
         table.add_row(name, first.choice, format_bytes(first.bytes), *held, added, *[_others(first)] * more)
     formats = sorted(set(plan.state_formats.values()))
     for state_format in formats:
         num_states = sum(chosen == state_format for chosen in plan.state_formats.values())
         table.add_row(f"optimiser states of {num_states} parameters", state_format, "", "")
     return table
+
+
+def _span(first: float, last: float) -> str:
+    """Say the times of neighbours, of the first and of the last."""
+    return _seconds(first) if _seconds(first) == _seconds(last) else f"{_seconds(first)} ... {_seconds(last)}"
 
 
 def _others(choice: Choice) -> str:
