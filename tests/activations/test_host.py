@@ -104,6 +104,24 @@ def test_at_the_bound_the_device_waits_for_the_oldest_copy_and_the_host_does_not
     assert [each() is None for each in alive] == [True, True, False, False, False]
 
 
+def test_draining_drops_every_tensor_behind_its_copy_and_the_host_waits_for_none(
+    tier: HostTier, copier: SlowCopier
+) -> None:
+    alive, stored = [], []
+    for number in range(3):
+        tensor = flat(number)
+        alive.append(weakref.ref(tensor))
+        stored.append(tier.put(tensor))
+        del tensor
+    tier.drain()
+    assert copier.log == ["copy 0", "copy 1", "copy 2", "settle 0", "settle 1", "settle 2"]
+    assert all(each() is None for each in alive)
+    assert tier._in_flight_bytes == 0
+    tier.drain()  # nothing is under way
+    assert len(copier.log) == 6
+    assert [int(each.get()[0]) for each in stored] == [0, 1, 2]
+
+
 def test_tensors_whose_copies_are_done_are_dropped_without_any_wait(tier: HostTier, copier: SlowCopier) -> None:
     alive, stored = [], []
     for number in range(5):

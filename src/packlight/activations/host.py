@@ -88,7 +88,9 @@ class HostTier(Shelf[Slot]):
         self._shut = weakref.finalize(self, _shut, self._copier, self._slabs, self._pid)
 
     def drain(self) -> None:
-        """Drop every tensor that is being copied: compute waits for the copies (step 1), the host does not."""
+        """Drop every tensor that is being copied (step 1): compute waits; off the default stream, the host."""
+        if not self._moving:
+            return
         self._check_caller()
         with self._changed:
             self._begin_call()
