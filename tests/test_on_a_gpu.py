@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -18,6 +19,7 @@ from packlight.activations.offload import make_tier
 from packlight.numerics import FORMATS
 from packlight.numerics.groups import GROUP_FORMATS
 from packlight.optim import AdamW
+from packlight.planner.operators import Operators
 from packlight.planner.solve import plan
 from tests.activations.cases import EXACT, MODELS, NUM_STEPS, assert_equal, bf16, engine, train
 from tests.cases import GPT, NUM_BYTES, Case, windows
@@ -98,6 +100,18 @@ def test_many_steps_through_a_tier_leave_the_memory_as_it_was(tier: str) -> None
                 before = torch.cuda.memory_allocated()
         made.flush()
         assert torch.cuda.memory_allocated() == before
+
+
+def test_what_a_kernel_takes_inside_is_found() -> None:
+    """A softmax's gradient multiplies two tensors into a third before it sums (torch's SoftMax.cu)."""
+    with FakeTensorMode():
+        values = torch.empty(512, 4096, device=DEVICE)
+    softmax = Operators(torch.device(DEVICE)).measured(
+        torch.ops.aten._softmax_backward_data.default, (values, values, -1, torch.float32), {}, values
+    )
+    add = Operators(torch.device(DEVICE)).measured(torch.ops.aten.add.Tensor, (values, values), {}, values)
+    assert softmax is not None and softmax.scratch_bytes == values.nbytes and softmax.seconds > 0
+    assert add is not None and add.scratch_bytes == 0
 
 
 def loss_of(net: nn.Module, step: int) -> Tensor:
@@ -228,7 +242,6 @@ def test_an_exact_plan_keeps_its_budget_and_its_estimate(name: str, tier: str) -
             del output, loss
         measured, made = handle.measurement, handle.plan
     assert measured is not None and measured.num_steps == 4
-    print(name, tier, measured.device_peak_bytes, made.estimate.device_peak_bytes, made.tier)
     assert measured.device_peak_bytes <= budget
     assert measured.device_peak_bytes == pytest.approx(made.estimate.device_peak_bytes, rel=PEAK_TOLERANCE)
 
