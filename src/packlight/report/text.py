@@ -106,7 +106,7 @@ def _choices(plan: Plan) -> RenderableType:
     more = any(choice.options for choice in choices)  # a record of an older packlight has none
     table.add_column("block or site")
     table.add_column("choice")
-    for title in ("holds for backward", *["for"] * more, "adds"):
+    for title in ("holds for backward", *["held for"] * more, "adds"):
         table.add_column(title, justify="right")
     if more:
         table.add_column("others would add")
