@@ -276,12 +276,12 @@ class Session(Listener):
         with watch.aside():
             self._put_blocks_back()
             step, plan, title = self._make_plan_below(self._mend.limit_bytes)
-        self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
-        plan = rescale(plan, *self._pace)
-        self.settings.tell(plan, f"after step 1, {title}")
-        self.plan, self._call = plan, None  # a batch is not held longer than it is needed
-        self._carry_out(plan)
-        self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes), default=0))
+            self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
+            plan = rescale(plan, *self._pace)
+            self.settings.tell(plan, f"after step 1, {title}")
+            self.plan, self._call = plan, None  # a batch is not held longer than it is needed
+            self._carry_out(plan)
+            self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes), default=0))
 
     def _make_plan_below(self, limit_bytes: int | None) -> tuple[Profile, Plan, str]:
         """Plan with what was seen, for less than what lived when memory ran out, if it did."""
@@ -300,17 +300,13 @@ class Session(Listener):
         with self._watch.aside():
             self._put_blocks_back()
             step, plan, fits = self._maker.make_or_least(call, self._seen, before=before)
-        title = (
-            "for a larger batch, "
-            if fits
-            else f"for a larger batch, which does not fit {self.settings.budget}, the smallest "
-        )
-        self.plan = plan = joined(step, rescale(plan, *self._pace), before)
-        self.settings.tell(plan, title)
-        self._blocks = carry_out(plan, self._model)
-        if self._mend is not None:
-            is_final = not self._mend.is_verified()
-            self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes)), is_final=is_final)
+            misfit = "" if fits else f"which does not fit {self.settings.budget}, the smallest "
+            self.plan = plan = joined(step, rescale(plan, *self._pace), before)
+            self.settings.tell(plan, f"for a larger batch, {misfit}")
+            self._blocks = carry_out(plan, self._model)
+            if self._mend is not None:
+                is_final = not self._mend.is_verified()
+                self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes)), is_final=is_final)
         if self._watch.model is self._model:  # torch has the forward that it is going to call already
             self._in_call.enter_context(saving_now(self._blocks, call))
         self._watch.measure_again()
