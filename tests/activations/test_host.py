@@ -16,7 +16,7 @@ from packlight.activations.copies import StreamCopier, is_capturing, lend, make_
 from packlight.activations.extents import round_up
 from packlight.activations.groups import Group
 from packlight.activations.host import HostTier
-from packlight.activations.offload import OffloadError
+from packlight.activations.offload import OffloadError, Stored
 from packlight.activations.pages import Pages
 from packlight.activations.slabs import LARGE_BYTES, SLAB_BYTES, Slabs
 from packlight.activations.staging import CHUNK_BYTES, DeviceStaging
@@ -91,15 +91,17 @@ def flat(value: int) -> Tensor:
     return torch.full((MIB,), value, dtype=torch.uint8)
 
 
+def put_alone(tier: HostTier, num: int) -> tuple[list[weakref.ref[Tensor]], list[Stored]]:
+    """Put tensors that nobody else holds; return whether they live, and what brings them back."""
+    tensors = [flat(number) for number in range(num)]
+    alive = [weakref.ref(tensor) for tensor in tensors]
+    return alive, [tier.put(tensors.pop(0)) for _ in range(num)]
+
+
 def test_at_the_bound_the_device_waits_for_the_oldest_copy_and_the_host_does_not(
     tier: HostTier, copier: SlowCopier
 ) -> None:
-    alive, stored = [], []
-    for number in range(5):
-        tensor = flat(number)
-        alive.append(weakref.ref(tensor))
-        stored.append(tier.put(tensor))
-        del tensor
+    alive, _stored = put_alone(tier, 5)
     assert copier.log == ["copy 0", "copy 1", "copy 2", "settle 0", "copy 3", "settle 1", "copy 4"]
     assert [each() is None for each in alive] == [True, True, False, False, False]
 
@@ -107,12 +109,7 @@ def test_at_the_bound_the_device_waits_for_the_oldest_copy_and_the_host_does_not
 def test_draining_drops_every_tensor_behind_its_copy_and_the_host_waits_for_none(
     tier: HostTier, copier: SlowCopier
 ) -> None:
-    alive, stored = [], []
-    for number in range(3):
-        tensor = flat(number)
-        alive.append(weakref.ref(tensor))
-        stored.append(tier.put(tensor))
-        del tensor
+    alive, stored = put_alone(tier, 3)
     tier.drain()
     assert copier.log == ["copy 0", "copy 1", "copy 2", "settle 0", "settle 1", "settle 2"]
     assert all(each() is None for each in alive)
