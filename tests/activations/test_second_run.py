@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from packlight.activations import find_blocks, recompute
 from packlight.planner.loop import Call
-from packlight.planner.profile import unrepeatable
+from packlight.planner.repeats import unrepeatable
 
 
 class Appends(nn.Module):

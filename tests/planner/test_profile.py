@@ -17,7 +17,7 @@ from packlight.activations.recompute import recompute
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.fake import lstm_workspace_bytes
 from packlight.planner.loop import Call, Seen
-from packlight.planner.profile import ProfileError, profile
+from packlight.planner.profile import ASKED, ProfileError, profile
 from packlight.planner.timeline import Timeline, flat_tensors
 from packlight.records import CATEGORIES
 from packlight.step import Profile
@@ -449,12 +449,26 @@ class Branches(Selects):
         return out
 
 
-@pytest.mark.parametrize("model", [Selects(), Branches()])
-def test_a_step_whose_shapes_depend_on_values_is_refused_by_name(model: nn.Module) -> None:
+@pytest.mark.parametrize("kind", [Selects, Branches])
+def test_a_step_whose_shapes_depend_on_values_is_refused_by_name_where_there_are_none(kind: type[nn.Module]) -> None:
+    with torch.device("meta"):
+        model, x = kind(), torch.randn(4, 8)
     with pytest.raises(
-        ProfileError, match=rf"(?s)one step of {type(model).__name__} could not be traced .*shapes that depend"
+        ProfileError, match=rf"(?s)one step of {kind.__name__} could not be traced .*not on the meta device"
     ):
-        profile(model, torch.randn(4, 8), adamw(model))
+        profile(model, x, adamw(model))
+
+
+@pytest.mark.parametrize("kind", [Selects, Branches])
+def test_a_step_whose_shapes_depend_on_values_is_profiled_with_the_answers_of_a_real_forward(
+    kind: type[nn.Module],
+) -> None:
+    model, x = kind(), torch.randn(64, 8)
+    case = Case(model, x, lambda output, _: output)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    step = profile(model, x, optimizer, loss=case.loss, seen=DROPPED)
+    assert ASKED in step.notes
+    assert predicted(step, frozenset()).peak_bytes == real_peak(case, optimizer, frozenset())[0]
 
 
 class Places(nn.Module):
@@ -484,6 +498,75 @@ def mixture() -> nn.Module:
     return made
 
 
+class Experts(nn.Module):
+    """Hands each row to the expert that a router chooses, in a block of its own."""
+
+    def __init__(self, width: int = 16, num_experts: int = 3) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, num_experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            for _ in range(num_experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1)
+        out = torch.zeros_like(x)
+        for at, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen == at)
+            if rows.numel():
+                out = out.index_add(0, rows, expert(x[rows]))
+        return x + out
+
+
+class Sparse(nn.Module):
+    """Works on the rows that are large, counts them, and has statistics and dropout."""
+
+    def __init__(self, width: int = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear, self.norm, self.dropout = nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.norm(x).mean(-1) > 0
+        share = sum(mask.tolist()) / len(mask)
+        out = x.clone()
+        out[mask] = self.dropout(self.linear(x[mask])).relu()
+        return out * share
+
+
+class Routed(nn.Module):
+    """Blocks whose shapes hang on activations."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        sparse = [Sparse(dropout=dropout) for _ in range(2)]
+        self.layers = nn.ModuleList([Experts(), sparse[0], Experts(), sparse[1], Experts()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def routed_case(dropout: float = 0.0) -> Case:
+    return Case(Routed(dropout), torch.randn(192, 16), lambda output, _: output.square().mean())
+
+
+def test_a_real_forward_that_answers_leaves_everything_as_it_was() -> None:
+    case = routed_case(dropout=0.3)
+    values, drawn = {name: at.clone() for name, at in case.model.state_dict().items()}, torch.get_rng_state()
+    assert ASKED in profile(case.model, case.batch, None, loss=case.loss).notes
+    assert all(torch.equal(at, values[name]) for name, at in case.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(parameter.grad is None for parameter in case.model.parameters())
+
+
+def test_blocks_whose_shapes_hang_on_activations_can_be_recomputed() -> None:
+    case = routed_case()
+    step = profile(case.model, case.batch, None, loss=case.loss)
+    assert {region.block for region in step.regions} == {f"layers.{at}" for at in range(5)}
+
+
 def places_case() -> Case:
     mask = torch.rand(96, 5) < 0.3
     return Case(Places(), (torch.randn(96, 5, 8), mask), lambda output, batch: output.square().mean())
@@ -494,12 +577,12 @@ def mixture_case() -> Case:
     return Case(mixture(), {"input_ids": tokens, "labels": tokens}, lambda output, batch: output.loss)
 
 
-@pytest.mark.parametrize("make", [places_case, mixture_case])
-def test_shapes_that_hang_on_the_batch_and_products_of_groups_are_predicted_to_the_byte(
+@pytest.mark.parametrize("make", [places_case, mixture_case, routed_case])
+def test_shapes_that_hang_on_values_and_products_of_groups_are_predicted_to_the_byte(
     make: Callable[[], Case],
 ) -> None:
     case = make()
-    optimizer = adamw(case.model)
+    optimizer = torch.optim.AdamW(case.model.parameters(), lr=0.0)  # so that all steps route alike
     step = profile(case.model, case.batch, optimizer, loss=case.loss, seen=DROPPED)
     for recomputed in block_sets(step):
         optimizer.state.clear()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from packlight.planner.known import Noted
 from packlight.planner.timeline import Entry
 from packlight.step import Region, Save, Storage
 
@@ -52,11 +53,11 @@ class DraftSave:
 class HeldSave:
     """What autograd holds instead of a saved tensor: enough to make another of its kind, or one that stays anyway."""
 
-    __slots__ = ("__weakref__", "device", "dtype", "save", "shape", "stays", "stride")
+    __slots__ = ("__weakref__", "device", "dtype", "noted", "save", "shape", "stays", "stride")
 
-    def __init__(self, tensor: torch.Tensor, save: DraftSave, *, stays: bool) -> None:
+    def __init__(self, tensor: torch.Tensor, save: DraftSave, *, stays: bool, noted: Noted | None) -> None:
         self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
-        self.device, self.save = tensor.device, save
+        self.device, self.save, self.noted = tensor.device, save, noted
         self.stays = tensor if stays else None
 
 
@@ -108,7 +109,8 @@ class Draft:
         used: dict[int, int] = {}
         for save in map(self.save, region.copy_saves):
             used[save.storage] = max(save.used, used.get(save.storage, 0))
-        return tuple((region.copied[storage + self._num_resident], event) for storage, event in used.items())
+        wanted = {storage: event for storage, event in used.items() if event > self._before_end(region.unpacked)}
+        return tuple((region.copied[storage + self._num_resident], event) for storage, event in wanted.items())
 
     def _before_end(self, event: int | None) -> int:
         """Return an event of the step, its end for what comes later or never."""

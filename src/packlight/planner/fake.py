@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from packlight.planner.answers import Answers
 from packlight.planner.hardware import Rates, operator_cost
 from packlight.planner.known import KnownValues
 from packlight.planner.timeline import Timeline
@@ -144,11 +145,11 @@ class FakeLine(Timeline):
     that fall between the same birth and death it stays known which came first.
     """
 
-    def __init__(self, device_type: str, rates: Rates, *, allocator: str = "") -> None:
+    def __init__(self, device_type: str, rates: Rates, *, allocator: str = "", answers: Answers | None = None) -> None:
         super().__init__(device_type, allocator=allocator)
         self.rates, self.seconds = rates, 0.0
         self.seconds_by_rates: dict[str, float] = {}
-        self.known = KnownValues()
+        self.known = KnownValues(answers)
         self._num_ticks = 0
 
     def now(self) -> int:
@@ -170,11 +171,11 @@ class FakeLine(Timeline):
         if known is not None and not isinstance(known, torch.Tensor | tuple | list):
             return known
         if known is not None:
-            out = tree_map_only(torch.Tensor, functools.partial(torch.empty_like, device=self.device_type), known)
+            out = tree_map_only(torch.Tensor, functools.partial(torch.empty_like, device=args[0].device), known)
         else:
             run: Callable[..., Any] = _AS_ALLOCATED.get(func, _plainly)
             out = run(func, *self.known.with_places(func, args), **(kwargs or {}))
-        self.known.follow(func, args, kwargs or {}, out)
+        self.known.follow(func, args, kwargs or {}, out, answer=known)
         if not self._paused:
             self.observe(func, args, kwargs or {}, out)
         return out

@@ -1,14 +1,16 @@
-"""Values that are known while a step is traced: what is computed from the batch's integers alone.
+"""Values that are known while a step is traced: what is computed from the batch's integers, or was asked before.
 
 Fake tensors have no values, so a model that looks at its batch (is this mask all ones? are these positions in order?)
 stops the trace, or takes another path than in the run: transformers' attention masks do. The idea: integers and
 booleans of the batch are small and at hand; operators that take nothing else are run on them too, beside the trace, on
-the CPU. So a question about such values has its true answer, and nothing of the model is computed.
+the CPU. So a question about such values has its true answer, and nothing of the model is computed. Where that is not
+enough, `answers.py` has those of a real forward.
 """
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
+
+from packlight.planner.answers import Answers, asks, masks_of
 
 MAX_KNOWN_ELEMENTS = 2**22
 """Larger tensors are not followed."""
@@ -25,29 +29,37 @@ _FACTORIES = {
     *(_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.scalar_tensor.default),
     *(_aten.zeros.default, _aten.ones.default, _aten.full.default),
 }
-_INDEXED = {
-    *(_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default),
-    _aten._unsafe_index.Tensor,
-}
+
+
+@dataclass
+class Noted:
+    """What is known of one tensor: its values on the CPU, or how many places it selects."""
+
+    value: torch.Tensor | None = None
+    num_places: int | None = None
 
 
 class KnownValues:
-    """The values of fake tensors that hold integers or booleans and depend on the batch alone."""
+    """The values of fake tensors that hold integers or booleans.
 
-    def __init__(self) -> None:
-        """Know nothing yet."""
-        self._values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    Args:
+        answers: of a real forward of the same call, if there was one.
+    """
+
+    def __init__(self, answers: Answers | None = None) -> None:
+        self._noted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._answers = answers
 
     def learn(self, fake: torch.Tensor, real: torch.Tensor) -> None:
         """Remember what a tensor of the batch holds."""
         if isinstance(fake, FakeTensor) and real.device.type != "meta" and _is_followed(real):
             with no_dispatch():
-                self._values[fake] = real.detach().to("cpu", copy=True)
+                self.noted(fake).value = real.detach().to("cpu", copy=True)
 
     def value(self, fake: object) -> torch.Tensor | None:
         """Return a tensor's value on the CPU, None where it is not known."""
-        known: torch.Tensor | None = self._values.get(fake) if isinstance(fake, FakeTensor) else None
-        return known
+        noted: Noted | None = self._noted.get(fake) if isinstance(fake, FakeTensor) else None
+        return None if noted is None else noted.value
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator whose result no fake tensor can tell (a number, or a tensor of a size that values decide).
@@ -55,33 +67,66 @@ class KnownValues:
         Returns:
             The result on the CPU; None for other operators, and where a value is not known.
         """
-        asks = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-        return self._compute(func, args, kwargs) if asks else None
+        if not asks(func):
+            return None
+        answer = None if self._answers is None else self._answers.take(func, (args, kwargs))
+        return self._compute(func, args, kwargs) if answer is None else answer
 
     def with_places(self, func: Any, args: Any) -> Any:
         """Put the places that a known mask selects in place of the mask: a fake mask does not say how many they are."""
-        if func not in _INDEXED or len(args) < 2:
+        masks = masks_of(func, args)
+        if not masks:
             return args
+        if self._answers is not None and self._answers.is_in_order():
+            for mask, num_places in zip(masks, self._answers.take(func, masks) or (), strict=False):
+                self.noted(mask).num_places = num_places
         places: list[Any] = []
         for index in args[1]:
-            known = self.value(index)
-            if known is None or known.dtype not in (torch.bool, torch.uint8):
+            num_places = self._places_of(index) if any(index is mask for mask in masks) else None
+            if num_places is None:
                 places.append(index)
             else:
-                with no_dispatch():
-                    sizes = [at.shape for at in known.nonzero(as_tuple=True)]
+                sizes = [num_places] * index.dim()
                 places += [torch.empty(size, dtype=torch.long, device=index.device) for size in sizes]
         return (args[0], places, *args[2:])
 
-    def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note the values of an operator's results, where they are integers or booleans and its arguments known."""
+    def _places_of(self, mask: torch.Tensor) -> int | None:
+        noted = self.noted(mask)
+        if noted.value is not None:
+            with no_dispatch():
+                return int(noted.value.count_nonzero())
+        return noted.num_places
+
+    def noted(self, fake: torch.Tensor) -> Noted:
+        """Return what is known of a tensor by now; what is learnt of it later is put there too."""
+        if fake not in self._noted:
+            self._noted[fake] = Noted()
+        noted: Noted = self._noted[fake]
+        return noted
+
+    def note(self, fake: torch.Tensor, noted: Noted) -> None:
+        """Know of a tensor what is known of the one in whose place it is."""
+        self._noted[fake] = noted
+
+    def follow(self, func: Any, args: Any, kwargs: Any, out: Any, *, answer: Any = None) -> None:
+        """Note the values of an operator's results, where they are integers or booleans.
+
+        Args:
+            func: the operator.
+            args: its arguments; where there is no answer, all of them have to be known.
+            kwargs: its keyword arguments.
+            out: its results, fake ones.
+            answer: what `answer` returned.
+        """
         results = [at for at in tree_leaves(out) if isinstance(at, torch.Tensor)]
-        known = self._compute(func, args, kwargs) if results and all(map(_is_followed, results)) else None
+        known = answer
+        if known is None and results and all(map(_is_followed, results)):
+            known = self._compute(func, args, kwargs)
         if known is None:
             self._forget_written(func, args)
         for fake, real in zip(tree_leaves(out), tree_leaves(known), strict=False):
-            if isinstance(fake, FakeTensor) and isinstance(real, torch.Tensor):
-                self._values[fake] = real
+            if isinstance(fake, FakeTensor) and isinstance(real, torch.Tensor) and _is_followed(real):
+                self.noted(fake).value = real
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on known values; None where one is missing or the operator draws numbers."""
@@ -102,9 +147,9 @@ class KnownValues:
             known = self.value(value)
             if argument.is_write and known is not None:
                 key = known.untyped_storage()._cdata
-                shared = [at for at, real in self._values.items() if real.untyped_storage()._cdata == key]
-                for fake in shared:
-                    del self._values[fake]
+                for noted in self._noted.values():
+                    if noted.value is not None and noted.value.untyped_storage()._cdata == key:
+                        noted.value = None
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -114,7 +159,8 @@ class KnownValues:
         if original is None:
             yield
             return
-        module.is_fake_tensor = lambda value: original(value) and self.value(value) is None
+        has_answers = self._answers is not None
+        module.is_fake_tensor = lambda value: original(value) and self.value(value) is None and not has_answers
         try:
             yield
         finally:

@@ -2,25 +2,32 @@
 
 torch has parts of this (`MemTracker`, `FakeTensorMode`) and leaves out the half of a step that stands outside the
 model. Here the loss is the caller's function, the model's own, a guess that says so, or, once a real step has been
-seen, a stand-in that allocates what the real loss allocated. Blocks whose forward cannot be run twice are found on
-fake tensors too.
+seen, a stand-in that allocates what the real loss allocated.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn import functional as F
 
-from packlight.activations.blocks import find_blocks
-from packlight.activations.recompute import recompute
+from packlight.planner.answers import Answers
 from packlight.planner.known_hardware import Hardware, named
 from packlight.planner.loop import Call, Loss, Optimizers, Seen
+from packlight.planner.repeats import without_unrepeatable
 from packlight.planner.timeline import flat_tensors
 from packlight.planner.trace import Trace
 from packlight.step import Profile, Tail
+
+ASKED = (
+    "shapes or branches of the model depend on values: one forward was run on the batch to learn them, and another "
+    "batch may need more or less"
+)
+"""The note of a profile for which a real forward ran."""
 
 
 class ProfileError(RuntimeError):
@@ -39,7 +46,8 @@ def profile(
     """Trace one training step of a model on fake tensors.
 
     Nothing is computed on the device and nothing of the caller's is changed. Tensors on the meta device are taken as
-    tensors on the CPU.
+    tensors on the CPU. Where values of activations decide over shapes or control flow, one real forward (and the loss)
+    runs without gradients, to learn them; random states and buffers are put back after it, and a note says so.
 
     Args:
         model: the module that is trained; its parameters may be on any device, the meta device too.
@@ -53,19 +61,42 @@ def profile(
         The step as a record, from which `solve` makes plans.
 
     Raises:
-        ProfileError: the step cannot be traced (values decide over shapes or control flow, or it raised).
+        ProfileError: the step cannot be traced (it raised; or values decide over shapes, and there is no real forward
+            to learn them from, as on the meta device).
         ValueError: there is no hardware of this name.
     """
-    seen, known = seen or Seen(), named(hardware)
-    trace = _begin(model, optimizer, seen, known)
-    notes = [] if known is None else [known.note(trace.device_type)]
+    seen, known, call, answers = seen or Seen(), named(hardware), Call.of(batch), None
+    trace = functools.partial(_traced, model, call, optimizer, loss=loss, seen=seen, hardware=known)
+    try:
+        step = trace()
+    except ProfileError as error:
+        if not _asks_for_values(error) or known is not None or _is_meta(model):
+            raise
+        answers = _answers(model, call, loss=loss)
+        step = trace(answers=answers)
+        step = replace(step, notes=(*step.notes, ASKED))
+    return without_unrepeatable(step, model, call, hardware=known, answers=answers)
+
+
+def _traced(
+    model: nn.Module,
+    call: Call,
+    optimizer: Optimizers,
+    *,
+    loss: Loss | None,
+    seen: Seen,
+    hardware: Hardware | None,
+    answers: Answers | None = None,
+) -> Profile:
+    trace = _begin(model, optimizer, seen, hardware, answers)
+    notes = [] if hardware is None else [hardware.note(trace.device_type)]
     with torch.random.fork_rng(devices=[]), trace.active():
-        call = trace.fake_call(Call.of(batch))
-        trace.mark_resident(call, seen)
+        fake = trace.fake_call(call)
+        trace.mark_resident(fake, seen)
         try:
-            with call.autocasting():
-                output = trace.forward(call)
-                scalar = _loss(output, batch=call, loss=loss, seen=seen, notes=notes)
+            with fake.autocasting():
+                output = trace.forward(fake)
+                scalar = _loss(output, batch=fake, loss=loss, seen=seen, notes=notes)
             held = _held(output, seen)
             del output
             trace.backward(scalar)
@@ -74,54 +105,17 @@ def profile(
         except Exception as error:
             raise ProfileError(
                 f"one step of {type(model).__name__} could not be traced on fake tensors "
-                f"({type(error).__name__}: {error}); wanted a step that neither reads values (.item(), an assert on a "
-                "tensor) nor has shapes that depend on them"
+                f"({type(error).__name__}: {error}); wanted a step that can run on tensors without values; where "
+                "shapes or branches depend on values, a model that is not on the meta device, and no other hardware"
             ) from error
-    step = trace.record(optimizers, tuple(notes))
-    blocks = list(dict.fromkeys(at.block for at in step.regions))
-    return _without(step, unrepeatable(model, Call.of(batch), blocks, hardware=known))
+    return trace.record(optimizers, tuple(notes))
 
 
-def unrepeatable(
-    model: nn.Module, call: Call, blocks: Sequence[str], *, hardware: Hardware | None = None
-) -> dict[str, str]:
-    """Find the blocks whose forward cannot be run again, by doing it on fake tensors.
-
-    Returns:
-        The reason for each such block, by its path.
-    """
-    if not blocks or _repeat_error(model, call, blocks, hardware) is None:
-        return {}
-    kinds: dict[type, list[str]] = {}
-    modules = {block.path: model.get_submodule(block.module_path) for block in find_blocks(model)}
-    for path in blocks:
-        kinds.setdefault(type(modules[path]), []).append(path)
-    errors = ((paths, _repeat_error(model, call, paths, hardware)) for paths in kinds.values())
-    return {path: error for paths, error in errors if error is not None for path in paths}
-
-
-def _repeat_error(model: nn.Module, call: Call, blocks: Sequence[str], hardware: Hardware | None) -> str | None:
-    """Run forward and backward with some blocks recomputed on fake tensors; return what went wrong."""
-    trace = _begin(model, None, Seen(), hardware)
-    with torch.random.fork_rng(devices=[]), trace.active(), recompute(trace.model, blocks):
-        fake = trace.fake_call(call)
-        try:
-            with torch.enable_grad():
-                before = _attributes(trace.model, blocks)
-                with fake.autocasting():
-                    output = trace.model(*fake.args, **fake.kwargs)
-                changed = [key for key, value in _attributes(trace.model, blocks).items() if before.get(key) != value]
-                if changed:
-                    return f"its forward changes the attribute {changed[0][1]!r}"
-                sum(at.sum() for at in flat_tensors(output) if at.requires_grad).backward()  # type: ignore[union-attr]
-        except Exception as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return None
-
-
-def _begin(model: nn.Module, optimizer: Optimizers, seen: Seen, hardware: Hardware | None) -> Trace:
+def _begin(
+    model: nn.Module, optimizer: Optimizers, seen: Seen, hardware: Hardware | None, answers: Answers | None
+) -> Trace:
     try:
-        return Trace(model, optimizer, seen, hardware=hardware)
+        return Trace(model, optimizer, seen, hardware=hardware, answers=answers)
     except Exception as error:
         raise ProfileError(
             f"{type(model).__name__} and its optimiser cannot be copied ({type(error).__name__}: {error}); "
@@ -129,33 +123,33 @@ def _begin(model: nn.Module, optimizer: Optimizers, seen: Seen, hardware: Hardwa
         ) from error
 
 
-def _attributes(model: nn.Module, blocks: Sequence[str]) -> dict[tuple[int, str], Any]:
-    """Return what tells whether plain attributes inside blocks have changed; a second run would change them again."""
-    own = vars(nn.Module())
-    paths = {block.path: block.module_path for block in find_blocks(model)}
-    owners = {id(owner): owner for path in blocks for owner in model.get_submodule(paths[path]).modules()}
-    plain = (int, float, str, type(None))
-    return {
-        (key, name): value if isinstance(value, plain) else (id(value), len(value) if hasattr(value, "__len__") else 0)
-        for key, owner in owners.items()
-        for name, value in vars(owner).items()
-        if name not in own and not isinstance(value, torch.Tensor | nn.Module)
-    }
+def _answers(model: nn.Module, call: Call, *, loss: Loss | None) -> Answers:
+    """Ask a real forward, and the loss."""
+    try:
+        return Answers.of(model, call, lambda output: None if loss is None else loss(output, _batch_of(call)))
+    except Exception as error:
+        raise ProfileError(
+            f"shapes or branches of {type(model).__name__} depend on values, and the real forward that was to tell "
+            f"them failed ({type(error).__name__}: {error}); try a smaller batch, or mend the model"
+        ) from error
 
 
-def _without(step: Profile, reasons: Mapping[str, str]) -> Profile:
-    """Take blocks out of a profile's choices: what they save is kept."""
-    if not reasons:
-        return step
-    kept = [at for at, region in enumerate(step.regions) if region.block not in reasons]
-    places = {at: place for place, at in enumerate(kept)}
-    path, reason = next(iter(reasons.items()))
-    return replace(
-        step,
-        regions=tuple(step.regions[at] for at in kept),
-        saves=tuple(replace(save, region=places.get(save.region, -1)) for save in step.saves),
-        notes=(*step.notes, f"{len(reasons)} blocks ({path}, ...) cannot be recomputed: {reason}"),
-    )
+def _asks_for_values(error: BaseException | None) -> bool:
+    """Tell whether an error, or what led to it, is that fake tensors have no values."""
+    while error is not None:
+        if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _batch_of(call: Call) -> Any:
+    """Return the batch that a call was read from."""
+    return call.kwargs or (call.args if len(call.args) > 1 else call.args[0])
 
 
 def _held(output: Any, seen: Seen) -> Any:
@@ -174,7 +168,7 @@ def _loss(output: Any, *, batch: Call, loss: Loss | None, seen: Seen, notes: lis
         chosen = [tensors[start + at] for start in passes for at in seen.tail.outputs if at < num_outputs]
         return _SeenTail.apply(seen.tail, *chosen)  # type: ignore[no-any-return, no-untyped-call]
     if loss is not None:
-        scalar: Any = loss(output, batch.kwargs or (batch.args if len(batch.args) > 1 else batch.args[0]))
+        scalar: Any = loss(output, _batch_of(batch))
     else:
         own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         scalar = _guess_loss(tensors, notes) if own is None else own

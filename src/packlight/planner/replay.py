@@ -39,7 +39,8 @@ def replay_of(profile: Profile, region: Region, saves: Sequence[Save]) -> Replay
     inside = [at for at, storage in enumerate(storages) if region.start <= storage.born < region.last_packed]
     saved: dict[int, int] = {}
     for save in saves:
-        if region.start <= storages[save.storage].born:
+        is_wanted = save.used > region.unpacked  # else nothing that backward needs came of it
+        if is_wanted and region.start <= storages[save.storage].born:
             saved[save.storage] = max(save.used, saved.get(save.storage, 0))
     events = [(storages[at].born, storages[at].num_bytes) for at in inside]
     events += [(storages[at].died, -storages[at].num_bytes) for at in inside if at not in saved]

@@ -40,6 +40,7 @@ from packlight.activations.resident import Resident
 from packlight.activations.saver import is_worth_it
 from packlight.activations.sites import CallStack, ModuleWatch
 from packlight.optim.adopt import can_adopt
+from packlight.planner.answers import Answers
 from packlight.planner.draft import Draft, DraftRegion, DraftSave, HeldSave
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
@@ -57,9 +58,15 @@ class Trace:
     """One step on fake tensors, on the way to a `Profile`."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizers, seen: Seen, *, hardware: Hardware | None = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizers,
+        seen: Seen,
+        *,
+        hardware: Hardware | None = None,
+        answers: Answers | None = None,
     ) -> None:
-        self.seen, self.real_model, self.hardware = seen, model, hardware
+        self.seen, self.real_model, self.hardware, self._answers = seen, model, hardware, answers
         self.real_optimizers = listed(optimizer)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._copy = FakeCopy(self.mode)
@@ -68,9 +75,9 @@ class Trace:
         first = next((tensor.device.type for tensor in model.parameters()), "cpu")
         self.device_type = "cpu" if first == "meta" else first
         if hardware is None:
-            self.line = FakeLine(self.device_type, measure(self.device_type))
+            self.line = FakeLine(self.device_type, measure(self.device_type), answers=answers)
         else:
-            self.line = FakeLine(self.device_type, hardware.rates(), allocator="cuda")
+            self.line = FakeLine(self.device_type, hardware.rates(), allocator="cuda", answers=answers)
         if hardware is not None or self.device_type == "cuda":
             step_as_on_cuda(self.fake_optimizers)
         self.regions: list[DraftRegion] = []
@@ -157,6 +164,8 @@ class Trace:
 
     def _call(self, call: Call) -> Any:
         self._calls, self._compared = CallStack(), Compared()
+        if self._answers is not None:
+            self._answers.begin()
         try:
             return self.model(*call.args, **call.kwargs)
         finally:
@@ -205,7 +214,9 @@ class Trace:
             self._describe(save, tensor)
         if not stays:
             (self.regions[region].copy_saves if copied else self.saves).append(save)
-        held = HeldSave(tensor, save, stays=stays)
+        is_number = not (tensor.is_floating_point() or tensor.is_complex())
+        noted = self.line.known.noted(tensor) if is_number else None
+        held = HeldSave(tensor, save, stays=stays, noted=noted)
         weakref.finalize(held, self._release, save)
         return held
 
@@ -246,6 +257,8 @@ class Trace:
         with self.line.paused():
             made = torch.empty_strided(held.shape, held.stride, dtype=held.dtype, device=held.device)
         self.line.leave_out(made)
+        if held.noted is not None:
+            self.line.known.note(made, held.noted)
         weakref.finalize(made.untyped_storage(), self._use_ends, held.save)
         return made
 
