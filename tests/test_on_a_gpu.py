@@ -20,7 +20,7 @@ from packlight.numerics import FORMATS
 from packlight.numerics.groups import GROUP_FORMATS
 from packlight.optim import AdamW
 from packlight.planner.operators import Operators
-from packlight.planner.solve import plan
+from packlight.planner.plan import plan
 from tests.activations.cases import EXACT, MODELS, NUM_STEPS, assert_equal, bf16, engine, train
 from tests.cases import GPT, NUM_BYTES, Case, windows
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from packlight.optim.adamw import Adam, AdamW
     from packlight.optim.sgd import SGD
     from packlight.planner.apply import apply, fit
+    from packlight.planner.plan import plan
     from packlight.planner.profile import ProfileError, profile
-    from packlight.planner.solve import plan
     from packlight.records import Plan
 
 __version__ = "0.1.0"
@@ -57,7 +57,7 @@ _HOMES = {
     "compress": "activations.alone",
     "fit": "planner.apply",
     "offload": "activations.alone",
-    "plan": "planner.solve",
+    "plan": "planner.plan",
     "profile": "planner.profile",
     "recompute": "activations.recompute",
 }

@@ -16,7 +16,7 @@ from packlight.activations.engine import Engine
 from packlight.budget import BudgetError
 from packlight.optim.state import state_bytes
 from packlight.planner.apply import apply, fit
-from packlight.planner.solve import plan
+from packlight.planner.plan import plan
 from packlight.records import Choice, Plan
 from tests.cases import CASES, MLP, Case
 
@@ -93,7 +93,7 @@ def test_a_plan_with_low_bit_states_holds_just_these_bytes_and_learns(name: str)
     optimizer = adamw(case.model)
     budget = middle_budget(case, exact=False, share=0.02)
     made = plan(case.model, case.batch, optimizer, budget=budget, loss=case.loss)
-    assert "4bit" in made.state_formats.values()
+    assert not {"4bit", "8bit"}.isdisjoint(made.state_formats.values())
     with apply(made, case.model, optimizer) as handle:
         losses = train(case, optimizer, 8)
         measured = handle.measurement
@@ -114,7 +114,7 @@ def test_where_states_dominate_the_low_bit_plan_keeps_its_budget() -> None:
     parameter_bytes = sum(at.nbytes for at in case.model.parameters())
     budget = int(3.9 * parameter_bytes)  # fp32 states take four times the parameters, and temporaries
     handle = fit(case.model, optimizer, case.batch, budget=budget, loss=case.loss)
-    assert "4bit" in handle.plan.state_formats.values()
+    assert not {"4bit", "8bit"}.isdisjoint(handle.plan.state_formats.values())
     train(case, optimizer)
     measured = handle.measurement
     handle.remove()

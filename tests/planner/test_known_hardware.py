@@ -13,8 +13,8 @@ from packlight.budget import Budget
 from packlight.planner import hardware
 from packlight.planner.hardware import PRECISIONS, MeasuredFlops, operator_cost
 from packlight.planner.known_hardware import KNOWN, LAUNCH_SECONDS, LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, named
+from packlight.planner.plan import plan
 from packlight.planner.profile import profile
-from packlight.planner.solve import plan
 from packlight.records import Plan
 from tests.cases import CASES, MLP
 
@@ -71,8 +71,10 @@ def test_codecs_and_low_bit_updates_take_their_bytes_over_the_bandwidth() -> Non
     for codec in CODECS:
         traffic_bytes = 2 * (4 * 2**20 + encoded_bytes(codec, 2**20))
         assert rates.codec_seconds[codec] * 2**20 == pytest.approx(traffic_bytes / rates.bytes_per_second)
-    update_bytes = rates.update_seconds_per_element * rates.bytes_per_second
-    assert 12 + 2 * 1.03 < update_bytes < 12 + 2 * 1.2  # the README's bytes of a 4bit state, read and written
+    update_bytes = {name: seconds * rates.bytes_per_second for name, seconds in rates.update_seconds.items()}
+    # the README's bytes of a state, read and written
+    assert 12 + 2 * 1.03 < update_bytes["4bit"] < 12 + 2 * 1.2
+    assert 12 + 2 * 2.12 < update_bytes["8bit"] < 12 + 2 * 2.14
 
 
 def test_an_unknown_name_is_refused_and_the_known_ones_are_listed() -> None:

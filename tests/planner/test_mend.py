@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from packlight.activations.standin import StandIn
 from packlight.planner.apply import apply, fit
 from packlight.planner.mend import TOLERANCE, all_recomputed
+from packlight.planner.plan import plan
 from packlight.planner.request import Settings
 from packlight.planner.retry import is_out_of_memory
 from packlight.planner.session import Session
-from packlight.planner.solve import plan
 from packlight.records import Choice, Plan
 
 ROWS, WIDTH, NUM_STEPS = 512, 64, 4

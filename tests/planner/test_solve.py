@@ -12,15 +12,17 @@ from packlight.budget import Budget, BudgetError
 from packlight.planner.cost import StepCost
 from packlight.planner.loop import Seen
 from packlight.planner.outcome import treated_by
+from packlight.planner.plan import device_bytes, plan
 from packlight.planner.profile import profile
-from packlight.planner.solve import HEADROOM, LOADED_BATCHES, device_bytes, plan, solve
+from packlight.planner.program import GAP, LOSS_SHARE
+from packlight.planner.solve import HEADROOM, LOADED_BATCHES, solve
 from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile
 from tests.cases import CASES, MLP
 
 NUM_BUDGETS = 7
-NEARLY_BEST = 1.002
-"""A plan's time over that of the best choice of blocks; the solver ends within this gap."""
+NEARLY_BEST = 1 + GAP + 4 * LOSS_SHARE
+"""A plan's time over that of the best: the solver ends within the gap, and codes, formats and a tier have to spare."""
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -77,7 +79,7 @@ def test_plans_fit_and_a_larger_budget_slows_training_down_no_more(name: str, ex
     for budget_bytes in budgets(step, exact=exact):
         made = solve(step, Budget(budget_bytes), exact=exact)
         assert made.estimate.device_peak_bytes <= allowed_bytes(step, budget_bytes)
-        assert slowdown(made) <= last * (1 + 1e-9)
+        assert slowdown(made) <= last * (1 + GAP if exact else NEARLY_BEST)
         last = slowdown(made)
         priced = StepCost(step).price(made.recomputed(), chosen_format(step, made), treated=treated_by(made))
         assert (priced.peak_bytes, priced.seconds) == (made.estimate.device_peak_bytes, made.estimate.step_seconds)
@@ -135,7 +137,8 @@ def test_a_refusal_names_the_smallest_budget_and_a_plan_for_exactly_that_exists(
 
 def test_formats_that_no_parameter_is_large_enough_for_are_no_choice() -> None:
     assert [cost.state_format for cost in step_of("convnet").optimizers] == ["fp32"]
-    assert [cost.state_format for cost in step_of("gpt").optimizers] == ["fp32", "4bit"]
+    assert [cost.state_format for cost in step_of("gpt").optimizers] == ["fp32", "8bit", "4bit"]
+    assert [cost.state_format for cost in step_of("tied").optimizers] == ["fp32", "8bit"], "all is an embedding"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -160,7 +163,7 @@ def test_where_states_are_most_of_the_bytes_low_bit_states_are_chosen_unless_exa
     step = profile(model, torch.randn(4, 64), torch.optim.AdamW(model.parameters()), loss=lambda out, _: out.sum())
     budget = Budget(int(plain_bytes(step) * 0.8))
     made = solve(step, budget)
-    assert "4bit" in made.state_formats.values()
+    assert not {"4bit", "8bit"}.isdisjoint(made.state_formats.values())
     assert not made.recomputed()
     with pytest.raises(BudgetError):
         solve(step, budget, exact=True)

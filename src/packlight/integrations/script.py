@@ -25,9 +25,9 @@ import torch
 
 from packlight.budget import Budget
 from packlight.planner.known_hardware import Hardware, named
+from packlight.planner.plan import device_bytes
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.session import Session
-from packlight.planner.solve import device_bytes
 from packlight.records import Run
 
 __all__ = ["Outcome", "SessionStop", "Settings", "Target", "run_script"]

@@ -10,7 +10,8 @@ True
 
 from packlight.planner.apply import Applied, apply, fit
 from packlight.planner.loop import Call, Seen
+from packlight.planner.plan import plan
 from packlight.planner.profile import ProfileError, profile
-from packlight.planner.solve import plan, solve
+from packlight.planner.solve import solve
 
 __all__ = ["Applied", "Call", "ProfileError", "Seen", "apply", "fit", "plan", "profile", "solve"]

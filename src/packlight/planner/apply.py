@@ -23,7 +23,8 @@ from packlight.planner.listen import BackwardStandIn
 from packlight.planner.loop import Call, Loss, num_elements
 from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
-from packlight.planner.solve import EXACT_FORMATS, device_of, profiled
+from packlight.planner.plan import device_of, profiled
+from packlight.planner.solve import EXACT_FORMATS
 from packlight.planner.updates import parameter_names
 from packlight.records import Measurement, Plan
 from packlight.step import Profile

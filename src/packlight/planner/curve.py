@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 
 from packlight.budget import Budget
-from packlight.planner.solve import HEADROOM, solve
+from packlight.planner.solve import HEADROOM, Solver
 from packlight.records import CurvePoint, Plan
 from packlight.step import Profile
 
@@ -31,10 +31,12 @@ def with_curve(step: Profile, made: Plan, *, num_points: int) -> Plan:
         raise ValueError(f"{num_points} points came for a curve; wanted 2 or more")
     least_bytes = made.smallest_budget_bytes
     most_bytes = max(least_bytes, math.ceil((made.estimate.plain_peak_bytes + 1) / (1 - HEADROOM)))
-    points: list[CurvePoint] = []
+    solver, points = Solver(step, exact=made.exact), list[CurvePoint]()
     for at in range(num_points):
         budget_bytes = least_bytes + (most_bytes - least_bytes) * at // (num_points - 1)
-        found = solve(step, Budget(budget_bytes), exact=made.exact).estimate
+        planned = solver.fastest(Budget(budget_bytes))
+        assert isinstance(planned, Plan), "the smallest budget has a plan"
+        found = planned.estimate
         if not points or found.step_seconds <= points[-1].step_seconds:
             points.append(CurvePoint(budget_bytes, found.device_peak_bytes, found.step_seconds, found.slowdown))
     return replace(made, curve=tuple(points))

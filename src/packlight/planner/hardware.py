@@ -26,6 +26,13 @@ from packlight.planner.operators import CallCost, Operators
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 """In which a device may have different matrix rates; what is none of them (fp64, integers) counts as fp32."""
 
+LOW_BITS = ("8bit", "4bit")
+"""The formats that a plan may choose beside the present one, the least lossy first.
+
+"fp8" is not among them: of as many bytes as "8bit", it is slower (`states.json` in benchmarks/results: 4.6 against 1.0
+times torch's step on the CPU, 1.8 against 1.0 on a GPU).
+"""
+
 NUM_ENCODED = 8
 """Tensors that are encoded in a row where a codec is measured."""
 NUM_HOOKED = 32
@@ -43,7 +50,7 @@ class Rates:
         flops_per_second: floating-point operations in a large matrix product, by each of `PRECISIONS`.
         bytes_per_second: bytes read and written by a large copy.
         launch_seconds: least time of an operator.
-        update_seconds_per_element: the low-bit optimiser step, for one parameter element.
+        update_seconds: the optimiser step with states of a low-bit format, for one parameter element, by format.
         codec_seconds: to encode and decode one element of a saved tensor, by codec.
         codec_call_seconds: what that takes for a tensor of any size besides.
         operators: what calls were measured to take; None for a device that is not at hand.
@@ -52,7 +59,7 @@ class Rates:
     flops_per_second: Mapping[str, float]
     bytes_per_second: float
     launch_seconds: float
-    update_seconds_per_element: float
+    update_seconds: Mapping[str, float]
     codec_seconds: Mapping[str, float]
     codec_call_seconds: float
     operators: Operators | None = None
@@ -95,7 +102,7 @@ def measure(device_type: str) -> Rates:
         target = torch.empty_like(block)
         copy_seconds = _best_seconds(lambda: target.copy_(block), device)
         launch_seconds = _launch_seconds(device)
-        update_seconds = _update_seconds(device, side)
+        update_seconds = {name: _update_seconds(device, side, state_format=name) for name in LOW_BITS}
         codec_seconds = {codec: _codec_seconds(codec, block[:num_encoded]) for codec in CODECS}
         codec_call_seconds = _codec_call_seconds(device, codec_seconds["int8"])
     return Rates(
@@ -146,12 +153,12 @@ def _codec_call_seconds(device: torch.device, element_seconds: float) -> float:
     return max(0.0, (seconds - plain_seconds) / NUM_HOOKED - values.numel() * element_seconds)
 
 
-def _update_seconds(device: torch.device, side: int) -> float:
-    """Measure the low-bit AdamW step of a square matrix, in seconds for one element."""
+def _update_seconds(device: torch.device, side: int, *, state_format: str) -> float:
+    """Measure the AdamW step of a square matrix, in seconds for one element."""
     parameter = torch.ones(side, side, dtype=torch.float32, device=device)
-    state = init_state(parameter, "4bit")
+    state = init_state(parameter, state_format)
     settings = group_settings({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False})
-    run = functools.partial(update, parameter, parameter, state, state_format="4bit", settings=settings)
+    run = functools.partial(update, parameter, parameter, state, state_format=state_format, settings=settings)
     return _best_seconds(run, device, repeats=3) / parameter.numel()
 
 

@@ -20,6 +20,10 @@ Span = tuple[int, int, int]
 """Bytes, and the events between which they live."""
 
 
+EXACT_CODEC = "mask"
+"""How groups are encoded that lose nothing by it."""
+
+
 @dataclass(frozen=True)
 class Group:
     """The saves of one storage that one choice can be made for.
@@ -50,6 +54,11 @@ class Treatment:
 
     choice: str
     codec: str = "fp8"
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether what comes back is rounded."""
+        return self.choice != "offload" and self.codec != EXACT_CODEC
 
     @property
     def is_moved(self) -> bool:

@@ -15,8 +15,7 @@ import torch
 
 from packlight.activations.compress import CODECS, encoded_bytes
 from packlight.optim.state import state_bytes
-from packlight.planner.hardware import PRECISIONS, Rates
-from packlight.planner.updates import LOW_BIT
+from packlight.planner.hardware import LOW_BITS, PRECISIONS, Rates
 
 # PipeOffload (arXiv 2503.01328) reckons with 220 of an A100's 312 Tflop/s; assumed of the others.
 MATRIX_SHARE = 220 / 312
@@ -84,12 +83,12 @@ class Hardware:
         stated, usable = self.flops_per_second, MEMORY_SHARE * self.bytes_per_second
         held = {codec: encoded_bytes(codec, TYPICAL_ELEMENTS) / TYPICAL_ELEMENTS for codec in CODECS}
         side = math.isqrt(TYPICAL_ELEMENTS)
-        update_bytes = 12 + 2 * state_bytes((side, side), torch.float32, LOW_BIT) / TYPICAL_ELEMENTS
+        states = {name: state_bytes((side, side), torch.float32, name) / TYPICAL_ELEMENTS for name in LOW_BITS}
         return Rates(
             flops_per_second={name: MATRIX_SHARE * stated.get(name, stated["fp32"]) for name in PRECISIONS},
             bytes_per_second=usable,
             launch_seconds=LAUNCH_SECONDS,
-            update_seconds_per_element=update_bytes / usable,
+            update_seconds={name: (12 + 2 * num_bytes) / usable for name, num_bytes in states.items()},
             codec_seconds={codec: 2 * (4 + num_bytes) / usable for codec, num_bytes in held.items()},
             codec_call_seconds=4 * LAUNCH_SECONDS,
         )

@@ -15,10 +15,11 @@ from packlight.planner.beside import other_bytes
 from packlight.planner.curve import with_curve
 from packlight.planner.hardware import measure
 from packlight.planner.loop import Call, Seen
+from packlight.planner.plan import device_of, memory_bytes
 from packlight.planner.profile import ProfileError, profile
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import carried_bytes
-from packlight.planner.solve import device_of, memory_bytes, solve
+from packlight.planner.solve import solve
 from packlight.records import Plan
 from packlight.step import Profile
 

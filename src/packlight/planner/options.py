@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 
 from packlight.planner.cost import StepCost
-from packlight.planner.held import Treatment, has_sign
+from packlight.planner.held import EXACT_CODEC, Treatment, has_sign
 from packlight.planner.program import Option
-
-EXACT_CODEC = "mask"
-"""How groups are encoded that lose nothing by it."""
 
 LOSSY_CODEC = "int8"
 """How others are: of the codecs of about a byte an element the one with the least error."""

@@ -6,27 +6,33 @@ long as one of them wants it. The idea: one 0/1 variable for each choice, one mo
 together) that several choices have a say in, and one constraint for each event that matters. Which events matter is
 not known before, so they come one by one: solve, let `cost.py` find the peak of what came out, add that event:
 
-    live(event) = what is there anyway + kept storages + codes of encoded groups + what comes back + replays  <= budget
-    least seconds = sum of what each choice adds + waiting
+    live(event) = what is there anyway + kept storages + codes of encoded groups + what comes back + replays  <= peak
+    peak + bytes of the states in the chosen format <= budget
+    least seconds = sum of what each choice adds + waiting + a share of the step for what is lossy
     waiting >= bytes moved / bandwidth - time of the pass, for forward (out) and for backward (in)
 
 HiGHS solves it (Huangfu and Hall, Math. Prog. Comp. 10, 2018); here only the rows are written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 
+from packlight.planner.chatter import left_out
 from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment, spans
 from packlight.planner.moving import moved_bytes
+from packlight.step import OptimizerCost
 
-GAP = 0.002
+GAP = 0.02
 """A plan may be slower than the best by this share of what the choices add."""
-LIMIT_SECONDS = 5.0
-"""Of one solve; the best plan so far is taken then, and still judged by `cost.py`."""
+PEAK_GAP = 0.001
+"""The lowest peak may be above the best by this share."""
+
+LOSS_SHARE = 0.005
+"""What is lossy (codes, and each state format over the one before) has to spare this share of a step's time."""
 
 PEAK_UNIT = 2.0**20
 """The variable for the peak counts in these bytes."""
@@ -49,16 +55,28 @@ class Row:
         self.coefficients[variable] = self.coefficients.get(variable, 0.0) + num_bytes
 
 
+@dataclass(frozen=True)
+class Found:
+    """Blocks to recompute, what is done with groups, and which of the state formats is taken, by position."""
+
+    recomputed: frozenset[str]
+    treated: dict[str, Treatment]
+    state_format: int
+
+
 class Program:
     """Rows and columns for one profile.
 
     Args:
         costs: prices plans.
         options: what may be done with groups, each with its seconds a step.
+        optimizers: the formats that states may have, the least lossy first; none where there is no optimiser.
     """
 
-    def __init__(self, costs: StepCost, options: Mapping[Option, float]) -> None:
-        self._costs, self._options = costs, list(options)
+    def __init__(
+        self, costs: StepCost, options: Mapping[Option, float], optimizers: Sequence[OptimizerCost] = ()
+    ) -> None:
+        self._costs, self._options, self._optimizers = costs, list(options), optimizers
         self._blocks = costs.saving_blocks()
         self._variables = {block: at for at, block in enumerate(self._blocks)}
         self._objective = [costs.recompute_seconds(block) for block in self._blocks]
@@ -67,7 +85,10 @@ class Program:
             self._by_group.setdefault(name, []).append(len(self._objective))
             self._objective.append(options[name, treatment])
         self._num_choices = len(self._objective)
+        lossy = (treatment.is_lossy for _, treatment in self._options)
+        self._lossy = [len(self._blocks) + at for at, is_lossy in enumerate(lossy) if is_lossy]
         self._rows: dict[int, tuple[Row, list[_Link]]] = {}
+        self._missing_bytes: dict[int, int] = {}
         self._spans = [spans(costs.profile, costs.groups[name], treatment, ()) for name, treatment in self._options]
         self._reasons = _reasons(costs, self._variables, self._by_group)
         self._exclusions = self._exclude()
@@ -92,51 +113,85 @@ class Program:
 
     def tighten(self, event: int, num_bytes: int) -> None:
         """Count bytes more at an event, because `cost.py` found more there than its row has."""
-        self._rows[event][0].constant += num_bytes
+        self._missing_bytes[event] = self._missing_bytes.get(event, 0) + num_bytes
 
-    def solve(self, *, allowed_bytes: int | None) -> tuple[frozenset[str], dict[str, Treatment]] | None:
+    def loosen(self) -> None:
+        """Forget what was counted more: it was of one choice, and another search makes others."""
+        self._missing_bytes.clear()
+
+    def solve(
+        self, *, allowed_bytes: int | None, limit_seconds: float, without: Collection[int] = ()
+    ) -> "Found | None":
         """Find the fastest choices under which no event so far exceeds what is allowed.
 
         Args:
-            allowed_bytes: most that may live, without optimiser states; None: find the choices whose highest event is
-                lowest instead.
+            allowed_bytes: most that may live; None: find the choices whose highest event is lowest instead, whatever
+                the states take.
+            limit_seconds: the best choices by then are taken, and still judged by `cost.py`.
+            without: state formats that are out of the question.
 
         Returns:
-            The blocks to recompute, and what is done with groups; None where there is none, or none was found in time.
+            The choices; None where there are none, or none were found in time.
         """
         from scipy import optimize, sparse  # takes half a second, which only a plan needs
 
-        columns, rows = self._num_choices + 3, _Rows()
-        peak = self._num_choices
+        at, rows = self._columns(), _Rows()
+        columns = at.end
         for excluding in self._exclusions:
             rows.add(dict.fromkeys(excluding, 1.0), 1.0)
-        for row, links in self._rows.values():
+        for variable in self._lossy:
+            rows.add({variable: 1.0, at.any_lossy: -1.0}, 0.0)
+        for event, (row, links) in self._rows.items():
             coefficients = dict(row.coefficients)
             for link in links:
                 coefficients[columns] = float(link.num_bytes)
                 for terms, bound in link.lower_bounds():
                     rows.add({**terms, columns: -1.0}, bound)
                 columns += 1
-            coefficients[peak] = -PEAK_UNIT
-            rows.add(coefficients, float(-row.constant))
-        self._add_moves(rows)
+            coefficients[at.peak] = -PEAK_UNIT
+            rows.add(coefficients, float(-row.constant - self._missing_bytes.get(event, 0)))
+        self._add_moves(rows, at)
         objective, upper = numpy.zeros(columns), numpy.ones(columns)
+        upper[[at.peak, *at.waiting]] = numpy.inf
         if allowed_bytes is None:
-            objective[:peak], objective[peak], upper[peak] = TIE, 1.0, numpy.inf
+            objective[: at.peak], objective[at.peak] = TIE, 1.0
         else:
-            objective[:peak], upper[peak] = self._objective, allowed_bytes / PEAK_UNIT
-            objective[peak + 1 : peak + 3] = self._costs.profile.num_microbatches
-        upper[peak + 1 : peak + 3] = numpy.inf
+            self._weigh(objective, at)
+            self._add_states(rows, at, allowed_bytes)
+            upper[[at.formats[each] for each in without]] = 0
         integrality = numpy.zeros(columns)
-        integrality[:peak] = 1
-        found = optimize.milp(
-            objective,
-            integrality=integrality,
-            bounds=optimize.Bounds(0, upper),
-            constraints=optimize.LinearConstraint(rows.matrix(columns, sparse), -numpy.inf, rows.bounds),
-            options={"mip_rel_gap": GAP, "time_limit": LIMIT_SECONDS},
-        )
-        return None if found.x is None else self._chosen(found.x)
+        integrality[[*range(at.peak), at.any_lossy, *at.formats]] = 1
+        with left_out(b"HighsMipSolverData::"):
+            found = optimize.milp(
+                objective,
+                integrality=integrality,
+                bounds=optimize.Bounds(0, upper),
+                constraints=optimize.LinearConstraint(rows.matrix(columns, sparse), -numpy.inf, rows.bounds),
+                options={"mip_rel_gap": PEAK_GAP if allowed_bytes is None else GAP, "time_limit": limit_seconds},
+            )
+        return None if found.x is None else self._found(found.x, at)
+
+    def _columns(self) -> "_Columns":
+        peak = self._num_choices
+        return _Columns(peak, (peak + 1, peak + 2), peak + 3, range(peak + 4, peak + 4 + len(self._optimizers)))
+
+    def _weigh(self, objective: Any, at: "_Columns") -> None:
+        """Say what each variable adds to a step, in seconds; a lossy format is not taken for its speed alone."""
+        profile = self._costs.profile
+        objective[: at.peak] = self._objective
+        objective[list(at.waiting)] = profile.num_microbatches
+        loss_seconds = LOSS_SHARE * profile.seconds * profile.num_microbatches
+        objective[at.any_lossy] = loss_seconds
+        for number, (column, optimizer) in enumerate(zip(at.formats, self._optimizers, strict=True)):
+            slower_seconds = max(0.0, optimizer.seconds - self._optimizers[0].seconds)
+            objective[column] = slower_seconds + number * loss_seconds
+
+    def _add_states(self, rows: "_Rows", at: "_Columns", allowed_bytes: int) -> None:
+        """Choose one state format, and hold peak and states together against what is allowed."""
+        states = dict(zip(at.formats, (each.state_bytes for each in self._optimizers), strict=True))
+        rows.add({at.peak: PEAK_UNIT, **states}, float(allowed_bytes))
+        if states:
+            rows.add(dict.fromkeys(states, -1.0), -1.0)
 
     def _find_moved(self) -> dict[int, int]:
         """Return by variable the bytes of a group that goes to the tier."""
@@ -147,22 +202,26 @@ class Program:
             if treatment.is_moved
         }
 
-    def _add_moves(self, rows: "_Rows") -> None:
+    def _add_moves(self, rows: "_Rows", at: "_Columns") -> None:
         """Bound what lies on the tier, and the seconds that compute waits in forward and in backward."""
-        profile, waiting = self._costs.profile, self._num_choices + 1
+        profile = self._costs.profile
         if not self._moved or profile.link is None:
             return
         link, forward = profile.link, profile.forward_seconds
-        rows.add({at: float(num_bytes) for at, num_bytes in self._moved.items()}, float(link.capacity_bytes))
-        out = {at: num_bytes / link.out_bytes_per_second for at, num_bytes in self._moved.items()}
-        back = {at: num_bytes / link.in_bytes_per_second for at, num_bytes in self._moved.items()}
-        rows.add({**out, waiting: -1.0}, forward)
-        rows.add({**back, waiting + 1: -1.0}, profile.seconds - forward)
+        rows.add({column: float(num_bytes) for column, num_bytes in self._moved.items()}, float(link.capacity_bytes))
+        out = {column: num_bytes / link.out_bytes_per_second for column, num_bytes in self._moved.items()}
+        back = {column: num_bytes / link.in_bytes_per_second for column, num_bytes in self._moved.items()}
+        rows.add({**out, at.waiting[0]: -1.0}, forward)
+        rows.add({**back, at.waiting[1]: -1.0}, profile.seconds - forward)
 
-    def _chosen(self, values: Any) -> tuple[frozenset[str], dict[str, Treatment]]:
-        chosen = [at for at in range(self._num_choices) if values[at] > 0.5]
-        blocks = frozenset(self._blocks[at] for at in chosen if at < len(self._blocks))
-        return blocks, dict(self._options[at - len(self._blocks)] for at in chosen if at >= len(self._blocks))
+    def _found(self, values: Any, at: "_Columns") -> "Found":
+        chosen = [column for column in range(at.peak) if values[column] > 0.5]
+        num_blocks = len(self._blocks)
+        return Found(
+            recomputed=frozenset(self._blocks[column] for column in chosen if column < num_blocks),
+            treated=dict(self._options[column - num_blocks] for column in chosen if column >= num_blocks),
+            state_format=next((number for number, column in enumerate(at.formats) if values[column] > 0.5), 0),
+        )
 
     def _exclude(self) -> list[tuple[int, ...]]:
         """Return choices of which one may be made: all of a group, and those with its block's recomputation."""
@@ -206,6 +265,21 @@ class Program:
         elif reasons:
             link = links.setdefault(reasons, _Link(reasons))
             link.num_bytes += num_bytes
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where the variables stand that are neither a choice (these come first) nor a storage (last)."""
+
+    peak: int
+    waiting: tuple[int, int]
+    any_lossy: int
+    formats: range
+
+    @property
+    def end(self) -> int:
+        """The first after them."""
+        return self.formats.stop
 
 
 @dataclass(frozen=True)

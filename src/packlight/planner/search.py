@@ -1,4 +1,4 @@
-"""Searches the plan for one state format: the fastest that fits, or the one with the lowest peak.
+"""Searches a plan: for a state format the fastest that fits, or the one with the lowest peak.
 
 `program.py` chooses under the events that it knows of, `cost.py` says what the choice really peaks at. Between them
 goes the search: an event at which the choice takes too much becomes a constraint, until the choice fits.
@@ -8,7 +8,9 @@ goes the search: an event at which the choice takes too much becomes a constrain
                             +-- solve +
 """
 
-from collections.abc import Mapping
+import functools
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from packlight.planner.cost import Cost, StepCost
@@ -18,6 +20,13 @@ from packlight.step import OptimizerCost
 
 MAX_ROUNDS = 100
 """A search that needs more of them has found a contradiction between program and prices."""
+LIMIT_SECONDS = 2.0
+"""Of one solve."""
+MAX_SECONDS = 4.0
+"""Of all solves of a search; each takes half of what is left at most."""
+LEAST_SECONDS = 0.2
+"""Of a solve when nothing is left: the plan is a little slower then, but still one that fits."""
+
 MAX_NEEDLESS = 64
 """So many choices at most are tried without, to see whether they are needed."""
 
@@ -34,85 +43,115 @@ class Chosen:
 
 
 class Search:
-    """Plans for one profile and one state format.
+    """Plans for one profile; what it has learnt serves for all budgets.
 
     Args:
         costs: prices plans.
-        optimizer: the state format; None where there is no optimiser.
         options: what may be done with groups, each with its seconds a step.
+        optimizers: the formats that states may have, the least lossy first; none where there is no optimiser.
     """
 
-    def __init__(self, costs: StepCost, optimizer: OptimizerCost | None, options: Mapping[Option, float]) -> None:
-        self._costs, self._optimizer, self._options = costs, optimizer, options
-        self._fixed_bytes = optimizer.state_bytes if optimizer else 0
-        self._least: Chosen | None = None
+    def __init__(
+        self, costs: StepCost, options: Mapping[Option, float], optimizers: Sequence[OptimizerCost] = ()
+    ) -> None:
+        self._costs, self._options, self._optimizers = costs, options, optimizers
+
+    @functools.cached_property
+    def _program(self) -> Program:
+        return Program(self._costs, self._options, self._optimizers)
 
     def fastest(self, allowed_bytes: int) -> Chosen | None:
-        """Find the fastest plan whose peak is allowed.
+        """Find the fastest plan whose peak is allowed, but for a little that what is lossy has to spare.
 
         Args:
             allowed_bytes: most that may live on the device.
 
         Returns:
-            The plan; None where there is none.
+            The plan; None where there is none, or none was found in time.
         """
-        chosen = self._priced(frozenset(), {})
+        chosen = self._priced(frozenset(), {}, self._format(0))
         if chosen.cost.peak_bytes <= allowed_bytes:
             return chosen
-        least = self.least()
-        if least.cost.peak_bytes > allowed_bytes:
-            return None
-        program = Program(self._costs, self._options)
+        program = self._program
+        program.loosen()
+        self._learn(program, chosen, above_bytes=allowed_bytes)
+        too_large, clock = set[int](), _Clock()
         for _ in range(MAX_ROUNDS):
-            self._learn(program, chosen, above_bytes=allowed_bytes)
-            found = program.solve(allowed_bytes=allowed_bytes - self._fixed_bytes)
+            with clock as limit_seconds:
+                found = program.solve(allowed_bytes=allowed_bytes, limit_seconds=limit_seconds, without=too_large)
+            if found is None:
+                return None
+            chosen = self._priced(found.recomputed, found.treated, self._format(found.state_format))
+            if chosen.cost.peak_bytes <= allowed_bytes:
+                return self.without_needless(chosen, allowed_bytes)
+            if chosen.cost.at >= self._costs.profile.num_events:  # the optimiser's step: no choice lowers it
+                too_large.add(found.state_format)
+            elif not self._learn(program, chosen, above_bytes=allowed_bytes):
+                program.tighten(chosen.cost.at, chosen.cost.peak_bytes - allowed_bytes)
+        return None
+
+    def least(self, state_format: int = 0) -> Chosen:
+        """Find the plan with the lowest peak for one of the state formats: states add the same to every plan."""
+        least = self._priced(*self._least, self._format(state_format))
+        at_update = least.cost.at >= self._costs.profile.num_events
+        return self.without_needless(least, least.cost.peak_bytes) if at_update else least
+
+    def _format(self, number: int) -> OptimizerCost | None:
+        return self._optimizers[number] if self._optimizers else None
+
+    @functools.cached_property
+    def _least(self) -> tuple[frozenset[str], Mapping[str, Treatment]]:
+        chosen = best = self._priced(frozenset(), {}, None)
+        program = Program(self._costs, self._options)  # of its own: what budgets have taught does not change the least
+        self._learn(program, chosen, above_bytes=chosen.cost.peak_bytes - 1)
+        for _ in range(MAX_ROUNDS):
+            found = program.solve(allowed_bytes=None, limit_seconds=LIMIT_SECONDS)
             if found is None:
                 break
-            chosen = self._priced(*found)
-            if chosen.cost.peak_bytes <= allowed_bytes:
-                return self._without_needless(chosen, allowed_bytes)
-        return self._without_needless(least, allowed_bytes)
-
-    def least(self) -> Chosen:
-        """Find the plan with the lowest peak."""
-        if self._least is None:
-            self._least = self._find_least()
-        return self._least
-
-    def _find_least(self) -> Chosen:
-        chosen = best = self._priced(frozenset(), {})
-        program = Program(self._costs, self._options)
-        for _ in range(MAX_ROUNDS):
+            chosen = self._priced(found.recomputed, found.treated, None)
+            best = min(best, chosen, key=lambda each: (each.cost.peak_bytes, each.cost.seconds))
             if not self._learn(program, chosen, above_bytes=chosen.cost.peak_bytes - 1):
                 break
-            found = program.solve(allowed_bytes=None)
-            if found is None:
-                break
-            chosen = self._priced(*found)
-            best = min(best, chosen, key=lambda each: (each.cost.peak_bytes, each.cost.seconds))
-        return best
+        return best.recomputed, best.treated
 
     def _learn(self, program: Program, chosen: Chosen, *, above_bytes: int) -> bool:
-        """Add the events at which a choice takes too much; False where the program knows all of them."""
+        """Tell a program the events at which a choice takes too much; False where it knows all of them."""
         cost = chosen.cost
         if cost.at >= self._costs.profile.num_events:  # the optimiser's step, which no choice here lowers
             return False
-        above_bytes -= self._fixed_bytes
+        above_bytes -= _state_bytes(chosen.optimizer)
         events = {cost.at, *self._costs.peaks(chosen.recomputed, chosen.treated, above_bytes=above_bytes)}
-        is_new = any([program.add_event(event) for event in sorted(events)])
-        if not is_new:
-            program.tighten(cost.at, cost.peak_bytes - self._fixed_bytes - above_bytes)
-        return is_new
+        return any([program.add_event(event) for event in sorted(events)])
 
-    def _priced(self, recomputed: frozenset[str], treated: Mapping[str, Treatment]) -> Chosen:
-        cost = self._costs.price(recomputed, self._optimizer, treated=treated)
-        return Chosen(cost, self._optimizer, recomputed, treated, self._costs.window_bytes)
+    def _priced(
+        self, recomputed: frozenset[str], treated: Mapping[str, Treatment], optimizer: OptimizerCost | None
+    ) -> Chosen:
+        cost = self._costs.price(recomputed, optimizer, treated=treated)
+        return Chosen(cost, optimizer, recomputed, treated, self._costs.window_bytes)
 
-    def _without_needless(self, chosen: Chosen, allowed_bytes: int) -> Chosen:
-        """Take back every choice that need not be made, the slowest first."""
+    def without_needless(self, chosen: Chosen, allowed_bytes: int) -> Chosen:
+        """Take back every choice that need not be made for a peak that is allowed, the slowest first."""
         blocks = sorted(chosen.recomputed, key=self._costs.recompute_seconds, reverse=True)
         for name in (*blocks[:MAX_NEEDLESS], *list(chosen.treated)[:MAX_NEEDLESS]):
             treated = {key: at for key, at in chosen.treated.items() if key != name}
-            without = self._priced(chosen.recomputed - {name}, treated)
+            without = self._priced(chosen.recomputed - {name}, treated, chosen.optimizer)
             chosen = without if without.cost.peak_bytes <= allowed_bytes else chosen
         return chosen
+
+
+def _state_bytes(optimizer: OptimizerCost | None) -> int:
+    return optimizer.state_bytes if optimizer else 0
+
+
+class _Clock:
+    """Counts the seconds of a search; a context returns how many its body may take."""
+
+    def __init__(self) -> None:
+        self._left_seconds, self._started = MAX_SECONDS, 0.0
+
+    def __enter__(self) -> float:
+        self._started = time.perf_counter()
+        return max(LEAST_SECONDS, min(LIMIT_SECONDS, self._left_seconds / 2))
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._left_seconds -= time.perf_counter() - self._started

@@ -7,7 +7,8 @@ parameter is traced.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -18,11 +19,10 @@ from packlight.optim.policy import format_of
 from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes, step_device
 from packlight.optim.stepping import update
 from packlight.planner.fake import FakeLine
+from packlight.planner.hardware import LOW_BITS
 from packlight.planner.timeline import flat_tensors
 from packlight.step import OptimizerCost
 
-LOW_BIT = "4bit"
-"""The format that a plan may choose beside the present one."""
 MAX_TRACED_ELEMENTS = 2**22
 """A low-bit update is traced on a parameter of about this size at most."""
 
@@ -60,9 +60,13 @@ def optimizer_costs(
         return (present,)
     fakes = (fake for each in fake_optimizers for group in each.param_groups for fake in group["params"])
     stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
-    formats = _formats(LOW_BIT, model, stepped)
-    low_bit = any(each != "fp32" for each in formats.values())
-    return (present, _low_bit(formats, stepped, fake_optimizers, line)) if low_bit else (present,)
+    found, costs = [dict.fromkeys(stepped, "fp32")], [present]
+    for state_format in LOW_BITS:
+        formats = _formats(state_format, model, stepped)
+        if formats not in found:  # two of them may come to the same
+            found.append(formats)
+            costs.append(_low_bit(state_format, formats, stepped, fake_optimizers, line))
+    return tuple(costs)
 
 
 def step_as_on_cuda(optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -115,6 +119,7 @@ def _formats(choice: str, model: nn.Module, stepped: Mapping[str, torch.Tensor])
 
 
 def _low_bit(
+    state_format: str,
     formats: dict[str, str],
     stepped: Mapping[str, torch.Tensor],
     fake_optimizers: Sequence[torch.optim.Optimizer],
@@ -125,20 +130,34 @@ def _low_bit(
     num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) for name, at in large.items())
     num_bytes -= STEP_BYTES * sum(step_device(at).type != line.device_type for at in large.values())
     settings_of = fake_optimizers[0].param_groups[0]
-    update_bytes = max((_update_bytes(LOW_BIT, at, settings_of, line) for at in _largest(large)), default=0)
-    for fake in large.values():
-        fake.grad = None
-    for optimizer in fake_optimizers:
-        for fake in large.values():
-            optimizer.state.pop(fake, None)
-    rest_bytes, seconds = _step(fake_optimizers, line)
+    update_bytes = max((_update_bytes(state_format, at, settings_of, line) for at in _largest(large)), default=0)
+    with _left_out(large.values(), fake_optimizers):
+        rest_bytes, seconds = _step(fake_optimizers, line)
+        held_bytes = _held_bytes(fake_optimizers, line.device_type)
+    in_large = sum(at.numel() * line.rates.update_seconds[formats[name]] for name, at in large.items())
     return OptimizerCost(
-        state_format=LOW_BIT,
-        state_bytes=num_bytes + _held_bytes(fake_optimizers, line.device_type),
+        state_format=state_format,
+        state_bytes=num_bytes + held_bytes,
         temporary_bytes=max(update_bytes, rest_bytes),
-        seconds=seconds + sum(at.numel() for at in large.values()) * line.rates.update_seconds_per_element,
+        seconds=seconds + in_large,
         formats=formats,
     )
+
+
+@contextmanager
+def _left_out(parameters: Iterable[torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
+    """Let optimisers step without some parameters, of which they know neither gradients nor states meanwhile."""
+    gradients = {parameter: parameter.grad for parameter in parameters}
+    states = [{at: each.state.pop(at) for at in gradients if at in each.state} for each in optimizers]
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.state.update(state)
 
 
 def _takes(state_format: str, parameter: torch.Tensor) -> bool:

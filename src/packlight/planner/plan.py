@@ -1,0 +1,128 @@
+"""Plans for a model that somebody has in hand: profile, and solve.
+
+A plan needs to know what lives beside the model, what the device has, and which tier may be used. Here that is found
+out for a model, its optimiser and a batch; for a script that is running, `making.py` does it.
+"""
+
+from dataclasses import replace
+from typing import Any, Required, TypedDict, Unpack
+
+import torch
+from torch import nn
+
+from packlight.budget import Budget, format_bytes
+from packlight.planner.beside import other_bytes
+from packlight.planner.hardware import measure
+from packlight.planner.known_hardware import named
+from packlight.planner.links import find_link, unused
+from packlight.planner.loop import Loss, Seen, listed
+from packlight.planner.profile import profile
+from packlight.planner.solve import solve
+from packlight.records import Plan
+from packlight.step import Profile
+
+
+def plan(
+    model: nn.Module,
+    batch: Any,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    budget: int | str | Budget,
+    loss: Loss | None = None,
+    host_budget: int | str | None = None,
+    disk: str | None = None,
+    exact: bool = False,
+    hardware: str | None = None,
+) -> Plan:
+    """Decide how a training step fits a byte budget; runs nothing of the model and changes nothing of the caller's.
+
+    Operators are run alone on the device, on operands of their own, to learn what they take: at most a quarter of the
+    memory that is free, for seconds. On a GPU the allocator's peak statistics begin anew.
+
+    Tensors of the script that live on the model's device now (a data set) count as used throughout the step.
+
+    Args:
+        model: the module that is trained, on any device (also meta).
+        batch: what the model takes: a mapping is `model(**batch)`, a tuple `model(*batch)`, a tensor `model(batch)`.
+        optimizer: the optimiser that steps; None for forward and backward alone.
+        budget: bytes allowed on the training device at the step's peak: an int, "12GiB", "800MB" or "80%".
+        loss: a function of (output, batch) that returns a scalar; None: `output.loss`, or the output if it is a scalar.
+        host_budget: bytes allowed in host memory for what a GPU offloads; None: nothing is moved there.
+        disk: folder of the disk tier, where tensors wait for backward; None: nothing is moved there.
+        exact: only choices that leave every loss and gradient bit-equal.
+        hardware: the name of the device to plan for ("h100-80g"), instead of the model's; nothing is measured. A share
+            is of its memory, and a larger budget is refused, but for a `Budget`: what would run at its speed with that
+            much memory.
+
+    Returns:
+        The fastest plan that fits.
+
+    Raises:
+        BudgetError: nothing fits; it names the smallest budget that would.
+        ValueError: the budget cannot be read, is not positive, or is larger than the device; or there is no hardware of
+            this name.
+        ProfileError: the step cannot be traced on fake tensors.
+
+    >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(8)])
+    >>> made = plan(model, torch.ones(4096, 64), None, budget="20MiB", loss=lambda output, _: output.sum())
+    >>> made.estimate.device_peak_bytes <= 20 * 2**20 < made.estimate.plain_peak_bytes
+    True
+    """
+    asked = Asked(budget=budget, loss=loss, host_budget=host_budget, disk=disk, exact=exact, hardware=hardware)
+    return profiled(model, batch, optimizer, **asked)[1]
+
+
+class Asked(TypedDict, total=False):
+    """What `plan` is asked for beside the model, its batch and its optimiser; see there."""
+
+    budget: Required[int | str | Budget]
+    loss: Loss | None
+    host_budget: int | str | None
+    disk: str | None
+    exact: bool
+    hardware: str | None
+
+
+def profiled(
+    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None, **asked: Unpack[Asked]
+) -> tuple[Profile, Plan]:
+    """Do what `plan` does, and return the profile too, from which the plan can be made once more."""
+    device, hardware, budget = device_of(model), asked.get("hardware"), asked["budget"]
+    known = named(hardware)
+    unbound = known is not None and isinstance(budget, Budget)
+    allowed = Budget.of(budget, total_bytes=None if unbound else memory_bytes(device, hardware))
+    beside_bytes = None
+    if known is None and device.type != "meta":
+        measure(device.type)  # what measuring leaves behind is counted too
+        beside_bytes = other_bytes(model, listed(optimizer))
+    host_budget, disk = asked.get("host_budget"), asked.get("disk")
+    link = find_link(device, host_budget=host_budget, disk=disk, known=known)
+    seen = Seen(other_bytes=beside_bytes)
+    step = profile(model, batch, optimizer, loss=asked.get("loss"), seen=seen, hardware=hardware)
+    if known is not None and allowed.device_bytes > known.device_bytes:
+        note = f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has"
+        step = replace(step, notes=(*step.notes, note))
+    left_out = unused(device, host_budget=host_budget, disk=disk, known=known)
+    step = replace(step, link=link, notes=(*step.notes, *left_out))
+    return step, solve(step, allowed, exact=asked.get("exact", False))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def memory_bytes(device: torch.device, hardware: str | None) -> int | None:
+    """Return what budgets are held against: a named device's memory, or a device's own; None for the meta device."""
+    known = named(hardware)
+    if known is not None:
+        return known.device_bytes
+    return None if device.type == "meta" else device_bytes(device)
+
+
+def device_bytes(device: torch.device) -> int:
+    """Return the size of a device's memory in bytes; the machine's for the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return int(file.readline().split()[1]) * 1024
