@@ -36,6 +36,12 @@ def _script_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that `run` and `plan` share, and the script with its arguments."""
     decorators = [
         click.option("--exact", is_flag=True, help="Only choices that leave every loss and gradient bit-equal."),
+        click.option(
+            "--release-gradients",
+            is_flag=True,
+            help="Parameters may be stepped inside backward and gradients freed there: the script neither clips, "
+            "accumulates nor reads them.",
+        ),
         click.option("--host-budget", metavar="BYTES", help="Bytes of host memory that a GPU may use."),
         click.option("--disk", metavar="DIR", help="Folder on a disk where tensors may wait for backward."),
         click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as in python -m."),
@@ -200,6 +206,7 @@ def _run(
             tell,
             hardware,
             options.get("curve") or 0,
+            bool(options.get("release_gradients")),
         )
         return run_script(Target(script, arguments, module), settings)
     except (ValueError, OSError) as error:

@@ -25,6 +25,7 @@ class Storage:
         step.
         phase: where it was born: "forward", "loss", "backward" or "recompute" (inside the script's own checkpoints).
         is_gradient: whether it is a parameter's gradient at the end of backward.
+        completed: of a gradient that an optimiser could use alone, the event at which it is complete; else -1.
     """
 
     num_bytes: int
@@ -32,6 +33,7 @@ class Storage:
     died: int
     phase: str
     is_gradient: bool = False
+    completed: int = -1
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ class OptimizerCost:
         temporary_bytes: most that a step allocates beside parameters, gradients and states.
         seconds: predicted time of a step.
         formats: the format of each parameter's state, by the parameter's name (small ones stay fp32).
+        alone_bytes: most that the step of one parameter alone allocates, whatever its size.
+        alone_share: the same for each byte of its gradient.
     """
 
     state_format: str
@@ -156,6 +160,8 @@ class OptimizerCost:
     temporary_bytes: int
     seconds: float
     formats: Mapping[str, str]
+    alone_bytes: int = 0
+    alone_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,42 @@ def test_at_three_quarters_of_its_peak_a_script_fits_and_prints_the_same_bits(
     assert output == plain_output
 
 
+DEEP = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(*[nn.Sequential(nn.Linear(128, 128), nn.GELU()) for _ in range(12)])
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for step in range(5):
+    loss = model(torch.randn(16, 128)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print(step, loss.item())
+"""
+
+
+def test_with_gradients_released_a_script_fits_a_budget_that_it_did_not_and_prints_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "deep.py").write_text(DEEP, encoding="utf-8")
+
+    def run(*options: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "packlight", "run", *options, "deep.py"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    plain = run("--measure-only")
+    refused = run("--budget", "1MB", "--exact", "--release-gradients")
+    (least,) = re.findall(r"smallest budget that fits is (\d+) bytes", refused.stderr)
+    assert refused.returncode == 3 and run("--budget", least, "--exact").returncode == 3
+    released = run("--budget", least, "--exact", "--release-gradients", "--record", "run.json")
+    assert released.returncode == 0, released.stderr
+    record = Run.load(tmp_path / "run.json")
+    assert record.plan is not None and record.plan.releases_gradients
+    assert_fits_as_predicted(record)
+    assert released.stdout == plain.stdout
+
+
 def test_a_plan_that_is_made_in_the_midst_of_a_forward_counts_for_that_forward(
     plain_folder: Path, tmp_path: Path
 ) -> None:

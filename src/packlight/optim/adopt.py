@@ -83,6 +83,7 @@ class Adoption:
         self._loaded: dict[Tensor, State] = {}
         self._history: dict[Tensor, int] = {}
         self._num_calls = 0
+        self._places: dict[Tensor, int] = {}
         for param, name in self._formats.items():
             if optimizer.state.get(param):
                 self._adopt_state(param, from_portable(_moments_of(optimizer.state[param]), state_format=name))
@@ -144,7 +145,7 @@ class Adoption:
         with torch.no_grad():
             self._update_managed()
             with self._gradients_hidden(self._formats):
-                _unhooked_step(self._optimizer)
+                unhooked_step(self._optimizer)
             self._hide_gradients(_params(self._optimizer))
         return loss
 
@@ -157,19 +158,43 @@ class Adoption:
         scale, found_inf = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
         scalars = Scalars(None if scale is None else 1 / scale, found_inf)
         self._num_calls += 1
-        places = {param: at for at, param in enumerate(_params(self._optimizer))}
+        self._find_places()
         for group in self._optimizer.param_groups:
             managed = [(param, param.grad) for param in group["params"] if param in self._formats]
             found = [(param, grad) for param, grad in managed if grad is not None]
             check_dense(grad for _, grad in found)
-            entries = [self._entry(param, grad, seed_of(0, places[param])) for param, grad in found]
+            entries = [self._entry(param, grad, num_calls=self._num_calls) for param, grad in found]
             run(entries, group_settings(group), scalars, lr=group["lr"])
 
-    def _entry(self, param: Tensor, grad: Tensor, seed: int) -> Entry:
+    def update(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Do the step of one managed parameter now, inside backward; `step` comes after it.
+
+        Args:
+            param: a parameter with a gradient.
+            group: its param group.
+
+        Returns:
+            False for a parameter that is not managed; nothing is done then.
+        """
+        if param not in self._formats or param.grad is None:
+            return False
+        check_dense([param.grad])
+        if param not in self._places:
+            self._find_places()
+        entry = self._entry(param, param.grad, num_calls=self._num_calls + 1)
+        run([entry], group_settings(group), Scalars(), lr=group["lr"])
+        return True
+
+    def _find_places(self) -> None:
+        """Number the parameters: their random bits hang on it."""
+        self._places = {param: at for at, param in enumerate(_params(self._optimizer))}
+
+    def _entry(self, param: Tensor, grad: Tensor, *, num_calls: int) -> Entry:
         state = self._state_of(param)
         history = self._history[param] if param in self._history else int(state["step"])
-        self._history[param] = history = hash((history, self._num_calls))
+        self._history[param] = history = hash((history, num_calls))
         tensors = tensors_of(state, state.state_format, param.shape)
+        seed = seed_of(0, self._places[param])
         return Entry(param, grad, state, tensors, state.state_format, "nearest", seed, history)
 
     def _state_of(self, param: Tensor) -> CompactState:
@@ -319,7 +344,7 @@ def _raise_if(reason: str | None) -> None:
         )
 
 
-def _unhooked_step(optimizer: Adam) -> None:
+def unhooked_step(optimizer: Optimizer) -> None:
     """Call torch's own step without its hooks: the class keeps it below the wrapper that calls them."""
     step = type(optimizer).step
     while getattr(step, "hooked", False):

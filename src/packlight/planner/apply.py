@@ -7,7 +7,7 @@ format under the optimiser that is already there, and `remove` puts everything b
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Self
 
 import torch
@@ -19,11 +19,13 @@ from packlight.activations.recompute import Recomputation, recompute
 from packlight.activations.sites import module_of
 from packlight.budget import Budget
 from packlight.optim.adopt import adopt
+from packlight.optim.early import update_early
 from packlight.planner.listen import BackwardStandIn
 from packlight.planner.loop import Call, Loss, num_elements
 from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
 from packlight.planner.plan import device_of, profiled
+from packlight.planner.released import as_planned
 from packlight.planner.solve import EXACT_FORMATS
 from packlight.planner.updates import parameter_names
 from packlight.records import Measurement, Plan
@@ -67,7 +69,7 @@ class Applied:
             raise
         if optimizer is not None:  # else nothing tells where a step ends
             self._watch.attach(optimizer)
-            self._begin_to_mend(step, num_elements)
+            self._begin_to_mend(None if step is None else as_planned(step, plan), num_elements)
             self._follow(optimizer)
 
     @property
@@ -142,6 +144,7 @@ def fit(
     host_budget: int | str | None = None,
     disk: str | None = None,
     exact: bool = False,
+    release_gradients: bool = False,
 ) -> Applied:
     """Plan and apply: make a training step fit a byte budget.
 
@@ -154,6 +157,7 @@ def fit(
         host_budget: bytes allowed in host memory, as for `plan`.
         disk: folder of the disk tier, as for `plan`.
         exact: only choices that leave every loss and gradient bit-equal.
+        release_gradients: parameters may be stepped inside backward, as for `plan`.
 
     Returns:
         The handle of `apply`.
@@ -174,7 +178,15 @@ def fit(
     True
     """
     step, plan = profiled(
-        model, batch, optimizer, budget=budget, loss=loss, host_budget=host_budget, disk=disk, exact=exact
+        model,
+        batch,
+        optimizer,
+        budget=budget,
+        loss=loss,
+        host_budget=host_budget,
+        disk=disk,
+        exact=exact,
+        release_gradients=release_gradients,
     )
     return Applied(plan, model, optimizer, step=step, num_elements=num_elements(Call.of(batch).shapes()))
 
@@ -230,7 +242,7 @@ def saving_now(carried: Carried, call: Call) -> AbstractContextManager[Any]:
 
 
 def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Let an optimiser keep its states as a plan says.
+    """Let an optimiser keep its states, and use gradients, as a plan says.
 
     Returns:
         What undoes it.
@@ -249,4 +261,10 @@ def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer
         )
     formats = {parameter: plan.state_formats.get(name, "as is") for parameter, name in names.items()}
     changed = {parameter: chosen for parameter, chosen in formats.items() if chosen not in EXACT_FORMATS}
-    return adopt(optimizer, changed).remove if changed else lambda: None
+    with ExitStack() as undo:
+        adoption = adopt(optimizer, changed) if changed else None
+        if adoption is not None:
+            undo.callback(adoption.remove)
+        if plan.releases_gradients:
+            undo.callback(update_early(optimizer, adoption).remove)
+        return undo.pop_all().close

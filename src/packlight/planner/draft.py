@@ -82,6 +82,7 @@ class Draft:
                 died=self._before_end(entry.died),
                 phase=entry.phase,
                 is_gradient=entry.category == "gradients",
+                completed=-1 if entry.completed is None else self._before_end(entry.completed),
             )
             for entry in made
         )

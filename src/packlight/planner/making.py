@@ -17,6 +17,7 @@ from packlight.planner.hardware import measure
 from packlight.planner.loop import Call, Seen
 from packlight.planner.plan import device_of, memory_bytes
 from packlight.planner.profile import ProfileError, profile
+from packlight.planner.released import as_planned, as_released, can_release, solve_releasing
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import carried_bytes
 from packlight.planner.solve import solve
@@ -73,7 +74,7 @@ class Maker:
             held = tuple(cost for cost in step.optimizers if self.held and cost.formats == self.held.state_formats)
             step = replace(step, optimizers=held) if held else step
             step = replace(step, carried_before_bytes=carried_bytes(step, before)) if before else step
-            made = solve(step, allowed, exact=self._settings.exact)
+            made = self._solve(step, allowed)
             points = self._settings.num_curve_points
             return step, with_curve(step, made, num_points=points) if points else made
         except BudgetError as error:
@@ -82,6 +83,15 @@ class Maker:
             raise SessionStop(str(error), exit_status=2) from error
         finally:
             self.is_busy = False
+
+    def _solve(self, step: Profile, allowed: Budget) -> Plan:
+        """Solve; once the optimiser has stepped, gradients go on living as they do."""
+        exact = self._settings.exact
+        if self.held is None and self._settings.release_gradients:
+            return solve_releasing(step, allowed, exact=exact)
+        if self.held is not None and self.held.releases_gradients and can_release(step):
+            return as_released(solve(as_planned(step, self.held), allowed, exact=exact), step)
+        return solve(step, allowed, exact=exact)
 
     def make_or_least(
         self, call: Call, seen: Seen, *, budget: int | None = None, before: Plan | None = None

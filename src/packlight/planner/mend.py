@@ -106,6 +106,10 @@ class Mend(Tightener):
         """Return the bytes that the plan in force is for."""
         return self.plan.budget_bytes if self.plan else 0
 
+    def backward_obstacle(self) -> str:
+        """Say why a backward cannot be run again; nothing where it can."""
+        return "parameters are stepped inside it" if self.plan and self.plan.releases_gradients else ""
+
     def tighten(self, failure: Failure) -> Iterator[None]:
         """Carry out plans for less than lived when memory ran out; where there is none, the same one once more."""
         if self.plan is None:
@@ -156,8 +160,8 @@ class Mend(Tightener):
 
     def _take(self, plan: Plan, *, is_final: bool = True) -> None:
         """Carry out another plan, which counts from the next step on."""
-        if plan is not self.plan:
-            plan = rescale(plan, *self.pace)
+        if self.plan is not None and plan is not self.plan:
+            plan = replace(rescale(plan, *self.pace), releases_gradients=self.plan.releases_gradients)
         self._change(plan)
         self._watch.measure_again()
         self.begin(plan, self._step, num_elements=self._num_elements, is_final=is_final)

@@ -17,6 +17,7 @@ from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link, unused
 from packlight.planner.loop import Loss, Seen, listed
 from packlight.planner.profile import profile
+from packlight.planner.released import solve_releasing
 from packlight.planner.solve import solve
 from packlight.records import Plan
 from packlight.step import Profile
@@ -32,6 +33,7 @@ def plan(
     host_budget: int | str | None = None,
     disk: str | None = None,
     exact: bool = False,
+    release_gradients: bool = False,
     hardware: str | None = None,
 ) -> Plan:
     """Decide how a training step fits a byte budget; runs nothing of the model and changes nothing of the caller's.
@@ -50,6 +52,8 @@ def plan(
         host_budget: bytes allowed in host memory for what a GPU offloads; None: nothing is moved there.
         disk: folder of the disk tier, where tensors wait for backward; None: nothing is moved there.
         exact: only choices that leave every loss and gradient bit-equal.
+        release_gradients: parameters may be stepped inside backward, and their gradients freed there: nothing between
+            backward and `step` needs them (no clipping, accumulation or GradScaler; nobody logs their norm).
         hardware: the name of the device to plan for ("h100-80g"), instead of the model's; nothing is measured. A share
             is of its memory, and a larger budget is refused, but for a `Budget`: what would run at its speed with that
             much memory.
@@ -68,7 +72,15 @@ def plan(
     >>> made.estimate.device_peak_bytes <= 20 * 2**20 < made.estimate.plain_peak_bytes
     True
     """
-    asked = Asked(budget=budget, loss=loss, host_budget=host_budget, disk=disk, exact=exact, hardware=hardware)
+    asked = Asked(
+        budget=budget,
+        loss=loss,
+        host_budget=host_budget,
+        disk=disk,
+        exact=exact,
+        release_gradients=release_gradients,
+        hardware=hardware,
+    )
     return profiled(model, batch, optimizer, **asked)[1]
 
 
@@ -80,6 +92,7 @@ class Asked(TypedDict, total=False):
     host_budget: int | str | None
     disk: str | None
     exact: bool
+    release_gradients: bool
     hardware: str | None
 
 
@@ -104,7 +117,8 @@ def profiled(
         step = replace(step, notes=(*step.notes, note))
     left_out = unused(device, host_budget=host_budget, disk=disk, known=known)
     step = replace(step, link=link, notes=(*step.notes, *left_out))
-    return step, solve(step, allowed, exact=asked.get("exact", False))
+    solver = solve_releasing if asked.get("release_gradients") else solve
+    return step, solver(step, allowed, exact=asked.get("exact", False))
 
 
 def device_of(model: nn.Module) -> torch.device:

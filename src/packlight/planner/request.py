@@ -37,6 +37,7 @@ class Settings:
         host_budget: bytes allowed in host memory.
         disk: folder of the disk tier.
         tell: called with each plan that is made, and a title for it.
+        release_gradients: parameters may be stepped inside backward, and their gradients freed there.
         num_curve_points: budgets for which the step time is told beside the plan.
         hardware: the name of the device to plan for, where the script is stopped before its first step.
     """
@@ -50,6 +51,7 @@ class Settings:
     tell: Callable[[Plan, str], None] = lambda plan, title: print(f"{title}{plan}")
     hardware: str | None = None
     num_curve_points: int = 0
+    release_gradients: bool = False
 
     def link(self, device: torch.device) -> Link | None:
         """Return the way to the tier that a plan may use."""

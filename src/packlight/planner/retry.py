@@ -64,6 +64,10 @@ class Tightener(ABC):
         """Return the bytes that the plan in force is for."""
 
     @abstractmethod
+    def backward_obstacle(self) -> str:
+        """Say why a backward cannot be run again; nothing where it can."""
+
+    @abstractmethod
     def tighten(self, failure: Failure) -> Iterator[None]:
         """Carry out a tighter plan at each turn, and say so; at least one turn."""
 
@@ -129,7 +133,8 @@ class Retry:
         is_plain = all(each is None or each is False for each in (*args, *kwargs.values()))
         if isinstance(loss, tuple | list) and len(loss) == 1:
             (loss,) = loss
-        obstacle = "backward is more than the gradient of one loss" if not is_plain else self._obstacle(pending, loss)
+        obstacle = "" if is_plain else "backward is more than the gradient of one loss"
+        obstacle = obstacle or self._tightener.backward_obstacle() or self._obstacle(pending, loss)
         if pending is None or obstacle:
             with self._telling("backward", obstacle):
                 return backward(loss, *args, **kwargs)

@@ -8,6 +8,7 @@ from packlight.planner.loop import Seen
 from packlight.planner.moving import order_of_use
 from packlight.planner.options import by_name
 from packlight.planner.outcome import choices_of, treated_by
+from packlight.planner.released import as_planned
 from packlight.records import Choice, Plan
 from packlight.step import Profile
 
@@ -48,6 +49,7 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     Returns:
         The joint plan; it expects the larger of the two peaks.
     """
+    step = as_planned(step, plan)
     mover = max(plan, before, key=lambda each: each.window_bytes)
     costs = StepCost(step).through(mover.window_bytes)
     recomputed = plan.recomputed() | (before.recomputed() & {choice.group for choice in plan.choices})

@@ -33,6 +33,7 @@ from packlight.planner.making import Maker
 from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
 from packlight.planner.profile import ProfileError
+from packlight.planner.released import as_planned, as_released
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import joined, predicted_step_seconds, rescale, without_tier
 from packlight.planner.solve import least_plan
@@ -226,9 +227,19 @@ class Session(Listener):
         self.settings.tell(plan, "")
         if self.settings.stop_before_step:
             raise SessionStop("planned", exit_status=0)
-        self._first = least_plan(step, Budget.of(plan.budget_bytes), exact=self.settings.exact)
+        self._first = self._first_plan(step, plan)
         self._blocks = carry_out(self._first, self._model)  # step 2
         self._step = step
+        if plan.releases_gradients:  # states are made inside the first backward
+            self._adopt(plan)
+            self._maker.held = plan
+
+    def _first_plan(self, step: Profile, plan: Plan) -> Plan:
+        """Return the most saving plan, with states and gradients as they will be where these do not wait for step 3."""
+        budget, exact = Budget.of(plan.budget_bytes), self.settings.exact
+        if not plan.releases_gradients:
+            return least_plan(step, budget, exact=exact)
+        return as_released(least_plan(as_planned(step, plan), budget, exact=exact), step)
 
     def _carry_out_given(self, plan: Plan) -> None:
         if plan.estimate.device_peak_bytes > Budget.of(self.settings.budget or plan.budget_bytes).device_bytes:
@@ -281,7 +292,8 @@ class Session(Listener):
             self.settings.tell(plan, f"after step 1, {title}")
             self.plan, self._call = plan, None  # a batch is not held longer than it is needed
             self._carry_out(plan)
-            self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes), default=0))
+            num_planned = max(map(num_elements, self._shapes), default=0)
+            self._mend.begin(plan, as_planned(step, plan), num_elements=num_planned)
 
     def _make_plan_below(self, limit_bytes: int | None) -> tuple[Profile, Plan, str]:
         """Plan with what was seen, for less than what lived when memory ran out, if it did."""
@@ -306,7 +318,8 @@ class Session(Listener):
             self._blocks = carry_out(plan, self._model)
             if self._mend is not None:
                 is_final = not self._mend.is_verified()
-                self._mend.begin(plan, step, num_elements=max(map(num_elements, self._shapes)), is_final=is_final)
+                num_planned = max(map(num_elements, self._shapes))
+                self._mend.begin(plan, as_planned(step, plan), num_elements=num_planned, is_final=is_final)
         if self._watch.model is self._model:  # torch has the forward that it is going to call already
             self._in_call.enter_context(saving_now(self._blocks, call))
         self._watch.measure_again()
@@ -321,6 +334,11 @@ class Session(Listener):
     def _carry_out(self, plan: Plan) -> None:
         assert self._model is not None
         self._blocks = carry_out(plan, self._model)
+        if not self._undo:
+            self._adopt(plan)
+
+    def _adopt(self, plan: Plan) -> None:
+        assert self._model is not None
         for optimizer in self._optimizers:
             self._undo.append(adopt_formats(plan, self._model, optimizer))
 

@@ -44,7 +44,7 @@ class Solver:
         self.step, self.exact = step, exact
         self._costs = StepCost(step)
         allowed = [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS]
-        self._optimizers: Sequence[OptimizerCost] = allowed
+        self._optimizers: Sequence[OptimizerCost] = allowed or step.optimizers[:1]
 
     def fastest(self, budget: Budget) -> Plan | int:
         """Choose for a budget.

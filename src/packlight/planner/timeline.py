@@ -37,13 +37,17 @@ _LEFT_OUT = -1
 
 @dataclass
 class Entry:
-    """A storage on the line: events of birth and death (None while it lives), phase of birth, category if known."""
+    """A storage on the line: events of birth and death (None while it lives), phase of birth, category if known.
+
+    A gradient of a parameter that is stepped has the event at which it is complete, too.
+    """
 
     num_bytes: int
     born: int
     phase: str
     category: str | None = None
     died: int | None = None
+    completed: int | None = None
 
 
 class Timeline(TorchDispatchMode):

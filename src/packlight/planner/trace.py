@@ -40,6 +40,7 @@ from packlight.activations.resident import Resident
 from packlight.activations.saver import is_worth_it
 from packlight.activations.sites import CallStack, ModuleWatch
 from packlight.optim.adopt import can_adopt
+from packlight.optim.early import can_update_early
 from packlight.planner.answers import Answers
 from packlight.planner.draft import Draft, DraftRegion, DraftSave, HeldSave
 from packlight.planner.fake import FakeCopy, FakeLine
@@ -268,12 +269,28 @@ class Trace:
             self._name_gradients()
             self.model.zero_grad()
         self._grow_outer_gradients()
+        self._note_completion()
         self.backward_start = self.line.now()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             scalar.backward()
         self.num_events = self.line.now()
         self.seconds = self.line.seconds
         self._name_gradients()
+
+    def _note_completion(self) -> None:
+        """Note when the gradient of each parameter that an optimiser steps is complete, if that may be at once."""
+        if any(can_update_early(optimizer) for optimizer in self.real_optimizers):
+            return
+
+        def note(parameter: torch.Tensor) -> None:
+            index = None if parameter.grad is None else self.line.index(parameter.grad)
+            if index is not None:
+                self.line.entries[index].completed = self.line.tick()
+
+        for group in (group for optimizer in self.fake_optimizers for group in optimizer.param_groups):
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(note))
 
     def _grow_outer_gradients(self) -> None:
         """Give a gradient to parameters that are stepped but stand outside the model (a head called by the loop)."""

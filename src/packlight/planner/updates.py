@@ -55,6 +55,7 @@ def optimizer_costs(
         temporary_bytes=temporary_bytes,
         seconds=seconds,
         formats=dict.fromkeys(names.values(), state_format),
+        alone_share=_alone_share(fake_optimizers, line),
     )
     if not known:
         return (present,)
@@ -89,6 +90,18 @@ def _step(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> t
         for optimizer in fake_optimizers:
             optimizer.step()
     return line.highest_bytes() - before_bytes, line.seconds - before_seconds
+
+
+def _alone_share(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> float:
+    """Return what the step of the largest parameter alone allocates, for each byte of its gradient."""
+    parameters = {at: at.grad for each in fake_optimizers for group in each.param_groups for at in group["params"]}
+    stepped = {at: grad for at, grad in parameters.items() if grad is not None}
+    if not stepped:
+        return 0.0
+    largest = max(stepped, key=torch.Tensor.numel)
+    with _left_out([at for at in stepped if at is not largest], fake_optimizers):
+        alone_bytes, _ = _step(fake_optimizers, line)
+    return alone_bytes / max(1, line.round(stepped[largest].nbytes))
 
 
 def _held_bytes(optimizers: Sequence[torch.optim.Optimizer], device_type: str) -> int:
@@ -141,6 +154,7 @@ def _low_bit(
         temporary_bytes=max(update_bytes, rest_bytes),
         seconds=seconds + in_large,
         formats=formats,
+        alone_bytes=update_bytes,
     )
 
 

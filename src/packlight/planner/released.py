@@ -1,0 +1,104 @@
+"""Plans in which parameters are updated inside backward, and each gradient is freed at once.
+
+A step keeps all gradients from backward until the optimiser has used them. Where the loop needs none of them in between
+(no clipping, no accumulation), each can go when its parameter has been stepped (`optim/early.py`). On the line of
+events that is a change of a few intervals, so any plan can be priced so:
+
+    gradient      born ........ complete | its parameter is stepped, with what that allocates | gone
+    update        nothing is left to do, and no gradient to keep
+
+It adds no time: the same arithmetic is done earlier.
+"""
+
+import math
+from dataclasses import replace
+
+from packlight.budget import Budget, BudgetError
+from packlight.planner.cost import StepCost
+from packlight.planner.program import LOSS_SHARE
+from packlight.planner.solve import EXACT_FORMATS, solve
+from packlight.records import Plan
+from packlight.step import OptimizerCost, Profile, Storage
+
+NOT_RELEASED = (
+    "gradients are not released: they are accumulated, or the optimiser is not one of torch's that step each parameter "
+    "from its own gradient alone"
+)
+
+
+def released(step: Profile, optimizer: OptimizerCost) -> Profile:
+    """Return a step whose gradients are freed as they are used.
+
+    Args:
+        step: the step as it is.
+        optimizer: one of its state formats, the only one of the result.
+
+    Returns:
+        The step.
+    """
+    storages: list[Storage] = []
+    added: list[Storage] = []
+    for storage in step.storages:
+        if storage.completed >= 0:
+            storages.append(replace(storage, died=min(step.num_events, storage.completed + 1)))
+            num_bytes = optimizer.alone_bytes + math.ceil(optimizer.alone_share * storage.num_bytes)
+            added.append(Storage(num_bytes, storage.completed, storage.completed + 1, "backward"))
+        elif storage.is_gradient and storage.died <= step.backward_start:  # of the step before, which leaves none now
+            storages.append(replace(storage, died=storage.born))
+        else:
+            storages.append(storage)
+    in_place = replace(optimizer, temporary_bytes=0)
+    return replace(step, storages=(*storages, *added), optimizers=(in_place,))
+
+
+def can_release(step: Profile) -> bool:
+    """Tell whether a step has gradients that are used once, in the backward that made them, each by itself."""
+    is_once = step.num_microbatches == 1 and step.resident_bytes.get("gradients", 0) == 0
+    return is_once and any(storage.completed >= 0 for storage in step.storages)
+
+
+def solve_releasing(step: Profile, budget: Budget, *, exact: bool = False) -> Plan:
+    """Choose for a step whose gradients may be freed early; they stay where nothing is gained.
+
+    Args:
+        step: the step as it is.
+        budget: bytes allowed on the device.
+        exact: only choices that leave every loss and gradient bit-equal.
+
+    Returns:
+        The fastest plan that fits.
+
+    Raises:
+        BudgetError: nothing fits; it names the smallest budget that would.
+    """
+    if not can_release(step):
+        return solve(replace(step, notes=(*step.notes, NOT_RELEASED)), budget, exact=exact)
+    formats = [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS]
+    variants = [step, *(released(step, cost) for cost in formats)]
+    found, errors = list[tuple[float, Plan]](), list[BudgetError]()
+    for number, variant in enumerate(variants):
+        try:
+            made = solve(variant, budget, exact=exact)
+        except BudgetError as error:
+            errors.append(error)
+        else:
+            made = made if variant is step else as_released(made, step)
+            found.append((max(1.0, made.estimate.slowdown) * (1 + LOSS_SHARE * number), made))
+    if not found:
+        least = min(errors, key=lambda each: each.smallest_bytes or math.inf)
+        raise least
+    return min(found, key=lambda each: each[0])[1]
+
+
+def as_released(made: Plan, step: Profile) -> Plan:
+    """Return a plan for a released step as one for the step as it is, with what that would cost if nothing changed."""
+    plain = StepCost(step).price((), step.optimizers[0])
+    slowdown = made.estimate.step_seconds / plain.seconds if plain.seconds else 1.0
+    estimate = replace(made.estimate, slowdown=slowdown, plain_peak_bytes=plain.peak_bytes)
+    return replace(made, estimate=estimate, releases_gradients=True)
+
+
+def as_planned(step: Profile, plan: Plan) -> Profile:
+    """Return the step as it is under a plan: with the plan's states, and gradients that are freed where it says so."""
+    cost = next((each for each in step.optimizers if each.formats == plan.state_formats), None)
+    return released(step, cost) if plan.releases_gradients and cost is not None else step
