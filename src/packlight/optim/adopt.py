@@ -34,6 +34,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from packlight.numerics.formats import state_format as format_named
 from packlight.numerics.noise import seed_of
+from packlight.optim.adopted_state import CompactState, moments_of, own_state, show_portable
 from packlight.optim.state import (
     MOMENTS,
     PARAMETER_DTYPES,
@@ -45,32 +46,10 @@ from packlight.optim.state import (
     nbytes,
     state_bytes,
     step_device,
-    to_portable,
 )
 from packlight.optim.stepping import Entry, Scalars, check_dense, run, tensors_of
 
 _adopted: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
-
-
-class CompactState(dict[str, Tensor]):
-    """A managed parameter's state; copies and pickles of it are plain dicts in torch's own form.
-
-    Attributes:
-        shape: the parameter's shape.
-        state_format: the name of the format that the state has.
-    """
-
-    def __init__(self, state: State, shape: torch.Size, state_format: str) -> None:
-        super().__init__(state)
-        self.shape, self.state_format = shape, state_format
-
-    def portable(self, device: torch.device | str | None = None) -> State:
-        """Return step, exp_avg and exp_avg_sq, the moments in fp32 on `device` (None: where they are)."""
-        return to_portable(self, shape=self.shape, state_format=self.state_format, device=device)
-
-    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[State]]:
-        """Copy and pickle as a plain dict that torch's own step understands."""
-        return dict, (self.portable(),)
 
 
 class Adoption:
@@ -86,11 +65,11 @@ class Adoption:
         self._places: dict[Tensor, int] = {}
         for param, name in self._formats.items():
             if optimizer.state.get(param):
-                self._adopt_state(param, from_portable(_moments_of(optimizer.state[param]), state_format=name))
+                self._adopt_state(param, from_portable(moments_of(optimizer.state[param]), state_format=name))
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(_show_portable),
+            optimizer.register_state_dict_post_hook(show_portable),
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
@@ -118,7 +97,7 @@ class Adoption:
         for group in self._optimizer.param_groups:
             for param in group["params"]:
                 if isinstance(self._optimizer.state.get(param), CompactState):
-                    self._optimizer.state[param] = _own_state(self._optimizer.state[param], param, group)
+                    self._optimizer.state[param] = own_state(self._optimizer.state[param], param, group)
         _adopted.discard(self._optimizer)
 
     def __enter__(self) -> Self:
@@ -250,7 +229,7 @@ class Adoption:
         }
         states = state_dict["state"]
         self._loaded = {
-            param: from_portable(_moments_of(states[index]), state_format=self._formats[param], device=param.device)
+            param: from_portable(moments_of(states[index]), state_format=self._formats[param], device=param.device)
             for index, param in managed.items()
             if states.get(index)
         }
@@ -354,21 +333,3 @@ def unhooked_step(optimizer: Optimizer) -> None:
 
 def _params(optimizer: Optimizer) -> Iterator[Tensor]:
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
-
-
-def _moments_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    return state.portable() if isinstance(state, CompactState) else state
-
-
-def _own_state(state: CompactState, param: Tensor, group: Mapping[str, Any]) -> State:
-    """Return a state in torch's form: moments in the parameter's dtype, `step` beside it if fused."""
-    own = {key: value.to(param.dtype) if key in MOMENTS else value for key, value in state.portable().items()}
-    own["step"] = own["step"].to(param.device if group.get("fused") else "cpu")
-    return own
-
-
-def _show_portable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Replace compact states by fp32 ones on the CPU, so that saving takes no device memory."""
-    states = state_dict["state"].items()
-    shown = {key: state.portable("cpu") if isinstance(state, CompactState) else state for key, state in states}
-    return {**state_dict, "state": shown}

@@ -19,6 +19,9 @@ from packlight.planner.hardware import Rates, operator_cost
 from packlight.planner.known import KnownValues
 from packlight.planner.timeline import Timeline
 
+LARGE_SHARE = 0.2
+"""Of a step's predicted time: as much that was not measured is said."""
+
 
 class FakeCopy(TorchFunctionMode):
     """Makes `copy.deepcopy` put fake tensors in place of real ones; meta tensors become fake CPU tensors."""
@@ -190,3 +193,12 @@ class FakeLine(Timeline):
             self.seconds_by_rates[name] = self.seconds_by_rates.get(name, 0.0) + cost.seconds
         if cost.scratch_bytes:
             self.add(torch.empty(cost.scratch_bytes, dtype=torch.uint8, device=self.device_type))
+
+    def by_rates(self) -> list[str]:
+        """Say what could not be run alone on the device at hand, where it is much of the step."""
+        found = sorted(self.seconds_by_rates.items(), key=lambda each: -each[1])
+        share = sum(seconds for _, seconds in found) / self.seconds if self.seconds else 0.0
+        if share < LARGE_SHARE:
+            return []
+        names = ", ".join(name for name, _ in found[:3])
+        return [f"{share:.0%} of the step's predicted time counts by rates and was not measured ({names})"]

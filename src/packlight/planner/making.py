@@ -20,7 +20,7 @@ from packlight.planner.profile import ProfileError, profile
 from packlight.planner.released import as_planned, as_released, can_release, solve_releasing
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import carried_bytes
-from packlight.planner.solve import solve
+from packlight.planner.solve import least_plan, solve
 from packlight.records import Plan
 from packlight.step import Profile
 
@@ -110,6 +110,42 @@ class Maker:
             if stop.smallest_bytes is None:
                 raise
             return *self.make(call, seen, budget=stop.smallest_bytes, before=before), False
+
+    def first(self, step: Profile, plan: Plan) -> Plan:
+        """Return the most saving plan for the step in which the loop is seen.
+
+        Args:
+            step: the profile.
+            plan: what was planned before; where gradients are released, states exist from the first backward on.
+        """
+        budget, exact = Budget.of(plan.budget_bytes), self._settings.exact
+        if not plan.releases_gradients:
+            return least_plan(step, budget, exact=exact)
+        return as_released(least_plan(as_planned(step, plan), budget, exact=exact), step)
+
+    def make_below(
+        self, call: Call, seen: Seen, *, before: Plan, budget_bytes: int, limit_bytes: int | None
+    ) -> tuple[Profile, Plan, str]:
+        """Plan for less than what lived when memory ran out, if it did.
+
+        Args:
+            call: how the model is called.
+            seen: what is known of the loop.
+            before: the plan under which the last step ran.
+            budget_bytes: the user's budget.
+            limit_bytes: what lived when memory ran out; None where it did not.
+
+        Returns:
+            The profile, the plan, and what to say of it before it.
+
+        Raises:
+            SessionStop: the step cannot be traced, or nothing fits the user's budget.
+        """
+        if limit_bytes is None or limit_bytes >= budget_bytes:
+            return *self.make(call, seen, before=before), ""
+        step, plan, fits = self.make_or_least(call, seen, budget=limit_bytes, before=before)
+        title = "" if fits else "with nothing that fits what there was when memory ran out, the smallest "
+        return step, replace(plan, budget_bytes=budget_bytes), title
 
 
 def _noted(step: Profile, model: nn.Module) -> Profile:

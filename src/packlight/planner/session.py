@@ -17,7 +17,6 @@ for the first time, because states do not exist before.
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -33,10 +32,9 @@ from packlight.planner.making import Maker
 from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
 from packlight.planner.profile import ProfileError
-from packlight.planner.released import as_planned, as_released
+from packlight.planner.released import as_planned
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import joined, predicted_step_seconds, rescale, without_tier
-from packlight.planner.solve import least_plan
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
 
@@ -227,19 +225,12 @@ class Session(Listener):
         self.settings.tell(plan, "")
         if self.settings.stop_before_step:
             raise SessionStop("planned", exit_status=0)
-        self._first = self._first_plan(step, plan)
+        self._first = self._maker.first(step, plan)
         self._blocks = carry_out(self._first, self._model)  # step 2
         self._step = step
         if plan.releases_gradients:  # states are made inside the first backward
             self._adopt(plan)
             self._maker.held = plan
-
-    def _first_plan(self, step: Profile, plan: Plan) -> Plan:
-        """Return the most saving plan, with states and gradients as they will be where these do not wait for step 3."""
-        budget, exact = Budget.of(plan.budget_bytes), self.settings.exact
-        if not plan.releases_gradients:
-            return least_plan(step, budget, exact=exact)
-        return as_released(least_plan(as_planned(step, plan), budget, exact=exact), step)
 
     def _carry_out_given(self, plan: Plan) -> None:
         if plan.estimate.device_peak_bytes > Budget.of(self.settings.budget or plan.budget_bytes).device_bytes:
@@ -286,7 +277,11 @@ class Session(Listener):
         self._seen = without_tier(watch.seen(self._gradients), self._first, self._step)
         with watch.aside():
             self._put_blocks_back()
-            step, plan, title = self._make_plan_below(self._mend.limit_bytes)
+            assert self._maker and self._call and self.plan
+            known = (self._call, self._seen)
+            step, plan, title = self._maker.make_below(
+                *known, before=self._first, budget_bytes=self.plan.budget_bytes, limit_bytes=self._mend.limit_bytes
+            )
             self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
             plan = rescale(plan, *self._pace)
             self.settings.tell(plan, f"after step 1, {title}")
@@ -294,16 +289,6 @@ class Session(Listener):
             self._carry_out(plan)
             num_planned = max(map(num_elements, self._shapes), default=0)
             self._mend.begin(plan, as_planned(step, plan), num_elements=num_planned)
-
-    def _make_plan_below(self, limit_bytes: int | None) -> tuple[Profile, Plan, str]:
-        """Plan with what was seen, for less than what lived when memory ran out, if it did."""
-        assert self._seen and self.plan and self._maker and self._call
-        budget_bytes = self.plan.budget_bytes
-        if limit_bytes is None or limit_bytes >= budget_bytes:
-            return *self._maker.make(self._call, self._seen, before=self._first), ""
-        step, plan, fits = self._maker.make_or_least(self._call, self._seen, budget=limit_bytes, before=self._first)
-        title = "" if fits else "with nothing that fits what there was when memory ran out, the smallest "
-        return step, replace(plan, budget_bytes=budget_bytes), title
 
     def _plan_for_larger_batches(self, call: Call) -> None:
         """Choose blocks anew, with the states' format as it is; where nothing fits, say so and spare what can be."""

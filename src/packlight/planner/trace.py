@@ -51,9 +51,6 @@ from packlight.planner.timeline import flat_tensors
 from packlight.planner.updates import optimizer_costs, step_as_on_cuda
 from packlight.step import OptimizerCost, Profile
 
-LARGE_SHARE = 0.2
-"""Of a step's predicted time: as much that was not measured is said."""
-
 
 class Trace:
     """One step on fake tensors, on the way to a `Profile`."""
@@ -322,15 +319,6 @@ class Trace:
         self.notes += [f"the states of {kind} stay as they are: {reason}" for kind, reason in reasons if reason]
         return costs
 
-    def _by_rates(self) -> list[str]:
-        """Say what could not be run alone on the device at hand, where it is much of the step."""
-        found = sorted(self.line.seconds_by_rates.items(), key=lambda each: -each[1])
-        share = sum(seconds for _, seconds in found) / self.line.seconds if self.line.seconds else 0.0
-        if self.hardware is not None or share < LARGE_SHARE:
-            return []
-        names = ", ".join(name for name, _ in found[:3])
-        return [f"{share:.0%} of the step's predicted time counts by rates and was not measured ({names})"]
-
     def record(self, optimizers: tuple[OptimizerCost, ...], notes: tuple[str, ...]) -> Profile:
         """Return the trace as a record."""
         draft = Draft(self.num_resident, self.num_events)
@@ -353,6 +341,6 @@ class Trace:
             codec_seconds=self.line.rates.codec_seconds,
             codec_call_seconds=self.line.rates.codec_call_seconds,
             forward_seconds=self.forward_seconds,
-            notes=(*notes, *self.notes, *self._by_rates()),
+            notes=(*notes, *self.notes, *(self.line.by_rates() if self.hardware is None else ())),
             hardware=self.hardware.name if self.hardware else "",
         )

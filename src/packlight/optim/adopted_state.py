@@ -1,0 +1,54 @@
+"""The compact state of an adopted parameter, and what a checkpoint or a plain optimiser sees in its place.
+
+A state dict, a deep copy and a pickle of an optimiser must be such as torch's own code reads. So a compact state knows
+how to become exp_avg, exp_avg_sq and step again, and does so wherever somebody else takes hold of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packlight.optim.state import MOMENTS, State, to_portable
+
+
+class CompactState(dict[str, Tensor]):
+    """A managed parameter's state; copies and pickles of it are plain dicts in torch's own form.
+
+    Attributes:
+        shape: the parameter's shape.
+        state_format: the name of the format that the state has.
+    """
+
+    def __init__(self, state: State, shape: torch.Size, state_format: str) -> None:
+        super().__init__(state)
+        self.shape, self.state_format = shape, state_format
+
+    def portable(self, device: torch.device | str | None = None) -> State:
+        """Return step, exp_avg and exp_avg_sq, the moments in fp32 on `device` (None: where they are)."""
+        return to_portable(self, shape=self.shape, state_format=self.state_format, device=device)
+
+    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[State]]:
+        """Copy and pickle as a plain dict that torch's own step understands."""
+        return dict, (self.portable(),)
+
+
+def moments_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state in portable form, whoever made it."""
+    return state.portable() if isinstance(state, CompactState) else state
+
+
+def own_state(state: CompactState, param: Tensor, group: Mapping[str, Any]) -> State:
+    """Return a state in torch's form: moments in the parameter's dtype, `step` beside it if fused."""
+    own = {key: value.to(param.dtype) if key in MOMENTS else value for key, value in state.portable().items()}
+    own["step"] = own["step"].to(param.device if group.get("fused") else "cpu")
+    return own
+
+
+def show_portable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Replace compact states by fp32 ones on the CPU, so that saving takes no device memory."""
+    states = state_dict["state"].items()
+    shown = {key: state.portable("cpu") if isinstance(state, CompactState) else state for key, state in states}
+    return {**state_dict, "state": shown}
