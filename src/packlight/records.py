@@ -104,6 +104,7 @@ class Plan(JsonRecord):
         hardware: the name of the device that it is made for; "" for the one at hand.
         curve: what other budgets would give, by growing budget; empty where it was not asked for.
         kept: groups outside of recomputed blocks that stay as they are, though more could be done with them.
+        num_microbatches: parts that a batch is split into, whose gradients add up.
         releases_gradients: whether each parameter is stepped inside backward, and its gradient freed there.
     """
 
@@ -125,6 +126,7 @@ class Plan(JsonRecord):
     curve: tuple[CurvePoint, ...] = ()
     kept: tuple[Choice, ...] = ()
     releases_gradients: bool = False
+    num_microbatches: int = 1
 
     def recomputed(self) -> frozenset[str]:
         """Return the paths of the blocks that are recomputed in backward."""
@@ -150,6 +152,7 @@ class Plan(JsonRecord):
             f"{estimate.step_seconds:.3g} s a step ({estimate.slowdown:.2f}x)",
             f"  blocks: {len(recomputed)} of {num_blocks} recomputed{_shorten(recomputed, self.choices)}",
             *self._treated_lines(),
+            *[f"  each batch in {self.num_microbatches} microbatches"] * (self.num_microbatches > 1),
             f"  optimiser states: {formats}{'; gradients freed inside backward' * self.releases_gradients}",
             f"  at the peak ({estimate.peak_moment}): "
             + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.peak_by_category.items() if size),

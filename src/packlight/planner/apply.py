@@ -6,7 +6,7 @@ format under the optimiser that is already there, and `remove` puts everything b
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from packlight.planner.listen import BackwardStandIn
 from packlight.planner.loop import Call, Loss, num_elements
 from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
+from packlight.planner.microbatches import split
 from packlight.planner.plan import device_of, profiled
 from packlight.planner.released import as_planned
 from packlight.planner.solve import EXACT_FORMATS
@@ -77,6 +78,20 @@ class Applied:
         """What happened so far, beside `plan.estimate`; None before the first step is complete."""
         measured = self._watch.measurement()
         return measured if measured.num_steps else None
+
+    def microbatches(self, batch: Any) -> Iterator[tuple[Any, float]]:
+        """Yield the parts of a batch that the plan is for, each with its share of the rows.
+
+        The gradient of the mean over the batch is the sum of `(loss of part * share)`'s, where the loss of a part is a
+        mean over its rows.
+
+        Args:
+            batch: a mapping, a tuple or one tensor; tensors with as many rows as most are split, all else goes along.
+
+        Returns:
+            An iterator over the parts.
+        """
+        return split(batch, self.plan.num_microbatches)
 
     def _begin_to_mend(self, step: Profile | None, num_elements: int | None) -> None:
         """Repeat what fails for want of memory in the first steps, and hold their peak against the plan."""
@@ -145,6 +160,7 @@ def fit(
     disk: str | None = None,
     exact: bool = False,
     release_gradients: bool = False,
+    max_microbatches: int = 1,
 ) -> Applied:
     """Plan and apply: make a training step fit a byte budget.
 
@@ -158,6 +174,7 @@ def fit(
         disk: folder of the disk tier, as for `plan`.
         exact: only choices that leave every loss and gradient bit-equal.
         release_gradients: parameters may be stepped inside backward, as for `plan`.
+        max_microbatches: a batch may be split into so many parts, as for `plan`.
 
     Returns:
         The handle of `apply`.
@@ -187,8 +204,10 @@ def fit(
         disk=disk,
         exact=exact,
         release_gradients=release_gradients,
+        max_microbatches=max_microbatches,
     )
-    return Applied(plan, model, optimizer, step=step, num_elements=num_elements(Call.of(batch).shapes()))
+    part, _ = next(split(batch, plan.num_microbatches))
+    return Applied(plan, model, optimizer, step=step, num_elements=num_elements(Call.of(part).shapes()))
 
 
 def _warn(plan: Plan, said: str) -> None:

@@ -161,7 +161,11 @@ class Mend(Tightener):
     def _take(self, plan: Plan, *, is_final: bool = True) -> None:
         """Carry out another plan, which counts from the next step on."""
         if self.plan is not None and plan is not self.plan:
-            plan = replace(rescale(plan, *self.pace), releases_gradients=self.plan.releases_gradients)
+            plan = replace(
+                rescale(plan, *self.pace),
+                releases_gradients=self.plan.releases_gradients,
+                num_microbatches=self.plan.num_microbatches,
+            )
         self._change(plan)
         self._watch.measure_again()
         self.begin(plan, self._step, num_elements=self._num_elements, is_final=is_final)

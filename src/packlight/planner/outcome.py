@@ -1,6 +1,7 @@
 """Writes what a search has found as a `Plan`: what is done with blocks and groups, and what else could be."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from packlight.budget import Budget
@@ -128,6 +129,12 @@ def _held_seconds(saves: Collection[Save]) -> float:
 def treated_by(plan: Plan) -> dict[str, Treatment]:
     """Return what a plan does with groups, as `StepCost.price` takes it."""
     return {each.group: Treatment(each.choice, each.codec) for each in plan.choices if each.sites}
+
+
+def beside_plain(made: Plan, plain: Cost) -> Plan:
+    """Compare a plan with what another step than its own costs if nothing is changed: one of a whole batch, say."""
+    slowdown = made.estimate.step_seconds / plain.seconds if plain.seconds else 1.0
+    return replace(made, estimate=replace(made.estimate, slowdown=slowdown, plain_peak_bytes=plain.peak_bytes))
 
 
 def _host_bytes(costs: StepCost, chosen: Chosen) -> int:

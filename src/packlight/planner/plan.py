@@ -4,8 +4,9 @@ A plan needs to know what lives beside the model, what the device has, and which
 out for a model, its optimiser and a batch; for a script that is running, `making.py` does it.
 """
 
+import functools
 from dataclasses import replace
-from typing import Any, Required, TypedDict, Unpack
+from typing import Any, Literal, Required, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from packlight.planner.hardware import measure
 from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link, unused
 from packlight.planner.loop import Loss, Seen, listed
+from packlight.planner.microbatches import fastest_split, numbers, split
 from packlight.planner.profile import profile
 from packlight.planner.released import solve_releasing
 from packlight.planner.solve import solve
@@ -34,6 +36,7 @@ def plan(
     disk: str | None = None,
     exact: bool = False,
     release_gradients: bool = False,
+    max_microbatches: int = 1,
     hardware: str | None = None,
 ) -> Plan:
     """Decide how a training step fits a byte budget; runs nothing of the model and changes nothing of the caller's.
@@ -54,6 +57,8 @@ def plan(
         exact: only choices that leave every loss and gradient bit-equal.
         release_gradients: parameters may be stepped inside backward, and their gradients freed there: nothing between
             backward and `step` needs them (no clipping, accumulation or GradScaler; nobody logs their norm).
+        max_microbatches: a batch may be split into so many parts whose gradients add up, by a loop over
+            `handle.microbatches(batch)`; not where `exact` is asked for.
         hardware: the name of the device to plan for ("h100-80g"), instead of the model's; nothing is measured. A share
             is of its memory, and a larger budget is refused, but for a `Budget`: what would run at its speed with that
             much memory.
@@ -79,6 +84,7 @@ def plan(
         disk=disk,
         exact=exact,
         release_gradients=release_gradients,
+        max_microbatches=max_microbatches,
         hardware=hardware,
     )
     return profiled(model, batch, optimizer, **asked)[1]
@@ -93,6 +99,7 @@ class Asked(TypedDict, total=False):
     disk: str | None
     exact: bool
     release_gradients: bool
+    max_microbatches: int
     hardware: str | None
 
 
@@ -110,15 +117,23 @@ def profiled(
         beside_bytes = other_bytes(model, listed(optimizer))
     host_budget, disk = asked.get("host_budget"), asked.get("disk")
     link = find_link(device, host_budget=host_budget, disk=disk, known=known)
-    seen = Seen(other_bytes=beside_bytes)
-    step = profile(model, batch, optimizer, loss=asked.get("loss"), seen=seen, hardware=hardware)
+    notes = [*unused(device, host_budget=host_budget, disk=disk, known=known)]
     if known is not None and allowed.device_bytes > known.device_bytes:
-        note = f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has"
-        step = replace(step, notes=(*step.notes, note))
-    left_out = unused(device, host_budget=host_budget, disk=disk, known=known)
-    step = replace(step, link=link, notes=(*step.notes, *left_out))
-    solver = solve_releasing if asked.get("release_gradients") else solve
-    return step, solver(step, allowed, exact=asked.get("exact", False))
+        notes.append(f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has")
+
+    def step_of(num: int) -> Profile:
+        gradients: Literal["step", "none"] = "step" if num > 1 else "none"
+        seen = Seen(other_bytes=beside_bytes, num_microbatches=num, gradients=gradients)
+        part = batch if num == 1 else next(split(batch, num))[0]
+        step = profile(model, part, optimizer, loss=asked.get("loss"), seen=seen, hardware=hardware)
+        return replace(step, link=link, notes=(*step.notes, *notes))
+
+    exact = asked.get("exact", False)
+    solver = functools.partial(
+        solve_releasing if asked.get("release_gradients") else solve, budget=allowed, exact=exact
+    )
+    tried = numbers(batch, 1 if exact else asked.get("max_microbatches", 1))
+    return fastest_split(((num, step_of(num)) for num in tried), solver)
 
 
 def device_of(model: nn.Module) -> torch.device:

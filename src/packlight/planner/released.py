@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from packlight.budget import Budget, BudgetError
 from packlight.planner.cost import StepCost
+from packlight.planner.outcome import beside_plain
 from packlight.planner.program import LOSS_SHARE
 from packlight.planner.solve import EXACT_FORMATS, solve
 from packlight.records import Plan
@@ -93,9 +94,7 @@ def solve_releasing(step: Profile, budget: Budget, *, exact: bool = False) -> Pl
 def as_released(made: Plan, step: Profile) -> Plan:
     """Return a plan for a released step as one for the step as it is, with what that would cost if nothing changed."""
     plain = StepCost(step).price((), step.optimizers[0])
-    slowdown = made.estimate.step_seconds / plain.seconds if plain.seconds else 1.0
-    estimate = replace(made.estimate, slowdown=slowdown, plain_peak_bytes=plain.peak_bytes)
-    return replace(made, estimate=estimate, releases_gradients=True)
+    return replace(beside_plain(made, plain), releases_gradients=True)
 
 
 def as_planned(step: Profile, plan: Plan) -> Profile:

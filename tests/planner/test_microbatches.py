@@ -1,0 +1,98 @@
+"""Batches that are split where that is asked for: gradients add up, and the peak is the one that was predicted."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from packlight.budget import BudgetError
+from packlight.planner.apply import fit
+from packlight.planner.microbatches import num_rows, numbers, split
+from packlight.planner.plan import plan
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+WIDTH = 64
+
+
+class Wide(nn.Module):
+    """No blocks, and a softmax that cannot be rounded: little can be spared but by fewer rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x).softmax(-1))
+        return out
+
+
+def loss(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return F.mse_loss(output, batch["x"])
+
+
+def batch_of(rows: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(rows, WIDTH)}
+
+
+def smallest_bytes(model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, **options: Any) -> int:
+    with pytest.raises(BudgetError) as error:
+        plan(model, batch, optimizer, budget=1, loss=loss, **options)
+    assert error.value.smallest_bytes is not None
+    return error.value.smallest_bytes
+
+
+def test_a_split_batch_fits_a_budget_that_the_whole_does_not_and_gradients_add_up() -> None:
+    model, batch = Wide(), batch_of(1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    whole = torch.autograd.grad(loss(model(**batch), batch), list(model.parameters()))
+    whole_bytes = smallest_bytes(model, batch, optimizer)
+    budget = smallest_bytes(model, batch, optimizer, max_microbatches=4)
+    assert budget < whole_bytes
+    handle = fit(model, optimizer, batch, budget=budget, loss=loss, max_microbatches=4)
+    with handle:
+        assert handle.plan.num_microbatches == 4 and "in 4 microbatches" in str(handle.plan)
+        for _ in range(3):
+            for part, share in handle.microbatches(batch):
+                (loss(model(**part), part) * share).backward()
+            gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+            optimizer.step()
+            optimizer.zero_grad()
+        measured = handle.measurement
+    assert measured is not None and measured.device_peak_bytes <= budget
+    assert measured.device_peak_bytes == pytest.approx(handle.plan.estimate.device_peak_bytes, rel=0.02)
+    assert handle.plan.num_microbatches == 4
+    for gradient, expected in zip(gradients, whole, strict=True):
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_batch_stays_whole_where_it_fits_or_bits_shall_stay() -> None:
+    model, batch = Wide(), batch_of(256)
+    optimizer = torch.optim.AdamW(model.parameters())
+    made = plan(model, batch, optimizer, budget="1GiB", loss=loss, max_microbatches=8)
+    assert made.num_microbatches == 1 and made.estimate.slowdown == 1
+    exact = smallest_bytes(model, batch, optimizer, max_microbatches=8, exact=True)
+    assert exact == smallest_bytes(model, batch, optimizer, exact=True)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8])
+@pytest.mark.parametrize("num", [1, 2, 4, 16])
+def test_parts_are_all_of_the_batch_once_and_shares_its_rows(rows: int, num: int) -> None:
+    scale, x = torch.tensor(2.0), torch.randn(rows, 3)
+    batch = {"x": x, "pair": (x + 1, [x + 2]), "scale": scale, "name": "text"}
+    parts = list(split(batch, num))
+    assert len(parts) <= num and sum(share for _, share in parts) == pytest.approx(1)
+    assert torch.equal(torch.cat([part["x"] for part, _ in parts]), x)
+    assert torch.equal(torch.cat([part["pair"][1][0] for part, _ in parts]), x + 2)
+    assert all(part["scale"] is scale and part["name"] == "text" for part, _ in parts)
+    assert all(len(part["x"]) == round(share * rows) for part, share in parts)
+    assert all(part["x"].untyped_storage()._cdata == x.untyped_storage()._cdata for part, _ in parts)
+
+
+def test_what_has_no_rows_is_not_split() -> None:
+    assert num_rows({"x": torch.tensor(1.0), "n": 3}) == 0
+    assert numbers(torch.tensor(1.0), 8) == [1] and numbers(torch.randn(3), 8) == [1, 2]
+    with pytest.raises(ValueError, match="max_microbatches=0 came; wanted 1"):
+        numbers(torch.randn(3), 0)
