@@ -170,10 +170,11 @@ def test_what_a_script_s_author_wrote_is_printed_as_it_is() -> None:
     assert cells(printed, "environment") == ["hardware [bold]chip[/bold]"]
 
 
-def test_a_summary_is_one_line_with_both_peaks_and_the_step_time() -> None:
+def test_a_summary_is_one_line_with_both_peaks_and_step_times() -> None:
     followed = f"in {RUN.measurement.num_measured_steps} of {RUN.measurement.num_steps} steps"
     end = "resident peak 30.00 MiB"
-    assert summary(RUN) == f"packlight: peak 10.75 MiB (predicted 10.50 MiB) {followed}, {end}, 0.456 s a step"
+    expected = "0.456 s a step (predicted 0.321 s)"
+    assert summary(RUN) == f"packlight: peak 10.75 MiB (predicted 10.50 MiB) {followed}, {end}, {expected}"
     assert summary(BARE_RUN) == f"packlight: peak 10.75 MiB {followed}, {end}, - a step"
 
 

@@ -61,12 +61,14 @@ def summary(run: Run) -> str:
     warning = f"; ABOVE THE BUDGET by {format_bytes(excess_bytes)}" if excess_bytes > 0 else ""
     followed = f"{measured.num_measured_steps} of {measured.num_steps} steps"
     expected = f" (predicted {format_bytes(estimate.device_peak_bytes)})" if estimate else ""
+    expected_step = f" (predicted {_seconds(estimate.step_seconds)})" if estimate else ""
     under_plan_bytes = measured.plan_peak_bytes
     if under_plan_bytes is not None and under_plan_bytes < measured.device_peak_bytes:  # other plans came before it
         expected = f", {format_bytes(under_plan_bytes)} under the final plan{expected}"
     return (
-        f"packlight: peak {format_bytes(measured.device_peak_bytes)}{expected} in {followed}, resident peak "
-        f"{format_bytes(measured.resident_peak_bytes)}, {_seconds(measured.step_seconds)} a step{warning}"
+        f"packlight: peak {format_bytes(measured.device_peak_bytes)}{expected} in {followed}, "
+        f"resident peak {format_bytes(measured.resident_peak_bytes)}, {_seconds(measured.step_seconds)} a step"
+        f"{expected_step}{warning}"
     )
 
 
