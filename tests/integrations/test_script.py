@@ -112,6 +112,12 @@ def test_with_gradients_released_a_script_fits_a_budget_that_it_did_not_and_prin
     assert record.plan is not None and record.plan.releases_gradients
     assert_fits_as_predicted(record)
     assert released.stdout == plain.stdout
+    lossy = run("--budget", str(int(least) * 7 // 10), "--release-gradients", "--record", "lossy.json")
+    assert lossy.returncode == 0, lossy.stderr
+    record = Run.load(tmp_path / "lossy.json")
+    assert record.plan is not None and record.plan.releases_gradients
+    assert not {"8bit", "4bit"}.isdisjoint(record.plan.state_formats.values())
+    assert_fits_as_predicted(record)
 
 
 def test_a_plan_that_is_made_in_the_midst_of_a_forward_counts_for_that_forward(

@@ -1,6 +1,7 @@
 """An existing optimiser steps inside backward: the same bits, no gradients afterwards, and nothing is lost unseen."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +120,70 @@ def test_an_optimiser_that_may_need_all_gradients_is_refused() -> None:
     assert "LBFGS" in (can_update_early(optimizer) or "")
     with pytest.raises(ValueError, match="cannot be released: the optimiser is a LBFGS"):
         update_early(optimizer)
+
+
+def test_after_loading_a_state_dict_the_settings_are_those_of_the_new_groups() -> None:
+    first, plain, second, early = twins(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3))
+    data = batches()
+
+    def half_way(model: nn.Module, optimizer: Optimizer) -> list[float]:
+        losses = train(model, optimizer, data[:2])
+        optimizer.load_state_dict(optimizer.state_dict())
+        return losses + train(model, optimizer, data[2:])
+
+    losses = half_way(first, plain)
+    with update_early(early):
+        assert half_way(second, early) == losses
+
+
+def test_a_setting_that_is_changed_between_backward_and_step_is_refused() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with update_early(optimizer):
+        model(torch.randn(4, 32)).sum().backward()
+        optimizer.param_groups[0]["lr"] = 1e-4
+        with pytest.raises(RuntimeError, match="'lr' of a param group was changed between backward"):
+            optimizer.step()
+
+
+def clip_norm(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def clip_value(model: nn.Module) -> None:
+    nn.utils.clip_grad_value_(model.parameters(), 1.0)
+
+
+@pytest.mark.parametrize("clip", [clip_norm, clip_value])
+def test_clipping_is_refused_as_long_as_gradients_are_released(clip: Callable[[nn.Module], None]) -> None:
+    model, other = net(), net()
+    other(torch.randn(4, 32)).sum().backward()
+    with update_early(torch.optim.AdamW(model.parameters())):
+        with update_early(torch.optim.AdamW(other.parameters())):
+            pass
+        model(torch.randn(4, 32)).sum().backward()
+        with pytest.raises(RuntimeError, match="there are none to clip"):
+            clip(model)
+        clip(other)
+    assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) == 0, "torch's own again"
+
+
+def test_a_grad_scaler_is_refused_before_backward() -> None:
+    model = net()
+    scaler, off = torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False)
+    loss = model(torch.randn(4, 32)).sum()
+    with update_early(torch.optim.AdamW(model.parameters())):
+        with pytest.raises(RuntimeError, match="before a GradScaler could undo its scale"):
+            scaler.scale(loss)
+        assert off.scale(loss) is loss
+    assert scaler.scale(loss) is not loss
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        reason = can_update_early(torch.optim.AdamW(net().parameters()))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert reason is not None and "several processes" in reason

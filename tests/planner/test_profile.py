@@ -561,6 +561,35 @@ def test_a_real_forward_that_answers_leaves_everything_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in case.model.parameters())
 
 
+class Halves(Selects):
+    """Writes to its argument and prints, as the script's own forward will once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("forward")
+        out: Tensor = super().forward(x.mul_(0.5))
+        return out
+
+
+class Writes(Selects):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.second.weight.mul_(0.5)
+        out: Tensor = super().forward(x)
+        return out
+
+
+def test_a_real_forward_that_answers_leaves_the_batch_and_the_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(64, 8)
+    before = x.clone()
+    assert ASKED in profile(Halves(), x, None, loss=lambda output, _: output).notes
+    assert torch.equal(x, before) and capsys.readouterr().out == ""
+
+
+def test_a_forward_that_answers_and_writes_to_a_parameter_is_refused() -> None:
+    with pytest.raises(ProfileError, match="a parameter was written to"):
+        profile(Writes(), torch.randn(64, 8), None, loss=lambda output, _: output)
+
+
 def test_blocks_whose_shapes_hang_on_activations_can_be_recomputed() -> None:
     case = routed_case()
     step = profile(case.model, case.batch, None, loss=case.loss)

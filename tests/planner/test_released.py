@@ -150,3 +150,60 @@ def test_a_backward_that_runs_out_of_memory_is_not_done_twice() -> None:
             loss.backward()
         assert any("parameters are stepped inside it" in note for note in error.value.__notes__)
     del loss
+
+
+class Looks(nn.Module):
+    """Reads a parameter of the last layer in its first block, past autograd."""
+
+    def __init__(self, *, detached: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.SiLU()) for _ in range(4))
+        self.first, self.detached = Reading(self.layers[3], detached=detached), detached
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Reading(nn.Module):
+    """A block that adds the sum of another's weight."""
+
+    def __init__(self, other: nn.Module, *, detached: bool) -> None:
+        super().__init__()
+        self.linear, self.act, self.detached = nn.Linear(64, 64), nn.SiLU(), detached
+        self.__dict__["other"] = other
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.other[0].weight  # type: ignore[index]
+        return self.act(self.linear(x)) * (weight.detach() if self.detached else weight).sum()
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_parameter_that_a_block_reads_past_autograd_keeps_gradients_where_they_are(detached: bool) -> None:
+    case = Case(Looks(detached=detached), torch.randn(8, 64), lambda output, _: output.sum())
+    assert can_release(step_of(case, adamw(case.model))) == (not detached)
+
+
+def test_groups_with_other_settings_count_with_what_their_steps_allocate() -> None:
+    case = deep_case()
+    weights = [at for at in case.model.parameters() if at.dim() > 1]
+    others = [at for at in case.model.parameters() if at.dim() == 1]
+    groups = [{"params": weights[:1], "momentum": 0.0}, {"params": weights[1:] + others, "momentum": 0.9}]
+    optimizer = torch.optim.SGD(groups, lr=1e-3, weight_decay=0.1)
+    step = step_of(case, optimizer)
+    (cost,) = step.optimizers
+    with update_early(optimizer):
+        measured, *_ = real_peak(case, optimizer)
+    assert measured <= peak_bytes(released(step, cost), released(step, cost).optimizers[0]) <= 1.02 * measured
+
+
+def test_the_least_lossy_of_plans_that_are_as_fast_is_taken_and_the_smallest_budget_is_of_all() -> None:
+    case = deep_case()
+    step = step_of(case, adamw(case.model))
+    with pytest.raises(BudgetError) as error:
+        solve_releasing(step, Budget(1))
+    exact = solve_releasing(step, Budget(solve_releasing(step, Budget(2**30), exact=True).smallest_budget_bytes))
+    assert exact.smallest_budget_bytes == error.value.smallest_bytes
+    assert exact.releases_gradients and set(exact.state_formats.values()) == {"fp32"}

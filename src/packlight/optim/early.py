@@ -7,6 +7,9 @@ own code step that parameter alone, and frees the gradient; the script's `step` 
     1 backward accumulates a gradient   2 the hook steps its parameter and frees the gradient
     3 the script's step: nothing has a gradient; from then on each parameter may come again
 
+So every backward is a step, with the settings (learning rate) that it finds. What would go wrong unseen is refused: a
+second gradient before step 3, settings that were changed before it, clipping, a GradScaler, several processes.
+
 A parameter is stepped alone by a stand-in of the optimiser's class that shares its state and has one param group with
 one parameter: the same arithmetic, so the same bits.
 
@@ -14,7 +17,10 @@ Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Li
 (arXiv 2306.09782), section 3 (the idea).
 """
 
-from collections.abc import Callable, Mapping
+import functools
+import math
+import time
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -32,11 +38,16 @@ from torch.optim import (
     RAdam,
     RMSprop,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 
 from packlight.optim.adopt import Adoption, unhooked_step
+from packlight.optim.refusals import refuse_what_needs_gradients
 
 ALONE = (ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop)
 """The optimisers of torch that step each parameter from its own gradient and state alone."""
+
+
+NUM_TIMED = 20
 
 
 class EarlyUpdates:
@@ -45,14 +56,16 @@ class EarlyUpdates:
     def __init__(self, optimizer: Optimizer, adoption: Adoption | None) -> None:
         self._optimizer, self._adoption = optimizer, adoption
         self._done: set[Tensor] = set()
-        pairs = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+        self._used: dict[int, dict[str, Any]] = {}
+        places = [(param, number) for number, group in enumerate(optimizer.param_groups) for param in group["params"]]
         self._hooks: list[Any] = [
-            param.register_post_accumulate_grad_hook(self._updating(group))
-            for param, group in pairs
+            param.register_post_accumulate_grad_hook(functools.partial(self._update, number=number))
+            for param, number in places
             if param.requires_grad
         ]
-        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._refuse_scaling()))
-        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._done.clear()))
+        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._check_settings()))
+        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._close_round()))
+        self._hooks.append(refuse_what_needs_gradients())
 
     def remove(self) -> None:
         """Let the optimiser step as before; calling it again does nothing."""
@@ -67,37 +80,56 @@ class EarlyUpdates:
         """Remove the hooks."""
         self.remove()
 
-    def _updating(self, group: Mapping[str, Any]) -> Callable[[Tensor], None]:
-        return lambda param: self._update(param, group)
-
     @torch.no_grad()
-    def _update(self, param: Tensor, group: Mapping[str, Any]) -> None:
+    def _update(self, param: Tensor, *, number: int) -> None:
         """Step one parameter and free its gradient (step 2)."""
         if param in self._done:
             param.grad = None  # or the next step would use it
             raise RuntimeError(
-                f"gradients are released, and a second one came for a parameter of shape {tuple(param.shape)} "
-                "before step(): they cannot be accumulated when each is used and freed at once. Parameters have the "
-                "first gradient's update; this one has been dropped. Plan without release_gradients"
+                f"gradients are released, and a second one came for a parameter of shape {tuple(param.shape)} before "
+                "step(): they cannot be accumulated, and a backward cannot be dropped, when each gradient is used and "
+                "freed at once. Parameters have the first one's update. Call step() after each backward(), or plan "
+                "without release_gradients; after a backward that failed, load a checkpoint"
             )
+        group = self._optimizer.param_groups[number]  # of now: loading a state dict replaces it
+        self._used.setdefault(number, _settings(group))
         self._done.add(param)
         if self._adoption is None or not self._adoption.update(param, group):
             unhooked_step(_alone(self._optimizer, param, group))
         param.grad = None
 
-    def _refuse_scaling(self) -> None:
-        if self._done and getattr(self._optimizer, "grad_scale", None) is not None:
-            raise RuntimeError(
-                "gradients are released, and a GradScaler came: this step's updates have been done inside backward, "
-                "by scaled and unchecked gradients. Load model and optimiser from a checkpoint, or build them anew, "
-                "and plan without release_gradients"
-            )
+    def _check_settings(self) -> None:
+        """Refuse settings that were changed between backward and `step`: the updates have been done without them."""
+        for number, used in self._used.items():
+            changed = [name for name, value in _settings(self._optimizer.param_groups[number]).items()
+                       if not _is_same(used.get(name), value)]  # fmt: skip
+            if changed:
+                raise RuntimeError(
+                    f"gradients are released, and {changed[0]!r} of a param group was changed between backward() and "
+                    "step(): this step's updates were done inside backward, with the former value. Set it before "
+                    "backward(), or plan without release_gradients"
+                )
+
+    def _close_round(self) -> None:
+        self._done.clear()
+        self._used.clear()
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    return bool(one == other)
 
 
 def update_early(optimizer: Optimizer, adoption: Adoption | None = None) -> EarlyUpdates:
     """Step each parameter of an existing optimiser inside backward, and free its gradient there.
 
-    There are no gradients after backward: what clips, counts or logs them finds none.
+    There are no gradients after backward: what counts or logs them finds none. While this is in force torch's functions
+    that clip gradients, and `GradScaler.scale`, raise an error.
 
     Args:
         optimizer: one of `ALONE`; the object, its class and its `step` stay what they are.
@@ -108,7 +140,7 @@ def update_early(optimizer: Optimizer, adoption: Adoption | None = None) -> Earl
 
     Raises:
         ValueError: `can_update_early` gives a reason.
-        RuntimeError: (in backward) a second gradient comes before `step`; (in `step`) a GradScaler is used.
+        RuntimeError: (in backward) a second gradient comes before `step`; (in `step`) settings were changed since.
 
     Example:
         >>> model = torch.nn.Linear(4, 4)
@@ -127,6 +159,8 @@ def update_early(optimizer: Optimizer, adoption: Adoption | None = None) -> Earl
 
 def can_update_early(optimizer: Optimizer) -> str | None:
     """Tell why an optimiser's parameters cannot be stepped one by one inside backward; None if they can."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "several processes sum up their gradients after they are complete"
     if type(optimizer) not in ALONE:
         return f"the optimiser is a {type(optimizer).__name__}, and may need all gradients at once"
     if any(group.get("differentiable") for group in optimizer.param_groups):
@@ -139,3 +173,19 @@ def _alone(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) -> Opt
     made: Optimizer = object.__new__(type(optimizer))
     made.__dict__ = {**optimizer.__dict__, "param_groups": [{**group, "params": [param]}]}
     return made
+
+
+@functools.cache
+def alone_seconds() -> float:
+    """Measure what a step of one parameter takes that does almost nothing (milliseconds, once in a process)."""
+    with _disable_current_modes(), torch.no_grad():
+        param = torch.nn.Parameter(torch.ones(1))
+        param.grad = torch.ones(1)
+        optimizer = AdamW([param], foreach=False)
+        (group,) = optimizer.param_groups
+        best = math.inf
+        for _ in range(NUM_TIMED):
+            start = time.perf_counter()
+            unhooked_step(_alone(optimizer, param, group))
+            best = min(best, time.perf_counter() - start)
+        return best

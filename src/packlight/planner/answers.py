@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from packlight.planner.chatter import quiet
 from packlight.planner.loop import Call
 from packlight.planner.rewind import Start
 
@@ -77,32 +78,40 @@ class Answers:
 
     @classmethod
     def of(cls, model: nn.Module, call: Call, then: Callable[[Any], Any]) -> "Answers":
-        """Run a model's forward on real tensors, and leave everything as it was (steps 1 to 3).
+        """Run a model's forward on real tensors, and put back what it changes (steps 1 to 3).
 
         Args:
             model: on a device that has memory; a plain attribute that its forward changes stays changed.
-            call: how it is called.
+            call: how it is called; the model gets copies of the tensors in it.
             then: what follows with the output, up to the loss.
 
         Returns:
             The answers.
+
+        Raises:
+            RuntimeError: the forward wrote to a parameter or a large buffer, of which there is no copy.
         """
         made = cls()
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes(), torch.no_grad(), quiet():
             start = Start(model, call)
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (call.args, dict(call.kwargs)))
             try:
                 with _Writer(made), _Lists(), call.autocasting():
-                    then(model(*call.args, **call.kwargs))
+                    then(model(*args, **kwargs))
+                obstacle = start.obstacle()
             finally:
                 start.rewind()
+        if obstacle:
+            raise RuntimeError(obstacle)
         return made
+
+    def write_places(self, func: Any, masks: Sequence[Tensor]) -> None:
+        """Note how many places masks select, before an operator takes them."""
+        self._answers.append(_Answer(_question(func, masks), [int(mask.count_nonzero()) for mask in masks]))
 
     def write(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note what an operator answered, if it was asked anything."""
-        masks = masks_of(func, args)
-        if masks:
-            self._answers.append(_Answer(_question(func, masks), [int(mask.count_nonzero()) for mask in masks]))
-        elif asks(func):
+        if asks(func):
             value = tree_map_only(Tensor, _without_floats, out)
             self._answers.append(_Answer(_question(func, (args, kwargs)), value))
 
@@ -167,6 +176,9 @@ class _Writer(TorchDispatchMode):
         self._answers = answers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = masks_of(func, args)
+        if masks:
+            self._answers.write_places(func, masks)
         out = func(*args, **(kwargs or {}))
         self._answers.write(func, args, kwargs or {}, out)
         return out

@@ -1,4 +1,4 @@
-"""Keeps what a C library prints for its own developers out of a script's standard output.
+"""Keeps out of a script's output what is not the script's: a library's chatter, and a model's when it runs for a plan.
 
 HiGHS (1.12, in scipy 1.17) prints a line of its own, "HighsMipSolverData::transformNewIntegerFeasibleSolution ...", by
 C's `printf`, whatever its options say, and a training script's output may be read by a program. Python's
@@ -6,12 +6,19 @@ C's `printf`, whatever its options say, and a training script's output may be re
 """
 
 import ctypes
+import io
+import logging
 import os
 import tempfile
+import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 
 STDOUT = 1
+
+
+_alone = threading.RLock()
 
 
 @contextmanager
@@ -21,13 +28,13 @@ def left_out(prefix: bytes) -> Iterator[None]:
     Args:
         prefix: of a line.
     """
-    try:
-        kept = os.dup(STDOUT)
-    except OSError:  # it is closed: nothing can be written
-        yield
-        return
     library = ctypes.CDLL(None)
-    with tempfile.TemporaryFile() as file:
+    with _alone, tempfile.TemporaryFile() as file:
+        try:
+            kept = os.dup(STDOUT)
+        except OSError:  # it is closed: nothing can be written
+            yield
+            return
         library.fflush(None)
         os.dup2(file.fileno(), STDOUT)
         try:
@@ -41,5 +48,18 @@ def left_out(prefix: bytes) -> Iterator[None]:
 
 
 def _write(data: bytes) -> None:
-    while data:
-        data = data[os.write(STDOUT, data) :]
+    with suppress(BrokenPipeError):  # nobody reads it any more
+        while data:
+            data = data[os.write(STDOUT, data) :]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what a model prints, logs and warns of, when it runs for packlight and not for its script."""
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logged)

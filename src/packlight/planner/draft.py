@@ -67,10 +67,11 @@ class Draft:
     Args:
         num_resident: so many entries of the line were there before the step.
         num_events: the length of the line; what comes later is at its end.
+        keeps_gradients: whether no gradient may be used as soon as it is complete.
     """
 
-    def __init__(self, num_resident: int, num_events: int) -> None:
-        self._num_resident, self._num_events = num_resident, num_events
+    def __init__(self, num_resident: int, num_events: int, *, keeps_gradients: bool) -> None:
+        self._num_resident, self._num_events, self._keeps_gradients = num_resident, num_events, keeps_gradients
 
     def storages(self, entries: Sequence[Entry]) -> tuple[Storage, ...]:
         """Return what the step created, of all entries of the line."""
@@ -82,10 +83,15 @@ class Draft:
                 died=self._before_end(entry.died),
                 phase=entry.phase,
                 is_gradient=entry.category == "gradients",
-                completed=-1 if entry.completed is None else self._before_end(entry.completed),
+                completed=self._completed(entry),
             )
             for entry in made
         )
+
+    def _completed(self, entry: Entry) -> int:
+        if entry.completed is None or self._keeps_gradients:
+            return -1
+        return self._before_end(entry.completed)
 
     def save(self, save: DraftSave) -> Save:
         """Return a save as a record."""

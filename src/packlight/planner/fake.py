@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from packlight.planner.answers import Answers
 from packlight.planner.hardware import Rates, operator_cost
 from packlight.planner.known import KnownValues
+from packlight.planner.reads import Reads
 from packlight.planner.timeline import Timeline
 
 LARGE_SHARE = 0.2
@@ -153,6 +154,7 @@ class FakeLine(Timeline):
         self.rates, self.seconds = rates, 0.0
         self.seconds_by_rates: dict[str, float] = {}
         self.known = KnownValues(answers)
+        self.reads = Reads(self)
         self._num_ticks = 0
 
     def now(self) -> int:
@@ -186,6 +188,7 @@ class FakeLine(Timeline):
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note what an operator made, and add its seconds."""
         super().observe(func, args, kwargs, out)
+        self.reads.note(args, kwargs)
         cost = operator_cost(self.rates, func, args, kwargs, out)
         self.seconds += cost.seconds
         if not cost.is_measured:

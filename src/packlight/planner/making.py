@@ -17,7 +17,7 @@ from packlight.planner.hardware import measure
 from packlight.planner.loop import Call, Seen
 from packlight.planner.plan import device_of, memory_bytes
 from packlight.planner.profile import ProfileError, profile
-from packlight.planner.released import as_planned, as_released, can_release, solve_releasing
+from packlight.planner.released import as_planned, as_released, solve_releasing
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import carried_bytes
 from packlight.planner.solve import least_plan, solve
@@ -66,6 +66,8 @@ class Maker:
         wanted = budget or self._settings.budget or 0
         self.is_busy = True
         try:
+            if self.held is not None and self.held.releases_gradients:  # none is left over, whatever the loop would do
+                seen = replace(seen, gradients="none", num_microbatches=1)
             device, hardware = device_of(self._model), self._settings.hardware
             allowed = Budget.of(wanted, total_bytes=memory_bytes(device, hardware))
             step = profile(self._model, call, self._optimizers, seen=seen, hardware=hardware)
@@ -76,7 +78,7 @@ class Maker:
             step = replace(step, carried_before_bytes=carried_bytes(step, before)) if before else step
             made = self._solve(step, allowed)
             points = self._settings.num_curve_points
-            return step, with_curve(step, made, num_points=points) if points else made
+            return step, with_curve(as_planned(step, made), made, num_points=points) if points else made
         except BudgetError as error:
             raise SessionStop(str(error), exit_status=3, smallest_bytes=error.smallest_bytes) from None
         except (ProfileError, ValueError) as error:
@@ -89,7 +91,7 @@ class Maker:
         exact = self._settings.exact
         if self.held is None and self._settings.release_gradients:
             return solve_releasing(step, allowed, exact=exact)
-        if self.held is not None and self.held.releases_gradients and can_release(step):
+        if self.held is not None and self.held.releases_gradients:
             return as_released(solve(as_planned(step, self.held), allowed, exact=exact), step)
         return solve(step, allowed, exact=exact)
 

@@ -161,14 +161,19 @@ class Mend(Tightener):
     def _take(self, plan: Plan, *, is_final: bool = True) -> None:
         """Carry out another plan, which counts from the next step on."""
         if self.plan is not None and plan is not self.plan:
-            plan = replace(
-                rescale(plan, *self.pace),
-                releases_gradients=self.plan.releases_gradients,
-                num_microbatches=self.plan.num_microbatches,
-            )
+            plan = like(rescale(plan, *self.pace), self.plan)
         self._change(plan)
         self._watch.measure_again()
         self.begin(plan, self._step, num_elements=self._num_elements, is_final=is_final)
+
+
+def like(made: Plan, before: Plan) -> Plan:
+    """Return a plan with what stays as it was: gradients, microbatches, and the step that it is compared with."""
+    old = before.estimate
+    slowdown = made.estimate.step_seconds * old.slowdown / old.step_seconds if old.step_seconds else 1.0
+    estimate = replace(made.estimate, slowdown=slowdown, plain_peak_bytes=old.plain_peak_bytes)
+    kept = {"releases_gradients": before.releases_gradients, "num_microbatches": before.num_microbatches}
+    return replace(made, **kept, estimate=estimate if before.releases_gradients else made.estimate)  # type: ignore[arg-type]
 
 
 def corrected(step: Profile, difference_bytes: int) -> Profile:

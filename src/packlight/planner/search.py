@@ -104,8 +104,10 @@ class Search:
         chosen = best = self._priced(frozenset(), {}, None)
         program = Program(self._costs, self._options)  # of its own: what budgets have taught does not change the least
         self._learn(program, chosen, above_bytes=chosen.cost.peak_bytes - 1)
+        clock = _Clock()
         for _ in range(MAX_ROUNDS):
-            found = program.solve(allowed_bytes=None, limit_seconds=LIMIT_SECONDS)
+            with clock as limit_seconds:
+                found = program.solve(allowed_bytes=None, limit_seconds=limit_seconds)
             if found is None:
                 break
             chosen = self._priced(found.recomputed, found.treated, None)

@@ -49,6 +49,7 @@ class Session(Listener):
         self.first_estimate: Estimate | None = None
         self._made: list[weakref.ref[Optimizer]] = []
         self._optimizers: list[Optimizer] = []
+        self._adopted: list[Optimizer] = []
         self._watch: StepWatch | None = None
         self._call: Call | None = None
         self._step: Profile | None = None
@@ -319,13 +320,15 @@ class Session(Listener):
     def _carry_out(self, plan: Plan) -> None:
         assert self._model is not None
         self._blocks = carry_out(plan, self._model)
-        if not self._undo:
-            self._adopt(plan)
+        self._adopt(plan)
 
     def _adopt(self, plan: Plan) -> None:
+        """Let the optimisers keep their states as a plan says, but for those that do so already."""
         assert self._model is not None
         for optimizer in self._optimizers:
-            self._undo.append(adopt_formats(plan, self._model, optimizer))
+            if optimizer not in self._adopted:
+                self._undo.append(adopt_formats(plan, self._model, optimizer))
+                self._adopted.append(optimizer)
 
     def _undo_plan(self) -> None:
         self._put_blocks_back()

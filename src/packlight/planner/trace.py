@@ -15,12 +15,9 @@ peak of every plan can be computed (`cost.py`). Backward gets new fake tensors o
 """
 
 import copy
-import io
-import logging
-import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +39,7 @@ from packlight.activations.sites import CallStack, ModuleWatch
 from packlight.optim.adopt import can_adopt
 from packlight.optim.early import can_update_early
 from packlight.planner.answers import Answers
+from packlight.planner.chatter import quiet
 from packlight.planner.draft import Draft, DraftRegion, DraftSave, HeldSave
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
@@ -94,17 +92,14 @@ class Trace:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Push the fake mode and the line of events; what the model prints or logs meanwhile is left out."""
-        logged, drawn = logging.root.manager.disable, drawn_state()
-        logging.disable(logging.WARNING)
+        drawn = drawn_state()
         try:
             with ExitStack() as stack:
                 stack.enter_context(_disable_current_modes())  # the script's own modes shall not see the trace
-                quiet = (warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()))
-                for context in (*quiet, self.line.known.told(), self.mode, self.line):
+                for context in (quiet(), self.line.known.told(), self.mode, self.line):
                     stack.enter_context(context)
                 yield
         finally:
-            logging.disable(logged)
             set_drawn_state(drawn)
             self.line.close()
             while self._hooks:  # they hold the trace, and with it every fake tensor
@@ -150,6 +145,7 @@ class Trace:
             for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.line.explicit_phase = "forward"
+        self.line.reads.inside(self._inside)
         self._lasting = Resident([*self.model.parameters(), *self.model.buffers()], (call.args, call.kwargs))
         names = ModuleWatch(self.model, lambda: self._calls)
         names.name_calls()
@@ -270,7 +266,7 @@ class Trace:
         self.backward_start = self.line.now()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             scalar.backward()
-        self.num_events = self.line.now()
+        self.num_events, self.line.reads.is_on = self.line.now(), False
         self.seconds = self.line.seconds
         self._name_gradients()
 
@@ -283,6 +279,7 @@ class Trace:
             index = None if parameter.grad is None else self.line.index(parameter.grad)
             if index is not None:
                 self.line.entries[index].completed = self.line.tick()
+                self.line.reads.complete(parameter, self.line.now())
 
         for group in (group for optimizer in self.fake_optimizers for group in optimizer.param_groups):
             for parameter in group["params"]:
@@ -315,13 +312,13 @@ class Trace:
             self.notes.append(f"the step of {kinds} cannot be traced; its states count once seen: {error}")
             seen_bytes = self.seen.state_bytes
             return () if seen_bytes is None else (OptimizerCost("as is", seen_bytes, 0, 0.0, {}),)
-        reasons = ((type(each).__name__, can_adopt(each)) for each in self.real_optimizers)
+        reasons = ((type(each).__name__, can_adopt(each)) for each in self.fake_optimizers)
         self.notes += [f"the states of {kind} stay as they are: {reason}" for kind, reason in reasons if reason]
         return costs
 
     def record(self, optimizers: tuple[OptimizerCost, ...], notes: tuple[str, ...]) -> Profile:
         """Return the trace as a record."""
-        draft = Draft(self.num_resident, self.num_events)
+        draft = Draft(self.num_resident, self.num_events, keeps_gradients=self.line.reads.are_late(self.regions))
         return Profile(
             device=self.device_type,
             resident_bytes=self.resident,

@@ -45,7 +45,7 @@ def optimizer_costs(
         The present format first; then the others, where packlight knows every optimiser.
     """
     names = {at: name for each in optimizers for at, name in parameter_names(model, each).items()}
-    known = all(can_adopt(optimizer) is None for optimizer in optimizers)
+    known = all(can_adopt(optimizer) is None for optimizer in fake_optimizers)  # these have not been adopted
     state_format = "fp32" if known else "as is"
     _step(fake_optimizers, line)  # it makes the states
     temporary_bytes, seconds = _step(fake_optimizers, line)
@@ -66,7 +66,7 @@ def optimizer_costs(
         formats = _formats(state_format, model, stepped)
         if formats not in found:  # two of them may come to the same
             found.append(formats)
-            costs.append(_low_bit(state_format, formats, stepped, fake_optimizers, line))
+            costs.append(_low_bit(state_format, formats, stepped, fake_optimizers, line, share=present.alone_share))
     return tuple(costs)
 
 
@@ -93,15 +93,16 @@ def _step(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> t
 
 
 def _alone_share(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> float:
-    """Return what the step of the largest parameter alone allocates, for each byte of its gradient."""
-    parameters = {at: at.grad for each in fake_optimizers for group in each.param_groups for at in group["params"]}
-    stepped = {at: grad for at, grad in parameters.items() if grad is not None}
-    if not stepped:
-        return 0.0
-    largest = max(stepped, key=torch.Tensor.numel)
-    with _left_out([at for at in stepped if at is not largest], fake_optimizers):
-        alone_bytes, _ = _step(fake_optimizers, line)
-    return alone_bytes / max(1, line.round(stepped[largest].nbytes))
+    """Return what the step of a parameter alone allocates, for each byte of it: the most of any group's settings."""
+    groups = [group["params"] for each in fake_optimizers for group in each.param_groups]
+    stepped = [[at for at in group if at.grad is not None] for group in groups]
+    everything, share = [at for group in stepped for at in group], 0.0
+    for group in filter(None, stepped):
+        largest = max(group, key=torch.Tensor.numel)
+        with _left_out([at for at in everything if at is not largest], fake_optimizers):
+            alone_bytes, _ = _step(fake_optimizers, line)
+        share = max(share, alone_bytes / max(1, line.round(largest.nbytes)))
+    return share
 
 
 def _held_bytes(optimizers: Sequence[torch.optim.Optimizer], device_type: str) -> int:
@@ -137,9 +138,12 @@ def _low_bit(
     stepped: Mapping[str, torch.Tensor],
     fake_optimizers: Sequence[torch.optim.Optimizer],
     line: FakeLine,
+    *,
+    share: float,
 ) -> OptimizerCost:
     """Cost the optimisers with states in a low-bit format, without making these; small parameters stay as they are."""
     large = {name: at for name, at in stepped.items() if formats[name] != "fp32"}
+    rest = [at for name, at in stepped.items() if formats[name] == "fp32"]
     num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) for name, at in large.items())
     num_bytes -= STEP_BYTES * sum(step_device(at).type != line.device_type for at in large.values())
     settings_of = fake_optimizers[0].param_groups[0]
@@ -154,7 +158,7 @@ def _low_bit(
         temporary_bytes=max(update_bytes, rest_bytes),
         seconds=seconds + in_large,
         formats=formats,
-        alone_bytes=update_bytes,
+        alone_bytes=max([update_bytes, *(math.ceil(share * line.round(at.nbytes)) for at in rest)]),
     )
 
 
