@@ -145,6 +145,7 @@ class Plan(JsonRecord):
         estimate, recomputed = self.estimate, self.recomputed()
         formats = ", ".join(sorted(set(self.state_formats.values()))) or "none"
         num_blocks = sum(not choice.sites for choice in self.choices)
+        freed = "; gradients freed inside backward" if self.releases_gradients else ""
         lines = [
             f"plan for {format_bytes(self.budget_bytes)} on {self.hardware or self.device}{' (exact)' * self.exact}: "
             f"predicted peak {format_bytes(estimate.device_peak_bytes)} "
@@ -153,7 +154,7 @@ class Plan(JsonRecord):
             f"  blocks: {len(recomputed)} of {num_blocks} recomputed{_shorten(recomputed, self.choices)}",
             *self._treated_lines(),
             *[f"  each batch in {self.num_microbatches} microbatches"] * (self.num_microbatches > 1),
-            f"  optimiser states: {formats}{'; gradients freed inside backward' * self.releases_gradients}",
+            f"  optimiser states: {formats}{freed}",
             f"  at the peak ({estimate.peak_moment}): "
             + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.peak_by_category.items() if size),
         ]

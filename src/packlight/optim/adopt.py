@@ -13,6 +13,8 @@ looks at any gradient, and skips parameters without one. That is all it takes:
       4 now all gradients are out of sight: what remains of the outer step finds nothing to do or to fail at
       5 post-hook: the gradients are put back (post-hooks that the script registered earlier run before it)
 
+Where parameters are stepped inside backward (`early.py`), that calls `update` for each instead of step 2.
+
 state_dict() shows managed states as torch's own (fp32 exp_avg, exp_avg_sq, step); loading encodes them again,
 before torch casts them to the parameter's dtype. A deep copy or a pickle of the optimiser has no hooks, so
 its states are torch's own too.

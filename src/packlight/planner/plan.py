@@ -39,7 +39,9 @@ def plan(
     max_microbatches: int = 1,
     hardware: str | None = None,
 ) -> Plan:
-    """Decide how a training step fits a byte budget; runs nothing of the model and changes nothing of the caller's.
+    """Decide how a training step fits a byte budget; changes nothing of the caller's.
+
+    Nothing of the model runs, but for one forward where shapes or branches depend on values; see `profile`.
 
     Operators are run alone on the device, on operands of their own, to learn what they take: at most a quarter of the
     memory that is free, for seconds. On a GPU the allocator's peak statistics begin anew.
