@@ -283,7 +283,8 @@ class Session(Listener):
             step, plan, title = self._maker.make_below(
                 *known, before=self._first, budget_bytes=self.plan.budget_bytes, limit_bytes=self._mend.limit_bytes
             )
-            self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
+            if self._mend.limit_bytes is None:  # else step 1 did some of its work twice, and planned in between
+                self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
             plan = rescale(plan, *self._pace)
             self.settings.tell(plan, f"after step 1, {title}")
             self.plan, self._call = plan, None  # a batch is not held longer than it is needed
