@@ -1,9 +1,8 @@
 """Claim: what goes otherwise than planned is handled within the budget, bit for bit, and said.
 
-Each surprise meets a script of its own process under `packlight run --exact`: sequences twice as long from step 4 on; a
-disk that is slow from the beginning, or becomes slow under a plan that counts on it; memory that runs out in step 1, in
-forward and in backward. Losses are compared with those of the plain script as text. Last, a host budget that binds:
-plans for a model on a GPU that is not here.
+Each surprise meets a script of its own process under `packlight run --exact`: sequences twice as long from step 4 on,
+and memory that runs out in step 1, in forward and in backward. Losses are compared with those of the plain script as
+text. Last, a host budget that binds: plans for a model on a GPU that is not here.
 
     python -m benchmarks.surprises --output benchmarks/results/HARDWARE/surprises.json
 """
@@ -26,14 +25,11 @@ import packlight
 
 ROOT = Path(__file__).parents[1]
 SURPRISES = {
-    "sequences twice as long": (["--doubled-from", "4"], False, 120),
-    "a disk as it is": ([], True, 60),
-    "a disk slow from the beginning": (["--slow-from", "0"], True, 60),
-    "a disk slow from step 4": (["--slow-from", "4"], True, 60),
-    "out of memory in forward of step 1": (["--out-of-memory", "forward"], False, 80),
-    "out of memory in backward of step 1": (["--out-of-memory", "backward"], False, 80),
+    "sequences twice as long": (["--doubled-from", "4"], 120),
+    "out of memory in forward of step 1": (["--out-of-memory", "forward"], 80),
+    "out of memory in backward of step 1": (["--out-of-memory", "backward"], 80),
 }
-"""The script's arguments, whether a disk is allowed, and the budget in percent of the plain peak of its first steps."""
+"""The script's arguments, and the budget in percent of the plain peak of its first steps."""
 
 
 def run(options: Sequence[str], arguments: Sequence[str]) -> tuple[dict[str, Any], str, list[str]]:
@@ -50,14 +46,13 @@ def run(options: Sequence[str], arguments: Sequence[str]) -> tuple[dict[str, Any
         return made, done.stdout, said
 
 
-def surprised(name: str, disk: str) -> dict[str, Any]:
+def surprised(name: str) -> dict[str, Any]:
     """Run a surprise plain and planned."""
-    arguments, needs_disk, share = SURPRISES[name]
+    arguments, share = SURPRISES[name]
     quiet = [] if arguments[:1] == ["--out-of-memory"] else arguments  # plain training would end there
     plain, expected, _ = run(["--measure-only"], quiet)
     budget_bytes = plain["measurement"]["device_peak_bytes"] * share // 100
-    tier = ["--disk", disk] if needs_disk else []
-    record, printed, said = run(["--budget", str(budget_bytes), "--exact", *tier], arguments)
+    record, printed, said = run(["--budget", str(budget_bytes), "--exact"], arguments)
     measured, choices = record["measurement"], [each["choice"] for each in record["plan"]["choices"]]
     return {
         "surprise": name,
@@ -121,10 +116,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def main() -> None:
     """Run every surprise."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--disk", default=tempfile.gettempdir(), help="folder for what is offloaded")
     parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
     options = parser.parse_args()
-    rows = [surprised(name, options.disk) for name in SURPRISES]
+    rows = [surprised(name) for name in SURPRISES]
     Console().print(table(rows))
     planned = host_budgets()
     Console().print_json(data=planned)

@@ -4,9 +4,7 @@ Not edited for packlight: `benchmarks/surprises.py` runs it by `packlight run`. 
 """
 
 import argparse
-import os
 import sysconfig
-import time
 from pathlib import Path
 from typing import Any
 
@@ -69,28 +67,11 @@ class Model(nn.Module):
         return logits
 
 
-def slow_down(bytes_per_second: float) -> None:
-    """Let every write to a file, and every read from one, take as long as on a disk of this bandwidth."""
-    write, read = os.pwrite, os.preadv
-
-    def pwrite(fd: int, data: Any, offset: int) -> int:
-        time.sleep(len(data) / bytes_per_second)
-        return write(fd, data, offset)
-
-    def preadv(fd: int, buffers: Any, offset: int) -> int:
-        time.sleep(sum(map(len, buffers)) / bytes_per_second)
-        return read(fd, buffers, offset)
-
-    os.pwrite, os.preadv = pwrite, preadv  # type: ignore[assignment]
-
-
 def main() -> None:
     """Train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--doubled-from", type=int, default=-1, help="the step from which sequences are twice as long")
-    parser.add_argument("--slow-from", type=int, default=-1, help="the step from which the disk is slow")
-    parser.add_argument("--bytes-per-second", type=float, default=50e6, help="of the slow disk")
     parser.add_argument("--out-of-memory", choices=["", "forward", "backward"], default="")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -99,11 +80,7 @@ def main() -> None:
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     model = Model(Crowded(options.out_of_memory, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    if options.slow_from == 0:
-        slow_down(options.bytes_per_second)
     for step in range(options.steps):
-        if step and step == options.slow_from:
-            slow_down(options.bytes_per_second)
         length = 128 * (2 if 0 <= options.doubled_from <= step else 1)
         starts = torch.randint(len(data) - length - 1, (8,))
         windows = torch.stack([data[start : start + length + 1] for start in starts])

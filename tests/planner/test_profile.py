@@ -216,7 +216,9 @@ def test_any_optimiser_s_states_and_temporaries_are_predicted_to_the_byte(kind: 
     if wide and kind == "Adam":
         assert cost.moment == "optimizer"
     known = kind in ("Adam", "AdamW of single tensors", "AdamW fused")
-    formats = ["fp32", "8bit", "4bit"] if wide else ["fp32"]  # no parameter of the small one has more than 4096 elements
+    formats = (
+        ["fp32", "8bit", "4bit"] if wide else ["fp32"]
+    )  # no parameter of the small one has more than 4096 elements
     assert [at.state_format for at in step.optimizers] == (formats if known else ["as is"])
 
 
