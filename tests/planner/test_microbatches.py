@@ -1,6 +1,7 @@
 """Batches that are split where that is asked for: gradients add up, and the peak is the one that was predicted."""
 
-from typing import Any
+from collections import UserDict
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -92,6 +93,26 @@ def test_parts_are_all_of_the_batch_once_and_shares_its_rows(rows: int, num: int
     assert all(part["scale"] is scale and part["name"] == "text" for part, _ in parts)
     assert all(len(part["x"]) == round(share * rows) for part, share in parts)
     assert all(part["x"].untyped_storage()._cdata == x.untyped_storage()._cdata for part, _ in parts)
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def test_named_tuples_and_a_tokeniser_s_own_mapping_are_split_too() -> None:
+    x = torch.randn(6, 3)
+    pairs = [part for part, _ in split(Pair(x, x + 1), 2)]
+    assert all(isinstance(part, Pair) for part in pairs)
+    assert torch.equal(torch.cat([part.y for part in pairs]), x + 1)
+    mappings = [part for part, _ in split(UserDict(x=x), 3)]
+    assert len(mappings) == 3 and torch.equal(torch.cat([part["x"] for part in mappings]), x)
+
+
+def test_a_batch_that_stays_whole_is_the_same_object() -> None:
+    batch = Pair(torch.randn(4, WIDTH), torch.randn(4, WIDTH))
+    ((part, share),) = split(batch, 1)
+    assert part is batch and share == 1
 
 
 def test_what_has_no_rows_is_not_split() -> None:

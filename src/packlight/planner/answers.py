@@ -14,7 +14,7 @@ The trace is then right for the batch that was asked about; another batch may se
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,13 +77,13 @@ class Answers:
         self._again: list[int] = []
 
     @classmethod
-    def of(cls, model: nn.Module, call: Call, then: Callable[[Any], Any]) -> "Answers":
+    def of(cls, model: nn.Module, call: Call, then: Callable[[Any, Call], Any]) -> "Answers":
         """Run a model's forward on real tensors, and put back what it changes (steps 1 to 3).
 
         Args:
             model: on a device that has memory; a plain attribute that its forward changes stays changed.
             call: how it is called; the model gets copies of the tensors in it.
-            then: what follows with the output, up to the loss.
+            then: what follows with the output and the copied call, up to the loss.
 
         Returns:
             The answers.
@@ -95,9 +95,10 @@ class Answers:
         with _disable_current_modes(), torch.no_grad(), quiet():
             start = Start(model, call)
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (call.args, dict(call.kwargs)))
+            own = replace(call, args=args, kwargs=kwargs)
             try:
                 with _Writer(made), _Lists(), call.autocasting():
-                    then(model(*args, **kwargs))
+                    then(model(*args, **kwargs), own)
                 obstacle = start.obstacle()
             finally:
                 start.rewind()
@@ -186,9 +187,6 @@ class _Writer(TorchDispatchMode):
 
 class _Lists(TorchFunctionMode):
     """Makes a list of a real tensor as one is made of a fake one: by asking for each element."""
-
-    def __init__(self) -> None:
-        super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.tolist:

@@ -173,7 +173,8 @@ def like(made: Plan, before: Plan) -> Plan:
     slowdown = made.estimate.step_seconds * old.slowdown / old.step_seconds if old.step_seconds else 1.0
     estimate = replace(made.estimate, slowdown=slowdown, plain_peak_bytes=old.plain_peak_bytes)
     kept = {"releases_gradients": before.releases_gradients, "num_microbatches": before.num_microbatches}
-    return replace(made, **kept, estimate=estimate if before.releases_gradients else made.estimate)  # type: ignore[arg-type]
+    is_other = before.releases_gradients or before.num_microbatches > 1  # then it is compared with another step
+    return replace(made, **kept, estimate=estimate if is_other else made.estimate)  # type: ignore[arg-type]
 
 
 def corrected(step: Profile, difference_bytes: int) -> Profile:

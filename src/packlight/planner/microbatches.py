@@ -10,26 +10,32 @@ of the batch is profiled with the gradients that have gathered by then, and plan
 Sums come in another order, and what is computed over a batch (batch norm) over a part of it, so it is no exact choice.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from packlight.budget import BudgetError
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.outcome import beside_plain
 from packlight.planner.program import LOSS_SHARE
-from packlight.planner.timeline import flat_tensors
 from packlight.records import Plan
 from packlight.step import Profile
 
 
 def num_rows(batch: Any) -> int:
     """Return the rows of a batch: what most of its tensors have in their first dimension; 0 where it has none."""
-    lengths = [len(tensor) for tensor in flat_tensors(batch) if tensor.dim()]
+    lengths = [len(leaf) for leaf in tree_leaves(_plainly(batch)) if isinstance(leaf, Tensor) and leaf.dim()]
     return max(lengths, key=lengths.count, default=0)
+
+
+def _plainly(batch: Any) -> Any:
+    """Return a batch as containers that pytree knows; a tokeniser's is a mapping of its own."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def numbers(batch: Any, most: int) -> list[int]:
@@ -53,20 +59,17 @@ def split(batch: Any, num: int) -> Iterator[tuple[Any, float]]:
         num: of microbatches; fewer where there are fewer rows.
     """
     rows = num_rows(batch)
-    size = max(1, math.ceil(rows / num))
-    for start in range(0, max(1, rows), size):
-        stop = min(rows, start + size)
-        yield _part(batch, rows, start, stop), (stop - start) / rows if rows else 1.0
+    if num == 1 or not rows:
+        yield batch, 1.0
+        return
+    size = math.ceil(rows / num)
+    for start in range(0, rows, size):
+        part = tree_map_only(Tensor, functools.partial(_cut, rows=rows, start=start, size=size), _plainly(batch))
+        yield part, min(size, rows - start) / rows
 
 
-def _part(value: Any, rows: int, start: int, stop: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() and len(value) == rows else value
-    if isinstance(value, Mapping):
-        return {name: _part(item, rows, start, stop) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_part(item, rows, start, stop) for item in value)
-    return value
+def _cut(tensor: Tensor, *, rows: int, start: int, size: int) -> Tensor:
+    return tensor[start : start + size] if tensor.dim() and len(tensor) == rows else tensor
 
 
 def fastest_split(steps: Iterable[tuple[int, Profile]], solver: Callable[[Profile], Plan]) -> tuple[Profile, Plan]:
@@ -82,11 +85,13 @@ def fastest_split(steps: Iterable[tuple[int, Profile]], solver: Callable[[Profil
     Raises:
         BudgetError: nothing fits; it names the smallest budget that would.
     """
-    found, errors, plain = list[tuple[float, Profile, Plan]](), list[BudgetError](), None
+    found, errors, whole = list[tuple[float, Profile, Plan]](), list[BudgetError](), None
     for position, (num, step) in enumerate(steps):
-        plain = plain or _plain(step)
+        whole = whole or step
         try:
-            made = beside_plain(replace(solver(step), num_microbatches=num), plain)
+            made = solver(step)
+            if step is not whole:
+                made = beside_plain(replace(made, num_microbatches=num), _plain(whole))
         except BudgetError as error:
             errors.append(error)
             continue

@@ -126,7 +126,7 @@ def _begin(
 def _answers(model: nn.Module, call: Call, *, loss: Loss | None) -> Answers:
     """Ask a real forward, and the loss."""
     try:
-        return Answers.of(model, call, lambda output: None if loss is None else loss(output, _batch_of(call)))
+        return Answers.of(model, call, lambda output, own: None if loss is None else loss(output, _batch_of(own)))
     except Exception as error:
         raise ProfileError(
             f"shapes or branches of {type(model).__name__} depend on values, and the real forward that was to tell "
