@@ -180,8 +180,8 @@ def test_a_grad_scaler_is_refused_before_backward() -> None:
 
 
 def test_several_processes_are_refused(tmp_path: Path) -> None:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    start = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=start, rank=0, world_size=1)
     try:
         reason = can_update_early(torch.optim.AdamW(net().parameters()))
     finally:

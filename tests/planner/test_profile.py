@@ -533,7 +533,8 @@ class Sparse(nn.Module):
         share = sum(mask.tolist()) / len(mask)
         out = x.clone()
         out[mask] = self.dropout(self.linear(x[mask])).relu()
-        return out * share
+        scaled: Tensor = out * share
+        return scaled
 
 
 class Routed(nn.Module):
