@@ -52,13 +52,30 @@ class Moving:
 
     Attributes:
         spans: bytes that live on the device because of them, each with its first and its last event.
-        waiting_seconds: time that compute waits.
+        waiting_out_seconds: time that compute waits in forward.
+        waiting_back_seconds: and in backward.
         stored_bytes: what lies on the tier at most.
     """
 
     spans: list[Span] = field(default_factory=list)
-    waiting_seconds: float = 0.0
+    waiting_out_seconds: float = 0.0
+    waiting_back_seconds: float = 0.0
     stored_bytes: int = 0
+
+    @property
+    def waiting_seconds(self) -> float:
+        """Time that compute waits in forward and backward."""
+        return self.waiting_out_seconds + self.waiting_back_seconds
+
+    def slowness(self, profile: Profile) -> tuple[float, float]:
+        """Return how many times slower than the link copies were out and back, where compute waited for them."""
+        link = profile.link
+        if link is None or not self.stored_bytes:
+            return 1.0, 1.0
+        forward = profile.forward_seconds
+        out = (forward + self.waiting_out_seconds) * link.out_bytes_per_second / self.stored_bytes
+        back = (profile.seconds - forward + self.waiting_back_seconds) * link.in_bytes_per_second / self.stored_bytes
+        return max(1.0, out if self.waiting_out_seconds else 0), max(1.0, back if self.waiting_back_seconds else 0)
 
 
 def simulate(
@@ -135,7 +152,7 @@ def _go_out(profile: Profile, moves: Sequence[Move], made: Moving, *, link: Link
         under_way_bytes += move.num_bytes
     for _, other in under_way:
         _live_until(other, profile.forward_end, made)
-    made.waiting_seconds += max(late, finished - profile.forward_seconds)
+    made.waiting_out_seconds = max(late, finished - profile.forward_seconds)
 
 
 def _live_until(move: Move, event: int, made: Moving) -> None:
@@ -212,5 +229,5 @@ def _come_back(uses: Sequence[Use], moves: Mapping[str, Move], made: Moving, *, 
         if use.group in moves and back_until[use.group] <= event:
             waiting = reader.take(moves[use.group], event, now)
             late += waiting
-            made.waiting_seconds += waiting
+            made.waiting_back_seconds += waiting
             back_until[use.group] = use.back_until

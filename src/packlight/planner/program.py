@@ -9,13 +9,13 @@ not known before, so they come one by one: solve, let `cost.py` find the peak of
     live(event) = what is there anyway + kept storages + codes of encoded groups + what comes back + replays  <= peak
     peak + bytes of the states in the chosen format <= budget
     least seconds = sum of what each choice adds + waiting + a share of the step for what is lossy
-    waiting >= bytes moved / bandwidth - time of the pass, for forward (out) and for backward (in)
+    waiting >= slowness x bytes moved / bandwidth - time of the pass, for forward (out) and for backward (in)
 
 HiGHS solves it (Huangfu and Hall, Math. Prog. Comp. 10, 2018); here only the rows are written.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -24,6 +24,7 @@ from packlight.planner.chatter import left_out
 from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment, spans
 from packlight.planner.moving import moved_bytes
+from packlight.planner.rows import Row, Rows
 from packlight.step import OptimizerCost
 
 GAP = 0.02
@@ -41,18 +42,6 @@ TIE = 1e-6
 
 Option = tuple[str, Treatment]
 """A group, by name, and what may be done with it."""
-
-
-@dataclass
-class Row:
-    """What lives at one event: a constant, and a coefficient by variable (bytes)."""
-
-    constant: int = 0
-    coefficients: dict[int, float] = field(default_factory=dict)
-
-    def add(self, variable: int, num_bytes: float) -> None:
-        """Add bytes that are there where a variable is 1."""
-        self.coefficients[variable] = self.coefficients.get(variable, 0.0) + num_bytes
 
 
 @dataclass(frozen=True)
@@ -93,6 +82,7 @@ class Program:
         self._reasons = _reasons(costs, self._variables, self._by_group)
         self._exclusions = self._exclude()
         self._moved = self._find_moved()
+        self._slowness = (1.0, 1.0)
         # Fetched ahead, or on its way out: as much as the window holds, which is more than a group or nothing.
         self._tier_bytes = costs.window_bytes if self._moved and costs.window_bytes > 1 else 0
         self._tier_bytes += costs.staging_bytes(dict(self._options))
@@ -118,6 +108,11 @@ class Program:
     def loosen(self) -> None:
         """Forget what was counted more: it was of one choice, and another search makes others."""
         self._missing_bytes.clear()
+        self._slowness = (1.0, 1.0)
+
+    def slow_down(self, out: float, back: float) -> None:
+        """Count copies so many times slower than the link, because `moving.py` found its queues idle at times."""
+        self._slowness = out, back
 
     def solve(
         self, *, allowed_bytes: int | None, limit_seconds: float, without: Collection[int] = ()
@@ -135,7 +130,7 @@ class Program:
         """
         from scipy import optimize, sparse  # takes half a second, which only a plan needs
 
-        at, rows = self._columns(), _Rows()
+        at, rows = self._columns(), Rows()
         columns = at.end
         for excluding in self._exclusions:
             rows.add(dict.fromkeys(excluding, 1.0), 1.0)
@@ -186,7 +181,7 @@ class Program:
             slower_seconds = max(0.0, optimizer.seconds - self._optimizers[0].seconds)
             objective[column] = slower_seconds + number * loss_seconds
 
-    def _add_states(self, rows: "_Rows", at: "_Columns", allowed_bytes: int) -> None:
+    def _add_states(self, rows: "Rows", at: "_Columns", allowed_bytes: int) -> None:
         """Choose one state format, and hold peak and states together against what is allowed."""
         states = dict(zip(at.formats, (each.state_bytes for each in self._optimizers), strict=True))
         rows.add({at.peak: PEAK_UNIT, **states}, float(allowed_bytes))
@@ -202,17 +197,18 @@ class Program:
             if treatment.is_moved
         }
 
-    def _add_moves(self, rows: "_Rows", at: "_Columns") -> None:
+    def _add_moves(self, rows: "Rows", at: "_Columns") -> None:
         """Bound what lies on the tier, and the seconds that compute waits in forward and in backward."""
         profile = self._costs.profile
         if not self._moved or profile.link is None:
             return
         link, forward = profile.link, profile.forward_seconds
         rows.add({column: float(num_bytes) for column, num_bytes in self._moved.items()}, float(link.capacity_bytes))
-        out = {column: num_bytes / link.out_bytes_per_second for column, num_bytes in self._moved.items()}
-        back = {column: num_bytes / link.in_bytes_per_second for column, num_bytes in self._moved.items()}
-        rows.add({**out, at.waiting[0]: -1.0}, forward)
-        rows.add({**back, at.waiting[1]: -1.0}, profile.seconds - forward)
+        passes = (forward, profile.seconds - forward)
+        rates = (link.out_bytes_per_second, link.in_bytes_per_second)
+        for waiting, seconds, rate, slowness in zip(at.waiting, passes, rates, self._slowness, strict=True):
+            copying = {column: slowness * num_bytes / rate for column, num_bytes in self._moved.items()}
+            rows.add({**copying, waiting: -1.0}, seconds)
 
     def _found(self, values: Any, at: "_Columns") -> "Found":
         chosen = [column for column in range(at.peak) if values[column] > 0.5]
@@ -322,26 +318,3 @@ def _reasons(
             for index in replay.region.inputs:
                 found.setdefault(index, []).append((_Reason(present=variable), replay.region.released))
     return found
-
-
-class _Rows:
-    """The constraints, as the sparse matrix that HiGHS takes."""
-
-    def __init__(self) -> None:
-        self.bounds: list[float] = []
-        self._entries: tuple[list[float], list[int], list[int]] = ([], [], [])
-
-    def add(self, coefficients: Mapping[int, float], bound: float) -> None:
-        """Add `sum of coefficient * variable <= bound`, scaled so that bytes do not drown the rest."""
-        scale = max((abs(value) for value in coefficients.values()), default=1.0) or 1.0
-        values, rows, columns = self._entries
-        for column, value in coefficients.items():
-            values.append(value / scale)
-            rows.append(len(self.bounds))
-            columns.append(column)
-        self.bounds.append(bound / scale)
-
-    def matrix(self, num_columns: int, sparse: Any) -> Any:
-        """Return the matrix, of shape (rows, columns)."""
-        values, rows, columns = self._entries
-        return sparse.csr_array((values, (rows, columns)), shape=(len(self.bounds), num_columns))

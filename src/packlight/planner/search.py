@@ -3,8 +3,9 @@
 `program.py` chooses under the events that it knows of, `cost.py` says what the choice really peaks at. Between them
 goes the search: an event at which the choice takes too much becomes a constraint, until the choice fits.
 
-    nothing is changed -> price -> fits? done
-                            ^        | no: the highest peaks become rows
+    nothing is changed -> price -> fits? done, but for moves that compute waits for: they are spread over equal blocks,
+                            ^        |   and the program is told how slow copies were, as long as that makes it faster
+                            |        | no: the highest peaks become rows
                             +-- solve +
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.held import Treatment
 from packlight.planner.program import Option, Program
+from packlight.planner.spread import Spread
 from packlight.step import OptimizerCost
 
 MAX_ROUNDS = 100
@@ -24,6 +26,10 @@ LIMIT_SECONDS = 2.0
 """Of one solve."""
 MAX_SECONDS = 4.0
 """Of all solves of a search; each takes half of what is left at most."""
+MAX_TRIES = 5
+"""So many plans with moves are made for a budget, each told of the last one's waiting."""
+LITTLE_WAITING = 0.005
+"""This share of a step's time may be waited for the tier without another try."""
 LEAST_SECONDS = 0.2
 """Of a solve when nothing is left: the plan is a little slower then, but still one that fits."""
 
@@ -60,6 +66,10 @@ class Search:
     def _program(self) -> Program:
         return Program(self._costs, self._options, self._optimizers)
 
+    @functools.cached_property
+    def _spread(self) -> Spread:
+        return Spread(self._costs)
+
     def fastest(self, allowed_bytes: int) -> Chosen | None:
         """Find the fastest plan whose peak is allowed, but for a little that what is lossy has to spare.
 
@@ -75,7 +85,21 @@ class Search:
         program = self._program
         program.loosen()
         self._learn(program, chosen, above_bytes=allowed_bytes)
-        too_large, clock = set[int](), _Clock()
+        best, clock, too_large = None, _Clock(), set[int]()
+        for _ in range(MAX_TRIES):
+            found = self._fitting(program, allowed_bytes, clock, too_large)
+            if found is None:
+                break
+            found = self._without_waiting(found, allowed_bytes)
+            best = found if best is None else min(best, found, key=lambda each: each.cost.seconds)
+            moving = self._costs.moving(found.recomputed, found.treated)
+            if moving.waiting_seconds <= LITTLE_WAITING * self._costs.profile.seconds:
+                break
+            program.slow_down(*moving.slowness(self._costs.profile))
+        return best
+
+    def _fitting(self, program: Program, allowed_bytes: int, clock: "_Clock", too_large: set[int]) -> Chosen | None:
+        """Solve until the choice fits; add state formats that never will to `too_large`."""
         for _ in range(MAX_ROUNDS):
             with clock as limit_seconds:
                 found = program.solve(allowed_bytes=allowed_bytes, limit_seconds=limit_seconds, without=too_large)
@@ -89,6 +113,15 @@ class Search:
             elif not self._learn(program, chosen, above_bytes=allowed_bytes):
                 program.tighten(chosen.cost.at, chosen.cost.peak_bytes - allowed_bytes)
         return None
+
+    def _without_waiting(self, chosen: Chosen, allowed_bytes: int) -> Chosen:
+        """Return the plan, or the same spread over equal blocks where that is faster and fits."""
+        if not self._costs.moving(chosen.recomputed, chosen.treated).waiting_seconds:
+            return chosen
+        deals = self._spread.deals(chosen.recomputed, chosen.treated)
+        spread = [self._priced(recomputed, treated, chosen.optimizer) for recomputed, treated in deals]
+        fitting = [each for each in spread if each.cost.peak_bytes <= allowed_bytes]
+        return min(chosen, *fitting, key=lambda each: each.cost.seconds) if fitting else chosen
 
     def least(self, state_format: int = 0) -> Chosen:
         """Find the plan with the lowest peak for one of the state formats: states add the same to every plan."""

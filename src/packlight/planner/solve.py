@@ -28,8 +28,9 @@ LOADED_BATCHES = 2
 
 EXACT_FORMATS = ("fp32", "as is")
 
-WINDOW_GROUPS = 2
-"""A tier's window is as large as so many of the largest groups: one that backward uses next, and one on its way."""
+WINDOW_GROUPS = (3, 6)
+"""A tier's window is as large as so many of the largest groups: attention alone saves four at once, which are used at
+once, and what the window cannot take compute waits for."""
 
 
 class Solver:
@@ -76,7 +77,7 @@ class Solver:
 
     def _least_that_fits(self, limit_bytes: int) -> Chosen | None:
         """Return a plan where the integer program found none in time."""
-        for number, search in itertools.product(self._formats, self._searches):
+        for number, search in itertools.product(self._formats, self._tightest):
             least = search.least(number)
             if least.cost.peak_bytes <= limit_bytes:
                 return search.without_needless(least, limit_bytes)
@@ -91,14 +92,14 @@ class Solver:
         Returns:
             The plan, which may exceed the budget.
         """
-        found = (search.least() for search in self._searches)
+        found = (search.least() for search in self._tightest)
         chosen = min(found, key=lambda each: each.cost.peak_bytes)
         return self._plan(chosen, budget, smallest_bytes=chosen.cost.peak_bytes)
 
     @functools.cached_property
     def smallest_bytes(self) -> int:
         """The smallest budget that something fits."""
-        peaks = (search.least(each).cost.peak_bytes for each in self._formats for search in self._searches)
+        peaks = (search.least(each).cost.peak_bytes for each in self._formats for search in self._tightest)
         return math.ceil((min(peaks) + _spare_bytes(self.step)) / (1 - HEADROOM))
 
     @functools.cached_property
@@ -116,9 +117,15 @@ class Solver:
         encoded, moved = encodings(costs, exact=exact), moves(costs, exact=exact)
         searches = [Search(costs, encoded, self._optimizers)]
         if moved:
-            windows = (1, WINDOW_GROUPS * max(map(costs.group_bytes, costs.groups)))
+            largest_bytes = max(map(costs.group_bytes, costs.groups))
+            windows = (1, *(number * largest_bytes for number in WINDOW_GROUPS))  # 1: one group at a time
             searches += [Search(costs.through(most), encoded | moved, self._optimizers) for most in windows]
         return searches
+
+    @property
+    def _tightest(self) -> list[Search]:
+        """The searches that find the lowest peaks: a wider window only adds to them."""
+        return self._searches[:2]
 
     def _plan(self, chosen: Chosen, budget: Budget, *, smallest_bytes: int) -> Plan:
         return plan_of(self._costs, chosen, self._plain, budget, exact=self.exact, smallest_bytes=smallest_bytes)
