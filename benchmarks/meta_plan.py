@@ -45,15 +45,17 @@ SHAPES = {
 }
 
 PLANS = (
-    ("7B", "1", "h100-80g", "95%"),
-    ("7B", "1", "l40s", "95%"),
-    ("13B", "1", "h200", "95%"),
-    ("13B", "1", "h100-80g", "95%"),
-    ("70B", "1", "h200", "between"),
-    ("70B", "1", "h200", "smallest"),
-    ("70B", "4", "h200", "tight"),
+    ("7B", "1", "h100-80g", "95%", ""),
+    ("7B", "1", "l40s", "95%", ""),
+    ("13B", "1", "h200", "95%", ""),
+    ("13B", "1", "h100-80g", "95%", ""),
+    ("70B", "1", "h200", "between", ""),
+    ("70B", "1", "h200", "smallest", ""),
+    ("70B", "4", "h200", "tight", ""),
+    ("70B", "4", "h200", "tight", "1TiB"),
 )
-"""Shape, sequences, hardware and budget: a share of the device, or one of `SHARES` of the way up from the smallest."""
+"""Shape, sequences, hardware, budget (a share of the device, or one of `SHARES` of the way up from the smallest), and
+what host memory may take."""
 
 SHARES = {"smallest": 0.0, "tight": 0.1, "between": 0.5}
 """How far from the smallest budget that fits to the peak of the training as it is."""
@@ -64,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
     parser.add_argument("--only", help="make the plans of this shape alone")
-    parser.add_argument("--one", nargs=4, metavar=("SHAPE", "SEQUENCES", "HARDWARE", "BUDGET"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(make_plan(*options.one)))
@@ -75,7 +77,7 @@ def main() -> None:
         options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def in_own_process(each: tuple[str, str, str, str]) -> dict[str, Any]:
+def in_own_process(each: tuple[str, ...]) -> dict[str, Any]:
     """Make one plan in a process of its own, and print what it took."""
     done = subprocess.run([sys.executable, __file__, "--one", *each], check=True, stdout=subprocess.PIPE)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -87,7 +89,7 @@ def in_own_process(each: tuple[str, str, str, str]) -> dict[str, Any]:
     return row
 
 
-def make_plan(shape: str, num_sequences: str, hardware: str, budget: str) -> dict[str, Any]:
+def make_plan(shape: str, num_sequences: str, hardware: str, budget: str, host_budget: str) -> dict[str, Any]:
     """Make one plan; return it with what it took."""
     with torch.device("meta"):
         model = LlamaForCausalLM(SHAPES[shape]).to(torch.bfloat16)
@@ -96,13 +98,14 @@ def make_plan(shape: str, num_sequences: str, hardware: str, budget: str) -> dic
     batch = {"input_ids": tokens, "labels": tokens}
     allowed = budget if budget.endswith("%") else tight_budget(model, batch, optimizer, hardware, budget)
     start = time.perf_counter()
-    plan = packlight.plan(model, batch, optimizer, budget=allowed, hardware=hardware)
+    plan = packlight.plan(model, batch, optimizer, budget=allowed, hardware=hardware, host_budget=host_budget or None)
     seconds = time.perf_counter() - start
     return {
         "shape": shape,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_tokens": tokens.numel(),
         "hardware": hardware,
+        "host_budget": host_budget,
         "budget_bytes": plan.budget_bytes,
         "smallest_budget_bytes": plan.smallest_budget_bytes,
         "seconds": seconds,

@@ -73,7 +73,7 @@ def test_encoded_groups_beside_recomputed_blocks_take_the_predicted_bytes(name: 
     step = profiled(case)
     costs = StepCost(step)
     blocks = [block for at, block in enumerate(costs.blocks) if at % 3 != kept and costs.held_bytes(block) > 0]
-    treated = {group.name: Treatment("compress") for group in costs.treatable(blocks) if group.can_encode}
+    treated = {group.name: Treatment("compress", "fp8") for group in costs.treatable(blocks) if group.can_encode}
     predicted = costs.price(blocks, None, treated=treated)
     choices = sites(step, costs, treated) | dict.fromkeys(blocks, "recompute")
     assert predicted.peak_bytes == real_peak(case, choices, codec="fp8")

@@ -49,11 +49,11 @@ class Treatment:
 
     Attributes:
         choice: "compress", "offload" or "compress+offload".
-        codec: how it is encoded.
+        codec: how it is encoded, where it is.
     """
 
     choice: str
-    codec: str = "fp8"
+    codec: str = ""
 
     @property
     def is_lossy(self) -> bool:
