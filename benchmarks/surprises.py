@@ -1,8 +1,9 @@
 """Claim: what goes otherwise than planned is handled within the budget, bit for bit, and said.
 
 Each surprise meets a script of its own process under `packlight run --exact`: sequences twice as long from step 4 on,
-and memory that runs out in step 1, in forward and in backward. Losses are compared with those of the plain script as
-text. Last, a host budget that binds: plans for a model on a GPU that is not here.
+memory that runs out in step 1, in forward and in backward, and a disk that is slow from the start, or from step 4 on.
+Losses are compared with those of the plain script as text. Last, a host budget that binds: plans for a model on a GPU
+that is not here.
 
     python -m benchmarks.surprises --output benchmarks/results/HARDWARE/surprises.json
 """
@@ -24,12 +25,19 @@ from torch import nn
 import packlight
 
 ROOT = Path(__file__).parents[1]
+WIDE = ["--layers", "4", "--width", "128", "--batch", "32"]
+"""A model whose activations outweigh its states, so that the disk is needed."""
 SURPRISES = {
-    "sequences twice as long": (["--doubled-from", "4"], 120),
-    "out of memory in forward of step 1": (["--out-of-memory", "forward"], 80),
-    "out of memory in backward of step 1": (["--out-of-memory", "backward"], 80),
+    "sequences twice as long": ([], ["--doubled-from", "4"], 120),
+    "out of memory in forward of step 1": ([], ["--out-of-memory", "forward"], 80),
+    "out of memory in backward of step 1": ([], ["--out-of-memory", "backward"], 80),
+    "a disk as it is": (WIDE, [], 30),
+    "a disk that is slow from the start": (WIDE, ["--slow-disk-from", "0"], 30),
+    "a disk that is slow from step 4 on": (WIDE, ["--slow-disk-from", "4"], 30),
 }
-"""The script's arguments, and the budget in percent of the plain peak of its first steps."""
+"""The script's arguments, those that surprise, and the budget in percent of the plain peak of its first steps."""
+RATES = ("out_bytes_per_second", "in_bytes_per_second")
+"""Of the tier: what the plan took them to be, and what they were."""
 
 
 def run(options: Sequence[str], arguments: Sequence[str]) -> tuple[dict[str, Any], str, list[str]]:
@@ -48,11 +56,14 @@ def run(options: Sequence[str], arguments: Sequence[str]) -> tuple[dict[str, Any
 
 def surprised(name: str) -> dict[str, Any]:
     """Run a surprise plain and planned."""
-    arguments, share = SURPRISES[name]
-    quiet = [] if arguments[:1] == ["--out-of-memory"] else arguments  # plain training would end there
-    plain, expected, _ = run(["--measure-only"], quiet)
+    shape, surprise, share = SURPRISES[name]
+    # Plain training would end where memory runs out, and has nothing to do with the disk.
+    harmless = surprise if surprise[:1] == ["--doubled-from"] else []
+    plain, expected, _ = run(["--measure-only"], [*shape, *harmless])
     budget_bytes = plain["measurement"]["device_peak_bytes"] * share // 100
-    record, printed, said = run(["--budget", str(budget_bytes), "--exact"], arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        disk = ["--disk", folder] * (shape is WIDE)
+        record, printed, said = run(["--budget", str(budget_bytes), "--exact", *disk], [*shape, *surprise])
     measured, choices = record["measurement"], [each["choice"] for each in record["plan"]["choices"]]
     return {
         "surprise": name,
@@ -61,11 +72,13 @@ def surprised(name: str) -> dict[str, Any]:
         "peak_bytes": measured["device_peak_bytes"],
         "fits": measured["device_peak_bytes"] <= budget_bytes,
         "predicted_peak_bytes": record["estimate"]["device_peak_bytes"],
+        "plan_peak_bytes": measured["plan_peak_bytes"],
         "same_losses": printed == expected,
         "plain_seconds": plain["measurement"]["step_seconds"],
         "step_seconds": measured["step_seconds"],
         "predicted_seconds": record["estimate"]["step_seconds"],
         "choices": {choice: choices.count(choice) for choice in sorted(set(choices))},
+        "rates": {name: (record["plan"][name], measured[name]) for name in RATES},
         "said": said,
         "environment": record["environment"],
     }
@@ -103,10 +116,20 @@ def host_budgets() -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Lay the runs out for a reader."""
     made = Table(title="surprises under an exact plan")
-    for title in ("surprise", "budget MiB", "peak", "fits", "same losses", "s a step", "predicted", "said"):
+    for title in (
+        "surprise",
+        "budget MiB",
+        "peak",
+        "final plan",
+        "fits",
+        "same losses",
+        "s a step",
+        "predicted",
+        "said",
+    ):
         made.add_column(title, justify="left" if title in ("surprise", "said") else "right")
     for row in rows:
-        sizes = [f"{row[key] / 2**20:.1f}" for key in ("budget_bytes", "peak_bytes")]
+        sizes = [f"{row[key] / 2**20:.1f}" for key in ("budget_bytes", "peak_bytes", "plan_peak_bytes")]
         times = [f"{row[key]:.3f}" for key in ("step_seconds", "predicted_seconds")]
         said = "\n".join(line.removeprefix("packlight: ")[:60] for line in row["said"])
         made.add_row(row["surprise"], *sizes, str(row["fits"]), str(row["same_losses"]), *times, said)
@@ -122,6 +145,7 @@ def main() -> None:
     Console().print(table(rows))
     planned = host_budgets()
     Console().print_json(data=planned)
+    failed = [row["surprise"] for row in rows if not (row["fits"] and row["same_losses"])]
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         made = {
@@ -130,6 +154,8 @@ def main() -> None:
             "host_budgets": planned,
         }
         options.output.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    if failed:
+        sys.exit(f"above the budget, or with other losses: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

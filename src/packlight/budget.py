@@ -4,7 +4,9 @@ PyTorch takes a share of a device (`set_per_process_memory_fraction`) and no num
 every machine; here a budget is an exact integer of bytes, read from what people write ("16GiB", "800MB", "80%").
 """
 
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -20,6 +22,11 @@ class BudgetError(ValueError):
         """Keep the smallest budget that fits (bytes) beside the message."""
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+
+
+def least_of(errors: Iterable[BudgetError]) -> BudgetError:
+    """Return the error that names the smallest budget."""
+    return min(errors, key=lambda error: error.smallest_bytes or math.inf)
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -100,6 +100,7 @@ class Plan(JsonRecord):
         notes: what a reader should know, in sentences.
         tier, folder: where groups are moved to, "host" or "disk" ("" where none is), and the disk's folder.
         window_bytes: most that is on its way to the tier, and again from it.
+        out_bytes_per_second, in_bytes_per_second: how fast the tier is taken to be; 0 where nothing is moved.
         uses: sites in the order in which backward asks for what is moved or encoded there.
         hardware: the name of the device that it is made for; "" for the one at hand.
         curve: what other budgets would give, by growing budget; empty where it was not asked for.
@@ -121,6 +122,8 @@ class Plan(JsonRecord):
     tier: str = ""
     folder: str = ""
     window_bytes: int = 0
+    out_bytes_per_second: float = 0.0
+    in_bytes_per_second: float = 0.0
     uses: tuple[str, ...] = ()
     hardware: str = ""
     curve: tuple[CurvePoint, ...] = ()
@@ -197,6 +200,9 @@ class Measurement:
         state_bytes: bytes of the optimiser's states at the end.
         plan_peak_bytes: the device peak in the measured steps that ran under the plan in force at the end, from their
             first forward on; None where no whole step was measured under it.
+        tier_peak_bytes: most that lay on the tier under that plan.
+        out_bytes_per_second, in_bytes_per_second: how fast the tier was while something was on its way; 0 where
+            nothing was.
     """
 
     device_peak_bytes: int
@@ -211,6 +217,9 @@ class Measurement:
     peak_moment: str
     state_bytes: int
     plan_peak_bytes: int | None = None
+    tier_peak_bytes: int = 0
+    out_bytes_per_second: float = 0.0
+    in_bytes_per_second: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from packlight.records import Run
+from packlight.report.text import summary
 
 PORTABLE = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.float32)
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -148,6 +149,11 @@ def test_below_what_recomputation_reaches_a_disk_takes_the_rest_and_the_bits_are
     assert run.plan is not None and run.plan.tier == "disk"
     assert "offload" in {choice.choice for choice in run.plan.choices}
     assert output == plain_output and not list(folder.iterdir())
+    moved_bytes = sum(choice.bytes for choice in run.plan.choices if choice.choice == "offload")
+    measured = run.measurement
+    assert moved_bytes <= measured.tier_peak_bytes <= 1.1 * moved_bytes  # blocks of the disk are rounded up
+    assert min(measured.out_bytes_per_second, measured.in_bytes_per_second, run.plan.out_bytes_per_second) > 0
+    assert "moved to the disk at" in summary(run)
 
 
 def test_below_what_recomputation_reaches_states_take_four_bits(plain_folder: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from packlight.activations.standin import StandIn
 from packlight.planner.apply import apply, fit
-from packlight.planner.mend import TOLERANCE, all_recomputed
+from packlight.planner.mend import TOLERANCE, _done, all_recomputed, like
 from packlight.planner.plan import plan
-from packlight.planner.request import Settings
+from packlight.planner.request import SessionStop, Settings
 from packlight.planner.retry import is_out_of_memory
 from packlight.planner.session import Session
 from packlight.records import Choice, Plan
@@ -415,6 +415,30 @@ def test_a_peak_that_no_plan_mends_is_said_and_the_most_saving_plan_kept(run: st
         made: Plan = running.plan
     assert sum("ABOVE THE BUDGET of 18.00 MiB, which no plan mends" in each for each in said) == 1
     assert len(made.recomputed()) >= len(made.choices) - 1  # the last block's recomputation may spare nothing
+
+
+def test_a_mended_plan_splits_the_batch_as_before_and_is_compared_with_the_same_step() -> None:
+    model, optimizer = hidden(0)
+    before = plan(model, batch(), optimizer, budget="1GiB", loss=mean_of_squares)
+    estimate = replace(before.estimate, step_seconds=2.0, slowdown=1.5, plain_peak_bytes=123)
+    split = replace(before, num_microbatches=4, estimate=estimate)
+    made = like(replace(before, estimate=replace(estimate, step_seconds=4.0, slowdown=9.0)), split)
+    assert made.num_microbatches == 4
+    assert made.estimate.slowdown == 3.0 and made.estimate.plain_peak_bytes == 123
+
+
+def test_a_plan_through_a_narrower_window_is_another_plan() -> None:
+    model, optimizer = hidden(0)
+    wide = replace(plan(model, batch(), optimizer, budget="1GiB", loss=mean_of_squares), tier="disk", window_bytes=2)
+    assert _done(wide) != _done(replace(wide, window_bytes=1))
+
+
+def test_a_script_refuses_a_plan_that_splits_its_batches() -> None:
+    model, optimizer = hidden(0)
+    made = plan(model, batch(), optimizer, budget="1GiB", loss=mean_of_squares)
+    Settings(budget=None).check(made)
+    with pytest.raises(SessionStop, match="4 parts"):
+        Settings(budget=None).check(replace(made, num_microbatches=4))
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -3,12 +3,14 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from packlight.budget import Budget
+from packlight.planner import search
 from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment
 from packlight.planner.known_hardware import named
@@ -72,7 +74,9 @@ def test_dealing_out_changes_which_of_the_equal_blocks_does_what_and_nothing_els
     recomputed = frozenset(blocks[4:6])
     treated = {name: Treatment("offload") for name in inner}
     before = costs.price(recomputed, None, treated=treated)
-    for again, dealt in Spread(costs).deals(recomputed, treated):
+    deals = list(Spread(costs).deals(recomputed, treated))
+    assert any(set(dealt) != set(treated) or again != recomputed for again, dealt in deals)
+    for again, dealt in deals:
         assert len(again) == len(recomputed)
         assert Counter(map(costs.group_bytes, dealt)) == Counter(map(costs.group_bytes, treated))
         waiting = costs.moving(recomputed, treated).waiting_seconds, costs.moving(again, dealt).waiting_seconds
@@ -100,17 +104,18 @@ def test_room_on_the_host_makes_plans_faster_and_little_of_it_none_slower() -> N
     assert enough - 1 < 0.9 * (none - 1)
 
 
-def test_a_search_that_is_told_of_waiting_finds_a_plan_that_waits_less_than_moving_all_that_pays() -> None:
+def test_a_search_that_is_told_of_waiting_finds_a_plan_that_waits_less_than_its_first() -> None:
     step = step_through_host("64GiB")
     costs = StepCost(step)
     costs = costs.through(3 * max(map(costs.group_bytes, costs.groups)))
-    search = Search(costs, encodings(costs, exact=True) | moves(costs, exact=True), step.optimizers[:1])
-    least, plain = search.least().cost, costs.price((), step.optimizers[0])
+    options = encodings(costs, exact=True) | moves(costs, exact=True)
+    least, plain = Search(costs, options, step.optimizers[:1]).least().cost, costs.price((), step.optimizers[0])
     allowed_bytes = least.peak_bytes + (plain.peak_bytes - least.peak_bytes) // 3
-    chosen = search.fastest(allowed_bytes)
-    assert chosen is not None and chosen.cost.peak_bytes <= allowed_bytes
-    recomputing = Search(costs, encodings(costs, exact=True), step.optimizers[:1]).fastest(allowed_bytes)
-    assert recomputing is not None and chosen.cost.seconds < recomputing.cost.seconds
-    moving = costs.moving(chosen.recomputed, chosen.treated)
-    assert moving.stored_bytes > 0
-    assert moving.waiting_seconds < 0.1 * step.seconds
+    found = []
+    for num_tries in (1, search.MAX_TRIES):
+        with mock.patch.object(search, "MAX_TRIES", num_tries):
+            chosen = Search(costs, options, step.optimizers[:1]).fastest(allowed_bytes)
+        assert chosen is not None and chosen.cost.peak_bytes <= allowed_bytes
+        found.append((chosen.cost.seconds, costs.moving(chosen.recomputed, chosen.treated).waiting_seconds))
+    (first_seconds, first_waiting), (seconds, waiting) = found
+    assert waiting < first_waiting and seconds < first_seconds

@@ -109,6 +109,20 @@ def test_a_run_s_facts_are_shown() -> None:
     assert cells(printed, "environment") == ["torch 2.13.0, num_cpus 2"]
 
 
+def test_a_tier_s_rates_stand_beside_those_that_were_planned_with() -> None:
+    plan = dataclasses.replace(PLAN, tier="disk", out_bytes_per_second=500.0 * MIB, in_bytes_per_second=2.0**30)
+    measured = dataclasses.replace(
+        MEASUREMENT, tier_peak_bytes=6 * MIB, out_bytes_per_second=25.0 * MIB, in_bytes_per_second=50.0 * MIB
+    )
+    said = (
+        "6.00 MiB moved to the disk at 25.00 MiB/s and back at 50.00 MiB/s "
+        "(planned with 500.00 MiB/s and back at 1.00 GiB/s)"
+    )
+    run = dataclasses.replace(RUN, plan=plan, measurement=measured)
+    assert f"; {said}" in summary(run) and cells(shown(run, width=200), "tier") == [said]
+    assert "moved" not in summary(RUN)
+
+
 @pytest.mark.parametrize("record", [PLAN, RUN], ids=["plan", "run"])
 def test_the_choices_are_shown_and_neighbours_gathered(record: Plan | Run) -> None:
     printed = shown(record)

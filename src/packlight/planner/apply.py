@@ -7,33 +7,22 @@ format under the optimiser that is already there, and `remove` puts everything b
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from packlight.activations.engine import Engine
-from packlight.activations.offload import make_tier
-from packlight.activations.recompute import Recomputation, recompute
-from packlight.activations.sites import module_of
 from packlight.budget import Budget
-from packlight.optim.adopt import adopt
-from packlight.optim.early import update_early
+from packlight.planner.carry import adopt_formats, carry_out
 from packlight.planner.listen import BackwardStandIn
 from packlight.planner.loop import Call, Loss, num_elements
 from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
 from packlight.planner.microbatches import split
-from packlight.planner.plan import device_of, profiled
+from packlight.planner.plan import profiled
 from packlight.planner.released import as_planned
-from packlight.planner.solve import EXACT_FORMATS
-from packlight.planner.updates import parameter_names
 from packlight.records import Measurement, Plan
 from packlight.step import Profile
-
-Carried = Recomputation | Engine
-"""What undoes the choices for a model's blocks and sites."""
 
 
 class Applied:
@@ -77,7 +66,7 @@ class Applied:
     def measurement(self) -> Measurement | None:
         """What happened so far, beside `plan.estimate`; None before the first step is complete."""
         measured = self._watch.measurement()
-        return measured if measured.num_steps else None
+        return self._carried.complete(measured) if measured.num_steps else None
 
     def microbatches(self, batch: Any) -> Iterator[tuple[Any, float]]:
         """Yield the parts of a batch that the plan is for, each with its share of the rows.
@@ -212,78 +201,3 @@ def fit(
 
 def _warn(plan: Plan, said: str) -> None:
     warnings.warn(f"packlight: {said}{plan}", stacklevel=2)
-
-
-def carry_out(plan: Plan, model: nn.Module) -> Carried:
-    """Carry out a plan's choices for what a model saves.
-
-    Args:
-        plan: the plan.
-        model: the model; changed in place.
-
-    Returns:
-        A handle whose `remove()` undoes it.
-
-    Raises:
-        ValueError: the plan names blocks or sites that the model does not have.
-    """
-    sites = plan.site_choices()
-    if not sites:  # nothing needs the engine's hooks
-        return recompute(model, sorted(plan.recomputed()))
-    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    missing = [site for site in sites if module_of(site) not in modules]
-    if missing:
-        raise ValueError(
-            f"the plan has a choice for what {missing[0]!r} saves, and the model has no such module; "
-            "was it made for another model?"
-        )
-    choices = dict.fromkeys(plan.recomputed(), "recompute") | sites
-    if not plan.tier:
-        return Engine(model, choices)
-    device = device_of(model)
-    tier = make_tier(
-        plan.tier,
-        device=device,
-        folder=plan.folder or None,
-        max_in_flight_bytes=plan.window_bytes,
-        late="steady" if plan.tier == "disk" else "wait",
-    )
-    try:
-        return Engine(model, choices, tier=tier, drains=True, uses=plan.uses)
-    except BaseException:
-        tier.close()
-        raise
-
-
-def saving_now(carried: Carried, call: Call) -> AbstractContextManager[Any]:
-    """Return a context for a forward that has begun already, in which what was carried out meanwhile counts."""
-    return carried.saving(call.args, call.kwargs) if isinstance(carried, Engine) else nullcontext()
-
-
-def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Let an optimiser keep its states, and use gradients, as a plan says.
-
-    Returns:
-        What undoes it.
-
-    Raises:
-        ValueError: the plan names a parameter that is not here, or wants a format for a state that this optimiser
-            cannot keep in it.
-    """
-    names = parameter_names(model, optimizer)
-    here = {*names.values(), *dict(model.named_parameters())}
-    missing = [name for name in plan.state_formats if name not in here and not name.startswith("parameter ")]
-    if missing:
-        raise ValueError(
-            f"the plan has a state for {missing[0]!r}, and the model has no such parameter; "
-            "was it made for another model?"
-        )
-    formats = {parameter: plan.state_formats.get(name, "as is") for parameter, name in names.items()}
-    changed = {parameter: chosen for parameter, chosen in formats.items() if chosen not in EXACT_FORMATS}
-    with ExitStack() as undo:
-        adoption = adopt(optimizer, changed) if changed else None
-        if adoption is not None:
-            undo.callback(adoption.remove)
-        if plan.releases_gradients:
-            undo.callback(update_early(optimizer, adoption).remove)
-        return undo.pop_all().close

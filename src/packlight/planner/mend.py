@@ -222,9 +222,10 @@ def tighter(plan: Plan, step: Profile | None, limit_bytes: int) -> list[tuple[Pl
     return found or [(plan, "under the same plan, since none saves more")]
 
 
-def _done(plan: Plan) -> list[tuple[str, str, str]]:
+def _done(plan: Plan) -> tuple[object, ...]:
     """Return what a plan does; its times may be scaled."""
-    return [(choice.group, choice.choice, choice.codec) for choice in plan.choices]
+    choices = tuple((choice.group, choice.choice, choice.codec) for choice in plan.choices)
+    return plan.tier, plan.window_bytes, choices
 
 
 def with_formats_of(plan: Plan, step: Profile) -> Profile:

@@ -7,51 +7,63 @@ of the batch is profiled with the gradients that have gathered by then, and plan
                 2 take the fastest plan
     training    3 for part, share in handle.microbatches(batch): (loss of part * share).backward()
 
-Sums come in another order, and what is computed over a batch (batch norm) over a part of it, so it is no exact choice.
+Gradients add up where a loss is a mean over rows (not over those tokens that count, of which parts have different
+numbers). Sums come in another order, and what is computed over a batch (batch norm) over a part of it, so it is no
+exact choice.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from packlight.budget import BudgetError
+from packlight.budget import BudgetError, least_of
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.outcome import beside_plain
-from packlight.planner.program import LOSS_SHARE
+from packlight.planner.profile import ProfileError
+from packlight.planner.program import rated
 from packlight.records import Plan
 from packlight.step import Profile
 
+NOT_SPLIT = (
+    "the batch stays whole: exact=True excludes microbatches, it has fewer than two rows, or there is no one length "
+    "that most of its tensors have in their first dimension"
+)
+
 
 def num_rows(batch: Any) -> int:
-    """Return the rows of a batch: what most of its tensors have in their first dimension; 0 where it has none."""
+    """Return the rows of a batch: what most of its tensors have in their first dimension; 0 where that is not clear."""
     lengths = [len(leaf) for leaf in tree_leaves(_plainly(batch)) if isinstance(leaf, Tensor) and leaf.dim()]
-    return max(lengths, key=lengths.count, default=0)
+    most = sorted(set(lengths), key=lengths.count, reverse=True)[:2]
+    is_clear = len(most) == 1 or (len(most) == 2 and lengths.count(most[0]) > lengths.count(most[1]))
+    return most[0] if is_clear else 0
 
 
 def _plainly(batch: Any) -> Any:
     """Return a batch as containers that pytree knows; a tokeniser's is a mapping of its own."""
-    return dict(batch) if isinstance(batch, Mapping) else batch
+    return tree_map(lambda leaf: _plainly(dict(leaf)) if isinstance(leaf, Mapping) else leaf, batch)
 
 
 def numbers(batch: Any, most: int) -> list[int]:
-    """Return the numbers of microbatches to try: powers of two, no more than rows.
+    """Return the numbers of microbatches to try: powers of two, none that leaves one row alone beside larger parts.
 
     Raises:
         ValueError: fewer than one is allowed.
     """
     if most < 1:
         raise ValueError(f"max_microbatches={most} came; wanted 1 (the batch stays whole) or more")
-    limit = max(1, min(most, num_rows(batch)))
-    return [2**power for power in range(int(math.log2(limit)) + 1)]
+    rows = num_rows(batch)
+    limit = max(1, min(most, rows))
+    powers = [2**power for power in range(int(math.log2(limit)) + 1)]
+    return [num for num in powers if num == 1 or rows % num == 0 or rows // num > 1]
 
 
 def split(batch: Any, num: int) -> Iterator[tuple[Any, float]]:
-    """Yield the microbatches of a batch, the largest first, each with its share of the rows.
+    """Yield the microbatches of a batch, the larger ones first, each with its share of the rows.
 
     Args:
         batch: a mapping, a tuple or one tensor; tensors with as many rows as most are split (views, no copies), all
@@ -62,21 +74,25 @@ def split(batch: Any, num: int) -> Iterator[tuple[Any, float]]:
     if num == 1 or not rows:
         yield batch, 1.0
         return
-    size = math.ceil(rows / num)
-    for start in range(0, rows, size):
-        part = tree_map_only(Tensor, functools.partial(_cut, rows=rows, start=start, size=size), _plainly(batch))
-        yield part, min(size, rows - start) / rows
+    num, start, plain = min(num, rows), 0, _plainly(batch)
+    for number in range(num):
+        size = rows // num + (number < rows % num)
+        yield tree_map_only(Tensor, functools.partial(_cut, rows=rows, start=start, size=size), plain), size / rows
+        start += size
 
 
 def _cut(tensor: Tensor, *, rows: int, start: int, size: int) -> Tensor:
     return tensor[start : start + size] if tensor.dim() and len(tensor) == rows else tensor
 
 
-def fastest_split(steps: Iterable[tuple[int, Profile]], solver: Callable[[Profile], Plan]) -> tuple[Profile, Plan]:
+def fastest_split(
+    tried: Sequence[int], step_of: Callable[[int], Profile], solver: Callable[[Profile], Plan]
+) -> tuple[Profile, Plan]:
     """Choose among numbers of microbatches (steps 1 and 2).
 
     Args:
-        steps: a number and the step's profile with it, the whole batch first; read as far as they are needed.
+        tried: the numbers, 1 first; those after the first at which nothing needs to be slower are left out.
+        step_of: profiles a step with so many.
         solver: makes a plan.
 
     Returns:
@@ -84,25 +100,32 @@ def fastest_split(steps: Iterable[tuple[int, Profile]], solver: Callable[[Profil
 
     Raises:
         BudgetError: nothing fits; it names the smallest budget that would.
+        ProfileError: the whole batch cannot be traced; a part that cannot is left out, with a note.
     """
-    found, errors, whole = list[tuple[float, Profile, Plan]](), list[BudgetError](), None
-    for position, (num, step) in enumerate(steps):
-        whole = whole or step
+    whole = step_of(1)
+    plain = functools.cache(lambda: _plain(whole))
+    found, errors, notes = list[tuple[float, Profile, Plan]](), list[BudgetError](), list[str]()
+    for position, num in enumerate(tried):
         try:
+            step = whole if num == 1 else step_of(num)
             made = solver(step)
-            if step is not whole:
-                made = beside_plain(replace(made, num_microbatches=num), _plain(whole))
         except BudgetError as error:
             errors.append(error)
             continue
-        found.append((max(1.0, made.estimate.slowdown) * (1 + LOSS_SHARE * position), step, made))
+        except ProfileError as error:
+            notes.append(f"not in {num} microbatches: {str(error).splitlines()[0]}")
+            continue
+        made = made if num == 1 else beside_plain(replace(made, num_microbatches=num), plain())
+        found.append((rated(made.estimate.slowdown, position), step, made))
         if made.estimate.slowdown <= 1:
             break
     if not found:
-        least = min(errors, key=lambda each: each.smallest_bytes or math.inf)
-        raise least
+        error = least_of(errors)
+        raise error
+    smallest = [made.smallest_budget_bytes for _, _, made in found] + [at.smallest_bytes for at in errors]
     _, step, made = min(found, key=lambda each: each[0])
-    return step, made
+    least_bytes = min(each for each in smallest if each is not None)
+    return step, replace(made, smallest_budget_bytes=least_bytes, notes=(*made.notes, *notes))
 
 
 def _plain(step: Profile) -> Cost:

@@ -22,6 +22,9 @@ from packlight.activations.prefetch import MOST_AHEAD
 from packlight.planner.held import Group, Span, Treatment, merged
 from packlight.step import Link, Profile, Save
 
+ONE_AT_A_TIME = 1
+"""A window in bytes that every group fills."""
+
 
 @dataclass(frozen=True)
 class Move:

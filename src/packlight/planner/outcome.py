@@ -36,7 +36,7 @@ def plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, exa
         choices=choices_of(costs, chosen.recomputed, chosen.treated, options=options),
         kept=_kept(costs, chosen, options),
         state_formats=dict(chosen.optimizer.formats) if chosen.optimizer else {},
-        estimate=_estimate(chosen.cost, plain, host_bytes=_host_bytes(costs, chosen)),
+        estimate=_estimate(chosen.cost, plain, host_bytes=host_bytes(costs, chosen.recomputed, chosen.treated)),
         smallest_budget_bytes=smallest_bytes,
         notes=costs.profile.notes,
         hardware=costs.profile.hardware,
@@ -50,7 +50,14 @@ def _tier(costs: StepCost, chosen: Chosen) -> dict[str, Any]:
     if link is None or not any(treatment.is_moved for treatment in chosen.treated.values()):
         return {}
     uses = order_of_use(costs.profile, costs.groups, chosen.treated)
-    return {"tier": link.tier, "folder": link.folder, "window_bytes": chosen.window_bytes, "uses": uses}
+    return {
+        "tier": link.tier,
+        "folder": link.folder,
+        "window_bytes": chosen.window_bytes,
+        "out_bytes_per_second": link.out_bytes_per_second,
+        "in_bytes_per_second": link.in_bytes_per_second,
+        "uses": uses,
+    }
 
 
 def choices_of(
@@ -137,9 +144,9 @@ def beside_plain(made: Plan, plain: Cost) -> Plan:
     return replace(made, estimate=replace(made.estimate, slowdown=slowdown, plain_peak_bytes=plain.peak_bytes))
 
 
-def _host_bytes(costs: StepCost, chosen: Chosen) -> int:
+def host_bytes(costs: StepCost, recomputed: Collection[str], treated: Mapping[str, Treatment]) -> int:
     """Return what a plan takes of the host's memory: on the host tier all that is there, else the disk's staging."""
-    stored_bytes = costs.moving(chosen.recomputed, chosen.treated).stored_bytes
+    stored_bytes = costs.moving(recomputed, treated).stored_bytes
     if costs.profile.link is None or not stored_bytes:
         return 0
     in_host_bytes = stored_bytes if costs.profile.link.tier == "host" else costs.profile.link.staging_bytes

@@ -17,7 +17,7 @@ from packlight.planner.hardware import measure
 from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link, unused
 from packlight.planner.loop import Loss, Seen, listed
-from packlight.planner.microbatches import fastest_split, numbers, split
+from packlight.planner.microbatches import NOT_SPLIT, fastest_split, numbers, split
 from packlight.planner.profile import profile
 from packlight.planner.released import solve_releasing
 from packlight.planner.solve import solve
@@ -41,7 +41,8 @@ def plan(
 ) -> Plan:
     """Decide how a training step fits a byte budget; changes nothing of the caller's.
 
-    Nothing of the model runs, but for one forward where shapes or branches depend on values; see `profile`.
+    Nothing of the model runs, but for one forward (for each number of microbatches) where shapes or branches depend on
+    values; see `profile`.
 
     Operators are run alone on the device, on operands of their own, to learn what they take: at most a quarter of the
     memory that is free, for seconds. On a GPU the allocator's peak statistics begin anew.
@@ -59,8 +60,8 @@ def plan(
         exact: only choices that leave every loss and gradient bit-equal.
         release_gradients: parameters may be stepped inside backward, and their gradients freed there: nothing between
             backward and `step` needs them (no clipping, accumulation or GradScaler; nobody logs their norm).
-        max_microbatches: a batch may be split into so many parts whose gradients add up, by a loop over
-            `handle.microbatches(batch)`; not where `exact` is asked for.
+        max_microbatches: a batch may be split into so many parts (a power of two) whose gradients add up, by a loop
+            over `handle.microbatches(batch)`, where the loss is a mean over rows; not where `exact` is asked for.
         hardware: the name of the device to plan for ("h100-80g"), instead of the model's; nothing is measured. A share
             is of its memory, and a larger budget is refused, but for a `Budget`: what would run at its speed with that
             much memory.
@@ -123,19 +124,30 @@ def profiled(
     if known is not None and allowed.device_bytes > known.device_bytes:
         notes.append(f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has")
 
+    exact, most = asked.get("exact", False), asked.get("max_microbatches", 1)
+    tried = [1] if exact else numbers(batch, most)
+    notes += [NOT_SPLIT] * (most > 1 and len(tried) == 1)
+
+    @functools.cache
     def step_of(num: int) -> Profile:
         gradients: Literal["step", "none"] = "step" if num > 1 else "none"
         seen = Seen(other_bytes=beside_bytes, num_microbatches=num, gradients=gradients)
         part = batch if num == 1 else next(split(batch, num))[0]
         step = profile(model, part, optimizer, loss=asked.get("loss"), seen=seen, hardware=hardware)
-        return replace(step, link=link, notes=(*step.notes, *notes))
+        step = replace(step, link=link, notes=(*step.notes, *notes))
+        return step if num == 1 else _beside_whole(step, step_of(1), is_cut=device.type == "meta")
 
-    exact = asked.get("exact", False)
     solver = functools.partial(
         solve_releasing if asked.get("release_gradients") else solve, budget=allowed, exact=exact
     )
-    tried = numbers(batch, 1 if exact else asked.get("max_microbatches", 1))
-    return fastest_split(((num, step_of(num)) for num in tried), solver)
+    return fastest_split(tried, step_of, solver)
+
+
+def _beside_whole(step: Profile, whole: Profile, *, is_cut: bool) -> Profile:
+    """Count the whole batch, which lives while its parts are used; on the meta device a part's fake copy is cut off."""
+    missing_bytes = (whole.batch_bytes - step.batch_bytes) * is_cut
+    resident = {**step.resident_bytes, "other": step.resident_bytes.get("other", 0) + missing_bytes}
+    return replace(step, batch_bytes=whole.batch_bytes, resident_bytes=resident)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -23,7 +23,7 @@ import numpy
 from packlight.planner.chatter import left_out
 from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment, spans
-from packlight.planner.moving import moved_bytes
+from packlight.planner.moving import ONE_AT_A_TIME, moved_bytes
 from packlight.planner.rows import Row, Rows
 from packlight.step import OptimizerCost
 
@@ -34,6 +34,12 @@ PEAK_GAP = 0.001
 
 LOSS_SHARE = 0.005
 """What is lossy (codes, and each state format over the one before) has to spare this share of a step's time."""
+
+
+def rated(slowdown: float, number: float) -> float:
+    """Return a slowdown by which plans are compared: each of a number of things has to spare a share of the time."""
+    return max(1.0, slowdown) + LOSS_SHARE * number
+
 
 PEAK_UNIT = 2.0**20
 """The variable for the peak counts in these bytes."""
@@ -84,7 +90,7 @@ class Program:
         self._moved = self._find_moved()
         self._slowness = (1.0, 1.0)
         # Fetched ahead, or on its way out: as much as the window holds, which is more than a group or nothing.
-        self._tier_bytes = costs.window_bytes if self._moved and costs.window_bytes > 1 else 0
+        self._tier_bytes = costs.window_bytes if self._moved and costs.window_bytes > ONE_AT_A_TIME else 0
         self._tier_bytes += costs.staging_bytes(dict(self._options))
 
     def add_event(self, event: int) -> bool:

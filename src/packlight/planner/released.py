@@ -14,13 +14,13 @@ import functools
 import math
 from dataclasses import replace
 
-from packlight.budget import Budget, BudgetError
+from packlight.budget import Budget, BudgetError, least_of
 from packlight.optim.early import alone_seconds
 from packlight.planner.cost import StepCost
 from packlight.planner.held import EXACT_CODEC
 from packlight.planner.outcome import beside_plain
-from packlight.planner.program import LOSS_SHARE
-from packlight.planner.solve import EXACT_FORMATS, solve
+from packlight.planner.program import rated
+from packlight.planner.solve import allowed_formats, solve
 from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile, Storage
 
@@ -79,8 +79,7 @@ def solve_releasing(step: Profile, budget: Budget, *, exact: bool = False) -> Pl
     """
     if not can_release(step):
         return solve(replace(step, notes=(*step.notes, NOT_RELEASED)), budget, exact=exact)
-    formats = [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS]
-    variants = [step, *(released(step, cost) for cost in formats)]
+    variants = [step, *(released(step, cost) for cost in allowed_formats(step, exact=exact))]
     found, errors = list[Plan](), list[BudgetError]()
     for variant in variants:
         try:
@@ -91,8 +90,8 @@ def solve_releasing(step: Profile, budget: Budget, *, exact: bool = False) -> Pl
             found.append(made if variant is step else as_released(made, step))
     smallest = [made.smallest_budget_bytes for made in found] + [error.smallest_bytes or 0 for error in errors]
     if not found:
-        least = min(errors, key=lambda each: each.smallest_bytes or math.inf)
-        raise least
+        error = least_of(errors)
+        raise error
     best = min(found, key=functools.partial(_rated, step=step))
     return replace(best, smallest_budget_bytes=min(smallest))
 
@@ -100,8 +99,8 @@ def solve_releasing(step: Profile, budget: Budget, *, exact: bool = False) -> Pl
 def _rated(made: Plan, *, step: Profile) -> float:
     """Return a plan's slowdown, and what is lossy or released on top of it: these have to spare time."""
     number = next((at for at, cost in enumerate(step.optimizers) if cost.formats == made.state_formats), 0)
-    number += any(choice.codec not in ("", EXACT_CODEC) for choice in made.choices)
-    return max(1.0, made.estimate.slowdown) + LOSS_SHARE * (number + made.releases_gradients / 2)
+    number += any(choice.codec not in ("", EXACT_CODEC) for choice in made.choices) + bool(made.tier)
+    return rated(made.estimate.slowdown, number + made.releases_gradients / 2)
 
 
 def as_released(made: Plan, step: Profile) -> Plan:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from packlight.budget import Budget
 from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link, unused
 from packlight.records import Plan
@@ -52,6 +53,21 @@ class Settings:
     hardware: str | None = None
     num_curve_points: int = 0
     release_gradients: bool = False
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a given plan that the script would not run as it says.
+
+        Raises:
+            SessionStop: it expects more than is allowed, or another loop.
+        """
+        if plan.num_microbatches > 1:
+            raise SessionStop(
+                f"the plan is for batches in {plan.num_microbatches} parts, and a script splits its batches itself; "
+                "use packlight.apply and handle.microbatches in it, or plan without max_microbatches",
+                exit_status=2,
+            )
+        if plan.estimate.device_peak_bytes > Budget.of(self.budget or plan.budget_bytes).device_bytes:
+            raise SessionStop("the plan expects a peak above the budget; plan again", exit_status=3)
 
     def link(self, device: torch.device) -> Link | None:
         """Return the way to the tier that a plan may use."""

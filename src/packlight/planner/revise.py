@@ -1,13 +1,14 @@
 """What becomes of a plan when more is known: how long a real step took, or that batches can be larger."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment
 from packlight.planner.loop import Seen
-from packlight.planner.moving import order_of_use
+from packlight.planner.moving import moved_bytes, order_of_use
 from packlight.planner.options import by_name
-from packlight.planner.outcome import choices_of, treated_by
+from packlight.planner.outcome import choices_of, host_bytes, treated_by
 from packlight.planner.released import as_planned
 from packlight.records import Choice, Plan
 from packlight.step import Profile
@@ -47,14 +48,16 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
         before: a plan for earlier batches.
 
     Returns:
-        The joint plan; it expects the larger of the two peaks.
+        The joint plan; it expects the larger of the two peaks, and the time of the present batch.
     """
     step = as_planned(step, plan)
     mover = max(plan, before, key=lambda each: each.window_bytes)
     costs = StepCost(step).through(mover.window_bytes)
     recomputed = plan.recomputed() | (before.recomputed() & {choice.group for choice in plan.choices})
     free = {group.name for group in costs.treatable(recomputed)}
-    treated = {name: each for name, each in _treated(costs, before, plan).items() if name in free}
+    present = _treated(costs, plan)
+    both = present | {name: each for name, each in _treated(costs, before).items() if name not in present}
+    treated = _that_fit(costs, {name: each for name, each in both.items() if name in free})
     optimizer = next((cost for cost in step.optimizers if cost.formats == plan.state_formats), None)
     cost = costs.price(recomputed, optimizer, treated=treated)
     estimate = before.estimate
@@ -65,11 +68,32 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
             peak_by_category=cost.by_category,
             peak_moment=cost.moment,
         )
-    tier = {name: getattr(mover, name) for name in ("tier", "folder", "window_bytes")}
+    alone_seconds = costs.price(plan.recomputed(), optimizer, treated=present).seconds
+    factor = cost.seconds / alone_seconds if alone_seconds else 1.0
+    estimate = replace(
+        estimate,
+        host_peak_bytes=host_bytes(costs, recomputed, treated),
+        step_seconds=plan.estimate.step_seconds * factor,
+        slowdown=plan.estimate.slowdown * factor,
+    )
+    of_tier = ("tier", "folder", "window_bytes", "out_bytes_per_second", "in_bytes_per_second")
+    tier = {name: getattr(mover, name) for name in of_tier}
     tier["uses"] = order_of_use(step, costs.groups, treated) if mover.tier else ()
     choices = choices_of(costs, recomputed, treated, options=by_name(costs, exact=plan.exact))
     kept = tuple(choice for choice in plan.kept if choice.group in free and choice.group not in treated)
     return replace(plan, choices=choices, kept=kept, estimate=estimate, **tier)
+
+
+def _that_fit(costs: StepCost, treated: Mapping[str, Treatment]) -> dict[str, Treatment]:
+    """Leave out what the tier has no room for after what stands before it."""
+    room = costs.profile.link.capacity_bytes if costs.profile.link else 0
+    kept = {}
+    for name, treatment in treated.items():
+        num_bytes = moved_bytes(costs.profile, costs.groups[name], treatment) if treatment.is_moved else 0
+        if num_bytes <= room:
+            kept[name] = treatment
+            room -= num_bytes
+    return kept
 
 
 def rescale(made: Plan, measured_seconds: float, predicted_seconds: float) -> Plan:

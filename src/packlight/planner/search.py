@@ -3,8 +3,9 @@
 `program.py` chooses under the events that it knows of, `cost.py` says what the choice really peaks at. Between them
 goes the search: an event at which the choice takes too much becomes a constraint, until the choice fits.
 
-    nothing is changed -> price -> fits? done, but for moves that compute waits for: they are spread over equal blocks,
-                            ^        |   and the program is told how slow copies were, as long as that makes it faster
+    nothing is changed -> price -> fits? 1 done, unless compute waits for what moves
+                            ^        |   2 then spread the moves over equal blocks (`spread.py`), tell the program how
+                            |        |     slow copies were, and search again; the best of a few tries is taken
                             |        | no: the highest peaks become rows
                             +-- solve +
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.held import Treatment
-from packlight.planner.program import Option, Program
+from packlight.planner.program import Option, Program, rated
 from packlight.planner.spread import Spread
 from packlight.step import OptimizerCost
 
@@ -27,9 +28,9 @@ LIMIT_SECONDS = 2.0
 MAX_SECONDS = 4.0
 """Of all solves of a search; each takes half of what is left at most."""
 MAX_TRIES = 5
-"""So many plans with moves are made for a budget, each told of the last one's waiting."""
+"""So many plans with moves are made for a budget at most, each told of the last one's waiting."""
 LITTLE_WAITING = 0.005
-"""This share of a step's time may be waited for the tier without another try."""
+"""Below this share of a step's time, waiting is not worth another try."""
 LEAST_SECONDS = 0.2
 """Of a solve when nothing is left: the plan is a little slower then, but still one that fits."""
 
@@ -91,9 +92,9 @@ class Search:
             if found is None:
                 break
             found = self._without_waiting(found, allowed_bytes)
-            best = found if best is None else min(best, found, key=lambda each: each.cost.seconds)
+            best = found if best is None else min(best, found, key=self.rated)
             moving = self._costs.moving(found.recomputed, found.treated)
-            if moving.waiting_seconds <= LITTLE_WAITING * self._costs.profile.seconds:
+            if clock.is_spent or moving.waiting_seconds <= LITTLE_WAITING * self._costs.profile.seconds:
                 break
             program.slow_down(*moving.slowness(self._costs.profile))
         return best
@@ -122,6 +123,17 @@ class Search:
         spread = [self._priced(recomputed, treated, chosen.optimizer) for recomputed, treated in deals]
         fitting = [each for each in spread if each.cost.peak_bytes <= allowed_bytes]
         return min(chosen, *fitting, key=lambda each: each.cost.seconds) if fitting else chosen
+
+    def rated(self, chosen: Chosen) -> float:
+        """Return a plan's slowdown, with a share for what is lossy or needs a tier: these have to spare time."""
+        number = 0 if chosen.optimizer is None else self._optimizers.index(chosen.optimizer)
+        number += any(treatment.is_lossy for treatment in chosen.treated.values())
+        number += any(treatment.is_moved for treatment in chosen.treated.values())
+        return rated(chosen.cost.seconds / self._plain_seconds if self._plain_seconds else 1.0, number)
+
+    @functools.cached_property
+    def _plain_seconds(self) -> float:
+        return self._costs.price((), self._format(0)).seconds
 
     def least(self, state_format: int = 0) -> Chosen:
         """Find the plan with the lowest peak for one of the state formats: states add the same to every plan."""
@@ -183,6 +195,11 @@ class _Clock:
 
     def __init__(self) -> None:
         self._left_seconds, self._started = MAX_SECONDS, 0.0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing is left; a search that has no plan yet goes on all the same."""
+        return self._left_seconds <= 0
 
     def __enter__(self) -> float:
         self._started = time.perf_counter()

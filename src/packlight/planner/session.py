@@ -24,8 +24,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.activations.offload import OffloadError
-from packlight.budget import Budget
-from packlight.planner.apply import Carried, adopt_formats, carry_out, saving_now
+from packlight.planner.carry import Carried, adopt_formats, carry_out
 from packlight.planner.listen import Ears, Listener, LossLog, ModuleHook
 from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements, parameters_of, unwrapped
 from packlight.planner.making import Maker
@@ -98,7 +97,8 @@ class Session(Listener):
         """Return what was measured, None where nothing was trained."""
         if self._watch is None or not self.trained:
             return None
-        return self._watch.measurement(self._losses.values())
+        measured = self._watch.measurement(self._losses.values())
+        return measured if self._blocks is None else self._blocks.complete(measured)
 
     def optimizer_made(self, optimizer: Optimizer) -> None:
         """Remember an optimiser: its parameters will tell the model."""
@@ -234,8 +234,7 @@ class Session(Listener):
             self._maker.held = plan
 
     def _carry_out_given(self, plan: Plan) -> None:
-        if plan.estimate.device_peak_bytes > Budget.of(self.settings.budget or plan.budget_bytes).device_bytes:
-            raise SessionStop("the plan expects a peak above the budget; plan again", exit_status=3)
+        self.settings.check(plan)
         try:
             self._carry_out(plan)
         except (ValueError, OffloadError) as error:
@@ -308,7 +307,7 @@ class Session(Listener):
                 num_planned = max(map(num_elements, self._shapes))
                 self._mend.begin(plan, as_planned(step, plan), num_elements=num_planned, is_final=is_final)
         if self._watch.model is self._model:  # torch has the forward that it is going to call already
-            self._in_call.enter_context(saving_now(self._blocks, call))
+            self._in_call.enter_context(self._blocks.saving(call))
         self._watch.measure_again()
 
     def _put_blocks_back(self) -> None:
@@ -316,7 +315,6 @@ class Session(Listener):
             self._mend.step_aside()
         if self._blocks is not None:
             self._blocks.remove()
-            self._blocks = None
 
     def _carry_out(self, plan: Plan) -> None:
         assert self._model is not None

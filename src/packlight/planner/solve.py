@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.cost import Cost, StepCost
+from packlight.planner.moving import ONE_AT_A_TIME
 from packlight.planner.options import encodings, moves
 from packlight.planner.outcome import plan_of
-from packlight.planner.program import LOSS_SHARE
 from packlight.planner.search import Chosen, Search
 from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile
@@ -29,8 +29,8 @@ LOADED_BATCHES = 2
 EXACT_FORMATS = ("fp32", "as is")
 
 WINDOW_GROUPS = (3, 6)
-"""A tier's window is as large as so many of the largest groups: attention alone saves four at once, which are used at
-once, and what the window cannot take compute waits for."""
+"""A tier's window is as large as so many of a block's largest groups: attention saves four groups at once and reads
+them back at once, and through a smaller window compute waits for them."""
 
 
 class Solver:
@@ -44,8 +44,7 @@ class Solver:
     def __init__(self, step: Profile, *, exact: bool = False) -> None:
         self.step, self.exact = step, exact
         self._costs = StepCost(step)
-        allowed = [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS]
-        self._optimizers: Sequence[OptimizerCost] = allowed or step.optimizers[:1]
+        self._optimizers: Sequence[OptimizerCost] = allowed_formats(step, exact=exact) or step.optimizers[:1]
 
     def fastest(self, budget: Budget) -> Plan | int:
         """Choose for a budget.
@@ -58,22 +57,10 @@ class Solver:
         """
         limit_bytes = _limit_bytes(self.step, budget)
         found = [chosen for each in self._searches if (chosen := each.fastest(limit_bytes)) is not None]
-        chosen = self._best(found) if found else self._least_that_fits(limit_bytes)
+        chosen = min(found, key=self._searches[0].rated) if found else self._least_that_fits(limit_bytes)
         if chosen is None:
             return self.smallest_bytes
         return self._plan(chosen, budget, smallest_bytes=self.smallest_bytes)
-
-    def _best(self, found: Sequence[Chosen]) -> Chosen:
-        """Return the fastest; what is lossy, or needs a tier, has to be so by a share of a step's time."""
-
-        def rated_seconds(chosen: Chosen) -> float:
-            loss_seconds = LOSS_SHARE * self._plain.seconds
-            number = 0 if chosen.optimizer is None else self._optimizers.index(chosen.optimizer)
-            number += any(treatment.is_lossy for treatment in chosen.treated.values())
-            number += any(treatment.is_moved for treatment in chosen.treated.values())
-            return max(chosen.cost.seconds, self._plain.seconds) + number * loss_seconds
-
-        return min(found, key=rated_seconds)
 
     def _least_that_fits(self, limit_bytes: int) -> Chosen | None:
         """Return a plan where the integer program found none in time."""
@@ -117,10 +104,15 @@ class Solver:
         encoded, moved = encodings(costs, exact=exact), moves(costs, exact=exact)
         searches = [Search(costs, encoded, self._optimizers)]
         if moved:
-            largest_bytes = max(map(costs.group_bytes, costs.groups))
-            windows = (1, *(number * largest_bytes for number in WINDOW_GROUPS))  # 1: one group at a time
+            windows = (ONE_AT_A_TIME, *(number * self._block_group_bytes() for number in WINDOW_GROUPS))
             searches += [Search(costs.through(most), encoded | moved, self._optimizers) for most in windows]
         return searches
+
+    def _block_group_bytes(self) -> int:
+        """Return the size of the largest group that a block saves; a loss's logits may be far larger, once."""
+        costs, saves = self._costs, self.step.saves
+        in_blocks = [name for name, group in costs.groups.items() if costs.block_of(saves[group.saves[0]]) is not None]
+        return max(map(costs.group_bytes, in_blocks or costs.groups))
 
     @property
     def _tightest(self) -> list[Search]:
@@ -129,6 +121,11 @@ class Solver:
 
     def _plan(self, chosen: Chosen, budget: Budget, *, smallest_bytes: int) -> Plan:
         return plan_of(self._costs, chosen, self._plain, budget, exact=self.exact, smallest_bytes=smallest_bytes)
+
+
+def allowed_formats(step: Profile, *, exact: bool) -> Sequence[OptimizerCost]:
+    """Return the state formats that may be chosen among, the least lossy first."""
+    return [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS]
 
 
 def solve(step: Profile, budget: Budget, *, exact: bool = False) -> Plan:

@@ -65,8 +65,10 @@ class Spread:
         """Return what equal blocks have in common."""
         costs = self._costs
         groups = [costs.groups[name] for name in self._groups[block]]
-        held = tuple((costs.group_bytes(at.name), len(at.saves), at.exact, at.can_encode) for at in groups)
-        return held, sum(region.block == block for region in costs.profile.regions)
+        saves = [tuple(costs.profile.saves[index] for index in at.saves) for at in groups]
+        held = [(costs.group_bytes(at.name), at.exact, at.can_encode) for at in groups]
+        kept = [tuple((save.num_elements, save.encoding) for save in each) for each in saves]
+        return tuple(held), tuple(kept), sum(region.block == block for region in costs.profile.regions)
 
     def _moved_bytes(self, block: str, treated: Mapping[str, Treatment]) -> int:
         moved = [(name, treated[name]) for name in self._groups[block] if name in treated and treated[name].is_moved]

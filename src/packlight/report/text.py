@@ -68,8 +68,22 @@ def summary(run: Run) -> str:
     return (
         f"packlight: peak {format_bytes(measured.device_peak_bytes)}{expected} in {followed}, "
         f"resident peak {format_bytes(measured.resident_peak_bytes)}, {_seconds(measured.step_seconds)} a step"
-        f"{expected_step}{warning}"
+        f"{expected_step}{_moved(run)}{warning}"
     )
+
+
+def _moved(run: Run) -> str:
+    """Say how fast a tier was beside what the plan took it to be; nothing where none was used."""
+    plan, measured = run.plan, run.measurement
+    if plan is None or not measured.tier_peak_bytes:
+        return ""
+    was = _rates(measured.out_bytes_per_second, measured.in_bytes_per_second)
+    taken = _rates(plan.out_bytes_per_second, plan.in_bytes_per_second)
+    return f"; {format_bytes(measured.tier_peak_bytes)} moved to the {plan.tier} at {was} (planned with {taken})"
+
+
+def _rates(out: float, back: float) -> str:
+    return f"{format_bytes(int(out))}/s and back at {format_bytes(int(back))}/s"
 
 
 def comparison(runs: dict[str, Run], losses: dict[str, float]) -> RenderableType:
@@ -199,6 +213,8 @@ def _run_facts(run: Run) -> RenderableType:
     if measured.reserved_peak_bytes is not None:
         table.add_row("reserved peak", format_bytes(measured.reserved_peak_bytes))
     table.add_row("optimiser states", format_bytes(measured.state_bytes))
+    if moved := _moved(run).removeprefix("; "):
+        table.add_row("tier", moved)
     ends = [values for values in (measured.losses.get("first"), measured.losses.get("last")) if values]
     if ends:
         table.add_row("loss", f"{ends[0][0]:.6g} at first, {ends[-1][-1]:.6g} at last")

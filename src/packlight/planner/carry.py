@@ -1,0 +1,136 @@
+"""Carries out what a plan says of a model's blocks and sites, and of its optimiser's states, undone by handles."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from packlight.activations.engine import Engine
+from packlight.activations.offload import make_tier
+from packlight.activations.recompute import Recomputation, recompute
+from packlight.activations.sites import module_of
+from packlight.activations.tier import OffloadError, Tier, Traffic
+from packlight.optim.adopt import adopt
+from packlight.optim.early import update_early
+from packlight.planner.loop import Call
+from packlight.planner.plan import device_of
+from packlight.planner.solve import EXACT_FORMATS
+from packlight.planner.updates import parameter_names
+from packlight.records import Measurement, Plan
+
+
+class Carried:
+    """A plan's choices for blocks and sites, in force on a model until `remove`.
+
+    Args:
+        plan: the plan.
+        handle: what undoes them.
+        tier: where groups move to; None where none do.
+    """
+
+    def __init__(self, plan: Plan, handle: Recomputation | Engine, tier: Tier | None = None) -> None:
+        self._plan, self._handle, self._tier = plan, handle, tier
+        self._traffic: Traffic | None = None
+
+    def saving(self, call: Call) -> AbstractContextManager[Any]:
+        """Return a context for a forward that has begun already, in which what was carried out meanwhile counts."""
+        return self._handle.saving(call.args, call.kwargs) if isinstance(self._handle, Engine) else nullcontext()
+
+    def remove(self) -> None:
+        """Undo the choices; again it does nothing."""
+        self._look_at_traffic()
+        self._tier = None
+        self._handle.remove()
+
+    def complete(self, measured: Measurement) -> Measurement:
+        """Return a measurement with what has moved; what was measured on the device stays."""
+        self._look_at_traffic()
+        if self._traffic is None:
+            return measured
+        traffic, plan = self._traffic, self._plan
+        in_host_bytes = traffic.most_stored_bytes if plan.tier == "host" else traffic.pinned_bytes
+        return replace(
+            measured,
+            host_peak_bytes=0 if plan.device == "cpu" else in_host_bytes,  # there it is the device's own memory
+            tier_peak_bytes=traffic.most_stored_bytes,
+            out_bytes_per_second=traffic.bytes_out / traffic.seconds_out if traffic.seconds_out else 0.0,
+            in_bytes_per_second=traffic.bytes_in / traffic.seconds_in if traffic.seconds_in else 0.0,
+        )
+
+    def _look_at_traffic(self) -> None:
+        if self._tier is not None:
+            with suppress(OffloadError):  # in a forked process, which has moved nothing
+                self._traffic = self._tier.traffic()
+
+
+def carry_out(plan: Plan, model: nn.Module) -> Carried:
+    """Carry out a plan's choices for what a model saves.
+
+    Args:
+        plan: the plan.
+        model: the model; changed in place.
+
+    Returns:
+        A handle whose `remove()` undoes it.
+
+    Raises:
+        ValueError: the plan names blocks or sites that the model does not have.
+    """
+    sites = plan.site_choices()
+    if not sites:  # nothing needs the engine's hooks
+        return Carried(plan, recompute(model, sorted(plan.recomputed())))
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    missing = [site for site in sites if module_of(site) not in modules]
+    if missing:
+        raise ValueError(
+            f"the plan has a choice for what {missing[0]!r} saves, and the model has no such module; "
+            "was it made for another model?"
+        )
+    choices = dict.fromkeys(plan.recomputed(), "recompute") | sites
+    if not plan.tier:
+        return Carried(plan, Engine(model, choices))
+    device = device_of(model)
+    tier = make_tier(
+        plan.tier,
+        device=device,
+        folder=plan.folder or None,
+        max_in_flight_bytes=plan.window_bytes,
+        late="steady" if plan.tier == "disk" else "wait",
+    )
+    try:
+        return Carried(plan, Engine(model, choices, tier=tier, drains=True, uses=plan.uses), tier)
+    except BaseException:
+        tier.close()
+        raise
+
+
+def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Let an optimiser keep its states, and use gradients, as a plan says.
+
+    Returns:
+        What undoes it.
+
+    Raises:
+        ValueError: the plan names a parameter that is not here, or wants a format for a state that this optimiser
+            cannot keep in it.
+    """
+    names = parameter_names(model, optimizer)
+    here = {*names.values(), *dict(model.named_parameters())}
+    missing = [name for name in plan.state_formats if name not in here and not name.startswith("parameter ")]
+    if missing:
+        raise ValueError(
+            f"the plan has a state for {missing[0]!r}, and the model has no such parameter; "
+            "was it made for another model?"
+        )
+    formats = {parameter: plan.state_formats.get(name, "as is") for parameter, name in names.items()}
+    changed = {parameter: chosen for parameter, chosen in formats.items() if chosen not in EXACT_FORMATS}
+    with ExitStack() as undo:
+        adoption = adopt(optimizer, changed) if changed else None
+        if adoption is not None:
+            undo.callback(adoption.remove)
+        if plan.releases_gradients:
+            undo.callback(update_early(optimizer, adoption).remove)
+        return undo.pop_all().close
