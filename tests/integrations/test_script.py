@@ -128,6 +128,9 @@ def test_a_plan_that_is_made_in_the_midst_of_a_forward_counts_for_that_forward(
     run, _, told = packlight_run(["--budget", str(peak_bytes * 6 // 10)], "variable_length", tmp_path)
     assert_fits_as_predicted(run)
     assert run.plan is not None and run.plan.site_choices() and "for a larger batch" in told
+    measured_bytes = run.measurement.plan_peak_bytes  # of the larger batch's own step, whose plan is the last
+    assert measured_bytes is not None
+    assert measured_bytes == pytest.approx(run.plan.estimate.device_peak_bytes, rel=0.02)
 
 
 def test_at_half_of_its_peak_the_gpt_fits_and_prints_the_same_bits(plain_folder: Path, tmp_path: Path) -> None:

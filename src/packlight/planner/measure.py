@@ -264,7 +264,9 @@ class StepWatch:
         self._measuring = True
 
     def measure_again(self) -> None:
-        """Follow the next step too, storage by storage."""
+        """Follow the next step too, storage by storage; one that has stepped ends here, not with the next forward."""
+        if self._stepped_at is not None:
+            self._end_step()
         if not self._measuring and self._began:
             self.line = Timeline(self.line.device_type)
             self.tail = TailWatch(self.line)
