@@ -120,8 +120,8 @@ def fastest_split(
         if made.estimate.slowdown <= 1:
             break
     if not found:
-        error = least_of(errors)
-        raise error
+        least = least_of(errors)
+        raise least
     smallest = [made.smallest_budget_bytes for _, _, made in found] + [at.smallest_bytes for at in errors]
     _, step, made = min(found, key=lambda each: each[0])
     least_bytes = min(each for each in smallest if each is not None)

@@ -90,8 +90,8 @@ def solve_releasing(step: Profile, budget: Budget, *, exact: bool = False) -> Pl
             found.append(made if variant is step else as_released(made, step))
     smallest = [made.smallest_budget_bytes for made in found] + [error.smallest_bytes or 0 for error in errors]
     if not found:
-        error = least_of(errors)
-        raise error
+        least = least_of(errors)
+        raise least
     best = min(found, key=functools.partial(_rated, step=step))
     return replace(best, smallest_budget_bytes=min(smallest))
 
