@@ -156,7 +156,7 @@ def test_below_what_recomputation_reaches_a_disk_takes_the_rest_and_the_bits_are
     measured = run.measurement
     assert moved_bytes <= measured.tier_peak_bytes <= 1.1 * moved_bytes  # blocks of the disk are rounded up
     assert min(measured.out_bytes_per_second, measured.in_bytes_per_second, run.plan.out_bytes_per_second) > 0
-    assert "moved to the disk at" in summary(run)
+    assert "on the disk, moved there at" in summary(run)
 
 
 def test_below_what_recomputation_reaches_states_take_four_bits(plain_folder: Path, tmp_path: Path) -> None:

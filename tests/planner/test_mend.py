@@ -422,9 +422,27 @@ def test_a_mended_plan_splits_the_batch_as_before_and_is_compared_with_the_same_
     before = plan(model, batch(), optimizer, budget="1GiB", loss=mean_of_squares)
     estimate = replace(before.estimate, step_seconds=2.0, slowdown=1.5, plain_peak_bytes=123)
     split = replace(before, num_microbatches=4, estimate=estimate)
-    made = like(replace(before, estimate=replace(estimate, step_seconds=4.0, slowdown=9.0)), split)
-    assert made.num_microbatches == 4
-    assert made.estimate.slowdown == 3.0 and made.estimate.plain_peak_bytes == 123
+    other = replace(before, estimate=replace(estimate, step_seconds=4.0, slowdown=9.0, plain_peak_bytes=456))
+    low_bit = replace(before, state_formats={"weight": "8bit"}, estimate=estimate)
+    for plan_before in (split, low_bit):
+        made = like(other, plan_before)
+        assert made.num_microbatches == plan_before.num_microbatches
+        assert made.estimate.slowdown == 3.0 and made.estimate.plain_peak_bytes == 123
+    assert like(other, replace(split, num_microbatches=1)).estimate == other.estimate
+
+
+def test_an_optimiser_that_is_made_within_a_step_does_not_end_it() -> None:
+    with Session(Settings(budget=None)) as session:
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+        first, second = torch.optim.AdamW(model[0].parameters()), None
+        for _ in range(5):
+            mean_of_squares(model(batch())).backward()
+            first.step()
+            second = second or torch.optim.AdamW(model[1].parameters())
+            second.step()
+            model.zero_grad()
+        measured = session.measurement()
+    assert measured is not None and measured.num_steps == 5
 
 
 def test_a_plan_through_a_narrower_window_is_another_plan() -> None:

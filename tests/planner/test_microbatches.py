@@ -136,10 +136,10 @@ def test_a_batch_of_two_lengths_as_frequent_is_not_split() -> None:
 
 
 class Choosy(Wide):
-    """Refuses few rows, as a batch norm refuses a single one."""
+    """Refuses one number of rows, as a batch norm refuses a single one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) < 200:
+        if len(x) == 512:
             raise ValueError("too few rows")
         return super().forward(x)
 
@@ -149,9 +149,9 @@ def test_a_number_that_cannot_be_traced_is_left_out_with_a_note() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     whole, parts = (smallest_bytes(model, batch, optimizer, max_microbatches=most) for most in (1, 4))
     assert parts < whole
-    made = plan(model, batch, optimizer, budget=(parts + whole) // 2, loss=loss, max_microbatches=8)
-    assert made.num_microbatches in (2, 4)
-    assert any(note.startswith("not in 8 microbatches: ") for note in made.notes)
+    made = plan(model, batch, optimizer, budget=parts, loss=loss, max_microbatches=4)
+    assert made.num_microbatches == 4
+    assert any(note.startswith("not in 2 microbatches: ") for note in made.notes)
 
 
 def test_the_smallest_budget_is_that_of_all_numbers_tried() -> None:

@@ -115,12 +115,14 @@ def test_a_tier_s_rates_stand_beside_those_that_were_planned_with() -> None:
         MEASUREMENT, tier_peak_bytes=6 * MIB, out_bytes_per_second=25.0 * MIB, in_bytes_per_second=50.0 * MIB
     )
     said = (
-        "6.00 MiB moved to the disk at 25.00 MiB/s and back at 50.00 MiB/s "
+        "up to 6.00 MiB on the disk, moved there at 25.00 MiB/s and back at 50.00 MiB/s "
         "(planned with 500.00 MiB/s and back at 1.00 GiB/s)"
     )
     run = dataclasses.replace(RUN, plan=plan, measurement=measured)
     assert f"; {said}" in summary(run) and cells(shown(run, width=200), "tier") == [said]
     assert "moved" not in summary(RUN)
+    old = dataclasses.replace(plan, out_bytes_per_second=0.0, in_bytes_per_second=0.0)  # of a file without rates
+    assert "planned with" not in summary(dataclasses.replace(run, plan=old))
 
 
 @pytest.mark.parametrize("record", [PLAN, RUN], ids=["plan", "run"])

@@ -75,8 +75,7 @@ class StepWatch:
             return
         if not self.optimizers and self.num_microbatches:
             self._stepped_at = self._clock()  # without an optimiser a step is a forward and what follows it
-        if self._stepped_at is not None:
-            self._end_step()
+        self.end_step()
         if self._started is None:
             self._open_step()
         if self._measuring:
@@ -122,6 +121,11 @@ class StepWatch:
     def plan_begins(self) -> None:
         """Measure the peak apart from the next step on: it runs under another plan."""
         self._plan = _PlanPeak()
+
+    def end_step(self) -> None:
+        """Close a step that has stepped, which the next forward would do else."""
+        if self._stepped_at is not None:
+            self._end_step()
 
     def step_is_open(self) -> bool:
         """Tell whether a step has begun and its optimiser has not stepped."""
@@ -173,8 +177,7 @@ class StepWatch:
 
     def measurement(self, losses: dict[str, tuple[float, ...]] | None = None) -> Measurement:
         """Return what has been measured so far; closed steps and the one that has just stepped."""
-        if self._stepped_at is not None:
-            self._end_step()
+        self.end_step()
         peak_bytes, moment, by_category = self._peak_now()
         cuda = self.line.device_type == "cuda" and self._began
         timed = [seconds for seconds, followed in self._seconds if not followed] or [at for at, _ in self._seconds]
@@ -224,8 +227,7 @@ class StepWatch:
 
     def close(self) -> None:
         """Stop watching and take every hook off."""
-        if self._stepped_at is not None:
-            self._end_step()
+        self.end_step()
         self._stop_measuring()
         while self._hooks:
             self._hooks.pop().remove()
@@ -264,9 +266,7 @@ class StepWatch:
         self._measuring = True
 
     def measure_again(self) -> None:
-        """Follow the next step too, storage by storage; one that has stepped ends here, not with the next forward."""
-        if self._stepped_at is not None:
-            self._end_step()
+        """Follow the next step too, storage by storage."""
         if not self._measuring and self._began:
             self.line = Timeline(self.line.device_type)
             self.tail = TailWatch(self.line)

@@ -15,7 +15,7 @@ from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.measure import StepWatch
 from packlight.planner.retry import Failure, Retry, Tightener
 from packlight.planner.revise import rescale
-from packlight.planner.solve import least_plan, solve
+from packlight.planner.solve import EXACT_FORMATS, least_plan, solve
 from packlight.records import Plan
 from packlight.step import Profile
 
@@ -163,6 +163,7 @@ class Mend(Tightener):
         if self.plan is not None and plan is not self.plan:
             plan = like(rescale(plan, *self.pace), self.plan)
         self._change(plan)
+        self._watch.end_step()
         self._watch.measure_again()
         self.begin(plan, self._step, num_elements=self._num_elements, is_final=is_final)
 
@@ -173,7 +174,8 @@ def like(made: Plan, before: Plan) -> Plan:
     slowdown = made.estimate.step_seconds * old.slowdown / old.step_seconds if old.step_seconds else 1.0
     estimate = replace(made.estimate, slowdown=slowdown, plain_peak_bytes=old.plain_peak_bytes)
     kept = {"releases_gradients": before.releases_gradients, "num_microbatches": before.num_microbatches}
-    is_other = before.releases_gradients or before.num_microbatches > 1  # then it is compared with another step
+    is_lossy = any(each not in EXACT_FORMATS for each in before.state_formats.values())  # the optimiser as it was
+    is_other = is_lossy or before.releases_gradients or before.num_microbatches > 1
     return replace(made, **kept, estimate=estimate if is_other else made.estimate)  # type: ignore[arg-type]
 
 

@@ -35,12 +35,6 @@ PEAK_GAP = 0.001
 LOSS_SHARE = 0.005
 """What is lossy (codes, and each state format over the one before) has to spare this share of a step's time."""
 
-
-def rated(slowdown: float, number: float) -> float:
-    """Return a slowdown by which plans are compared: each of a number of things has to spare a share of the time."""
-    return max(1.0, slowdown) + LOSS_SHARE * number
-
-
 PEAK_UNIT = 2.0**20
 """The variable for the peak counts in these bytes."""
 TIE = 1e-6
@@ -48,6 +42,11 @@ TIE = 1e-6
 
 Option = tuple[str, Treatment]
 """A group, by name, and what may be done with it."""
+
+
+def rated(slowdown: float, number: float) -> float:
+    """Return a slowdown by which plans are compared: each of a number of things has to spare a share of the time."""
+    return max(1.0, slowdown) + LOSS_SHARE * number
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,11 @@ class Program:
         self._slowness = (1.0, 1.0)
 
     def slow_down(self, out: float, back: float) -> None:
-        """Count copies so many times slower than the link, because `moving.py` found its queues idle at times."""
+        """Count copies so many times slower than the link, because `moving.py` found its queues idle at times.
+
+        What was counted more for the choice before is forgotten.
+        """
+        self._missing_bytes.clear()
         self._slowness = out, back
 
     def solve(
@@ -187,7 +190,7 @@ class Program:
             slower_seconds = max(0.0, optimizer.seconds - self._optimizers[0].seconds)
             objective[column] = slower_seconds + number * loss_seconds
 
-    def _add_states(self, rows: "Rows", at: "_Columns", allowed_bytes: int) -> None:
+    def _add_states(self, rows: Rows, at: "_Columns", allowed_bytes: int) -> None:
         """Choose one state format, and hold peak and states together against what is allowed."""
         states = dict(zip(at.formats, (each.state_bytes for each in self._optimizers), strict=True))
         rows.add({at.peak: PEAK_UNIT, **states}, float(allowed_bytes))
@@ -203,7 +206,7 @@ class Program:
             if treatment.is_moved
         }
 
-    def _add_moves(self, rows: "Rows", at: "_Columns") -> None:
+    def _add_moves(self, rows: Rows, at: "_Columns") -> None:
         """Bound what lies on the tier, and the seconds that compute waits in forward and in backward."""
         profile = self._costs.profile
         if not self._moved or profile.link is None:

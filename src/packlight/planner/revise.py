@@ -72,7 +72,8 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     factor = cost.seconds / alone_seconds if alone_seconds else 1.0
     estimate = replace(
         estimate,
-        host_peak_bytes=host_bytes(costs, recomputed, treated),
+        host_peak_bytes=max(before.estimate.host_peak_bytes, host_bytes(costs, recomputed, treated)),
+        plain_peak_bytes=plan.estimate.plain_peak_bytes,
         step_seconds=plan.estimate.step_seconds * factor,
         slowdown=plan.estimate.slowdown * factor,
     )
@@ -81,7 +82,9 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     tier["uses"] = order_of_use(step, costs.groups, treated) if mover.tier else ()
     choices = choices_of(costs, recomputed, treated, options=by_name(costs, exact=plan.exact))
     kept = tuple(choice for choice in plan.kept if choice.group in free and choice.group not in treated)
-    return replace(plan, choices=choices, kept=kept, estimate=estimate, **tier)
+    num_left = len(free.intersection(both)) - len(treated)
+    notes = (*plan.notes, *[f"the tier has no room for {num_left} groups of earlier batches"] * (num_left > 0))
+    return replace(plan, choices=choices, kept=kept, estimate=estimate, notes=notes, **tier)
 
 
 def _that_fit(costs: StepCost, treated: Mapping[str, Treatment]) -> dict[str, Treatment]:

@@ -88,7 +88,7 @@ class Search:
         self._learn(program, chosen, above_bytes=allowed_bytes)
         best, clock, too_large = None, _Clock(), set[int]()
         for _ in range(MAX_TRIES):
-            found = self._fitting(program, allowed_bytes, clock, too_large)
+            found = self._fitting(program, allowed_bytes, clock, too_large, is_first=best is None)
             if found is None:
                 break
             found = self._without_waiting(found, allowed_bytes)
@@ -99,9 +99,13 @@ class Search:
             program.slow_down(*moving.slowness(self._costs.profile))
         return best
 
-    def _fitting(self, program: Program, allowed_bytes: int, clock: "_Clock", too_large: set[int]) -> Chosen | None:
-        """Solve until the choice fits; add state formats that never will to `too_large`."""
+    def _fitting(
+        self, program: Program, allowed_bytes: int, clock: "_Clock", too_large: set[int], *, is_first: bool
+    ) -> Chosen | None:
+        """Solve until the choice fits, or no time is left for another than the first; note formats that never fit."""
         for _ in range(MAX_ROUNDS):
+            if clock.is_spent and not is_first:
+                return None
             with clock as limit_seconds:
                 found = program.solve(allowed_bytes=allowed_bytes, limit_seconds=limit_seconds, without=too_large)
             if found is None:

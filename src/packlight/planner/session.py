@@ -308,6 +308,7 @@ class Session(Listener):
                 self._mend.begin(plan, as_planned(step, plan), num_elements=num_planned, is_final=is_final)
         if self._watch.model is self._model:  # torch has the forward that it is going to call already
             self._in_call.enter_context(self._blocks.saving(call))
+        self._watch.end_step()
         self._watch.measure_again()
 
     def _put_blocks_back(self) -> None:

@@ -79,11 +79,12 @@ def _moved(run: Run) -> str:
         return ""
     was = _rates(measured.out_bytes_per_second, measured.in_bytes_per_second)
     taken = _rates(plan.out_bytes_per_second, plan.in_bytes_per_second)
-    return f"; {format_bytes(measured.tier_peak_bytes)} moved to the {plan.tier} at {was} (planned with {taken})"
+    planned = f" (planned with {taken})" if plan.out_bytes_per_second else ""
+    return f"; up to {format_bytes(measured.tier_peak_bytes)} on the {plan.tier}, moved there at {was}{planned}"
 
 
 def _rates(out: float, back: float) -> str:
-    return f"{format_bytes(int(out))}/s and back at {format_bytes(int(back))}/s"
+    return f"{format_bytes(out)}/s and back at {format_bytes(back)}/s"
 
 
 def comparison(runs: dict[str, Run], losses: dict[str, float]) -> RenderableType:
