@@ -158,8 +158,8 @@ def test_the_smallest_budget_is_that_of_all_numbers_tried() -> None:
     model, batch = Wide(), batch_of(512)
     optimizer = torch.optim.AdamW(model.parameters())
     least, whole = (smallest_bytes(model, batch, optimizer, max_microbatches=most) for most in (4, 1))
-    made = plan(model, batch, optimizer, budget=(least + whole) // 2, loss=loss, max_microbatches=4)
-    assert made.num_microbatches > 1 and made.smallest_budget_bytes == least
+    made = plan(model, batch, optimizer, budget=least, loss=loss, max_microbatches=4)
+    assert least < whole and made.num_microbatches == 4 and made.smallest_budget_bytes == least
 
 
 @pytest.mark.parametrize("options", [{"exact": True}, {}])
