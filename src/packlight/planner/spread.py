@@ -51,12 +51,13 @@ class Spread:
             for blocks in self._kinds:
                 dealt = blocks[: max(0, len(blocks) - num_fixed)]
                 places = evenly([self._moved_bytes(block, treated) for block in dealt], behind=behind)
-                again -= set(dealt)
+                again.difference_update(dealt)
                 for name in (name for block in dealt for name in self._groups[block]):
                     made.pop(name, None)
-                for block, place in zip(dealt, places, strict=True):
-                    again |= {block} if dealt[place] in recomputed else set()
-                    names = zip(self._groups[block], self._groups[dealt[place]], strict=True)
+                for block, like in zip(dealt, (dealt[place] for place in places), strict=True):
+                    if like in recomputed:
+                        again.add(block)
+                    names = zip(self._groups[block], self._groups[like], strict=True)
                     made |= {name: treated[other] for name, other in names if other in treated}
             free = {group.name for group in self._costs.treatable(again)}
             yield frozenset(again), {name: treatment for name, treatment in made.items() if name in free}
