@@ -95,8 +95,9 @@ def keeps_no_tensors(first_tensor_bytes: int, request: pytest.FixtureRequest) ->
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(private_temporary_folder: None) -> Iterator[None]:
     """Fail a test after which a thread, a variable, a hook, a mode, a process group or a file is left."""
-    variables, others = dict(os.environ), observe()
+    variables, others, excepthook = dict(os.environ), observe(), sys.excepthook
     yield
+    sys.excepthook = excepthook  # torch.distributed puts its own there, with the first process group
     wait_for_threads(others)
     left = sorted(observe() - others) + changed_variables(variables)
     if left:

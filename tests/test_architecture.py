@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "serial": set(),
     "step": set(),
     "numerics": set(),
-    "optim": {"numerics"},
+    "optim": {"numerics", "activations.pages", "activations.extents"},
     "activations": {"numerics"},
     "pipeline": {"activations.offload"},
     "sharding": set(),

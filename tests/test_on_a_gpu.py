@@ -1,5 +1,6 @@
 """What packlight promises holds on a GPU: bits of gradients and updates, bytes of plans."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -18,7 +19,8 @@ from packlight.activations.engine import Engine
 from packlight.activations.offload import make_tier
 from packlight.numerics import FORMATS
 from packlight.numerics.groups import GROUP_FORMATS
-from packlight.optim import AdamW
+from packlight.optim import AdamW, adopt
+from packlight.optim.early import update_early
 from packlight.planner.operators import Operators
 from packlight.planner.plan import plan
 from tests.activations.cases import EXACT, MODELS, NUM_STEPS, assert_equal, bf16, engine, train
@@ -146,6 +148,35 @@ def test_a_step_gives_the_bits_that_it_gives_on_the_cpu(state_format: str, dtype
     for a, b in zip(there.parameters(), here.parameters(), strict=True):
         assert_equal([at.cpu() for at in ours.state[a].values()], list(theirs.state[b].values()))
     assert ours.state_bytes() == theirs.state_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("early", [False, True], ids=["in step", "in backward"])
+@pytest.mark.parametrize("state_format", ["8bit", "4bit"])
+def test_states_on_the_host_give_the_bits_of_states_on_the_gpu_and_leave_no_bytes_there(
+    state_format: str, early: bool, dtype: torch.dtype, repeatable: None
+) -> None:
+    nets, held, losses = [gpt(dtype)], [], []
+    nets.append(copy.deepcopy(nets[0]))
+    for net, name in zip(nets, (state_format, f"{state_format}@host"), strict=True):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, eps=1e-6)
+        large = [param for param in net.parameters() if param.numel() > 4096 and param.dim() > 1]
+        adoption = adopt(optimizer, dict.fromkeys(large, name))
+        with update_early(optimizer, adoption) if early else contextlib.nullcontext():
+            for step in range(4):
+                optimizer.zero_grad()
+                loss = loss_of(net, step)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+        states = [value for param in large for value in optimizer.state[param].values()]
+        held.append({value.device.type for value in states})
+        assert adoption.host_bytes() >= sum(value.nbytes for value in states) * name.endswith("@host")
+        adoption.remove()
+        assert {optimizer.state[param]["exp_avg"].device.type for param in large} == {DEVICE}
+    assert held == [{DEVICE}, {"cpu"}]
+    assert_equal(losses[:4], losses[4:])
+    assert_equal(list(nets[0].parameters()), list(nets[1].parameters()))
 
 
 @pytest.mark.parametrize("state_format", FORMATS)

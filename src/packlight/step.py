@@ -153,6 +153,9 @@ class OptimizerCost:
         formats: the format of each parameter's state, by the parameter's name (small ones stay fp32).
         alone_bytes: most that the step of one parameter alone allocates, whatever its size.
         alone_share: the same for each byte of its gradient.
+        host_bytes: what states in host memory take there, and the copies to and from them.
+        host_seconds: predicted time of the steps that the host's kernels do.
+        out_bytes, in_bytes: what goes to the host for these (gradients, parameters), and comes back.
     """
 
     state_format: str
@@ -162,6 +165,10 @@ class OptimizerCost:
     formats: Mapping[str, str]
     alone_bytes: int = 0
     alone_share: float = 0.0
+    host_bytes: int = 0
+    host_seconds: float = 0.0
+    out_bytes: int = 0
+    in_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -217,3 +224,20 @@ class Profile(JsonRecord):
     def staging_bytes(self) -> int:
         """What copies to the tier need for themselves on the device; those of a GPU are in host memory."""
         return self.link.staging_bytes if self.link is not None and self.device == "cpu" else 0
+
+    def update_seconds(self, optimizer: OptimizerCost) -> float:
+        """Return the predicted time of an optimiser's step: copies to the host go on beside the host's kernels."""
+        return optimizer.seconds + max(optimizer.host_seconds, self.copy_seconds(optimizer))
+
+    def copy_seconds(self, optimizer: OptimizerCost) -> float:
+        """Return what the copies of a step take whose states are in host memory."""
+        if self.link is None or not optimizer.host_bytes:
+            return 0.0
+        out, back = self.link.out_bytes_per_second, self.link.in_bytes_per_second
+        return optimizer.out_bytes / out + optimizer.in_bytes / back
+
+    def takes(self, optimizer: OptimizerCost) -> bool:
+        """Tell whether there is room for a state format in host memory, if it wants any."""
+        if not optimizer.host_bytes:
+            return True
+        return self.link is not None and self.link.tier == "host" and optimizer.host_bytes <= self.link.capacity_bytes

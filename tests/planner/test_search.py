@@ -109,7 +109,10 @@ def test_a_search_that_is_told_of_waiting_finds_a_plan_that_waits_less_than_its_
     costs = StepCost(step)
     costs = costs.through(3 * max(map(costs.group_bytes, costs.groups)))
     options = encodings(costs, exact=True) | moves(costs, exact=True)
-    least, plain = Search(costs, options, step.optimizers[:1]).least().cost, costs.price((), step.optimizers[0])
+    least, plain = (
+        Search(costs, options, step.optimizers[:1]).least(step.optimizers[0]).cost,
+        costs.price((), step.optimizers[0]),
+    )
     allowed_bytes = least.peak_bytes + (plain.peak_bytes - least.peak_bytes) // 3
     found = []
     for num_tries in (1, search.MAX_TRIES):

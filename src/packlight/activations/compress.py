@@ -152,7 +152,15 @@ def encoding_of(tensor: Tensor) -> str:
 
 def encoded_bytes(codec: str, num_elements: int) -> int:
     """Return the bytes of encoded elements."""
-    return num_mask_bytes(num_elements) if codec == MASK else GROUP_FORMATS[codec].num_bytes(num_elements)
+    return sum(encoded_parts(codec, num_elements))
+
+
+def encoded_parts(codec: str, num_elements: int) -> tuple[int, ...]:
+    """Return the bytes of each tensor that encoded elements are, in the order in which a tier gets them."""
+    if codec == MASK:
+        return (num_mask_bytes(num_elements),)
+    code_bytes = GROUP_FORMATS[codec].num_code_bytes(num_elements)
+    return code_bytes, GROUP_FORMATS[codec].num_bytes(num_elements) - code_bytes
 
 
 def sign_of_relu(tensor: Tensor, flat: Tensor, *, tier: Tier | None = None) -> Encoded | None:

@@ -13,7 +13,8 @@ looks at any gradient, and skips parameters without one. That is all it takes:
       4 now all gradients are out of sight: what remains of the outer step finds nothing to do or to fail at
       5 post-hook: the gradients are put back (post-hooks that the script registered earlier run before it)
 
-Where parameters are stepped inside backward (`early.py`), that calls `update` for each instead of step 2.
+Where parameters are stepped inside backward (`early.py`), that calls `update` for each instead of step 2. States in
+host memory are stepped there (`hosted.py`).
 
 state_dict() shows managed states as torch's own (fp32 exp_avg, exp_avg_sq, step); loading encodes them again,
 before torch casts them to the parameter's dtype. A deep copy or a pickle of the optimiser has no hooks, so
@@ -23,7 +24,7 @@ Source of the formats: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit St
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -36,10 +37,11 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from packlight.numerics.formats import state_format as format_named
 from packlight.numerics.noise import seed_of
+from packlight.optim.adoptable import group_refusal, raise_if
 from packlight.optim.adopted_state import CompactState, moments_of, own_state, show_portable
+from packlight.optim.hosted import HostStep, placed
 from packlight.optim.state import (
     MOMENTS,
-    PARAMETER_DTYPES,
     State,
     check_dtype,
     from_portable,
@@ -59,15 +61,17 @@ class Adoption:
 
     def __init__(self, optimizer: Adam, state_formats: Mapping[Tensor, str]) -> None:
         self._optimizer = optimizer
-        self._formats = {param: name for param, name in state_formats.items() if name != "fp32"}
+        chosen = {param: placed(name) for param, name in state_formats.items() if name != "fp32"}
+        self._formats = {param: name for param, (name, _) in chosen.items()}
+        self._host = HostStep(param for param, (_, on_host) in chosen.items() if on_host)
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._loaded: dict[Tensor, State] = {}
         self._history: dict[Tensor, int] = {}
         self._num_calls = 0
         self._places: dict[Tensor, int] = {}
-        for param, name in self._formats.items():
+        for param in self._formats:
             if optimizer.state.get(param):
-                self._adopt_state(param, from_portable(moments_of(optimizer.state[param]), state_format=name))
+                self._adopt_state(param, self._encode(param, optimizer.state[param]))
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -87,12 +91,18 @@ class Adoption:
         """
         return sum(self._bytes_of(param) for param in _params(self._optimizer))
 
+    def host_bytes(self) -> int:
+        """Return what states in host memory take there by now, and the copies to and from them."""
+        states = (self._optimizer.state.get(param) for param in self._host.params)
+        return sum(nbytes(state) for state in states if isinstance(state, CompactState)) + self._host.num_bytes
+
     def remove(self) -> None:
         """Give the optimiser back as it was: no hooks, all states in torch's own form.
 
         A second call does nothing.
         """
         self._show_gradients()
+        self._host.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -141,11 +151,9 @@ class Adoption:
         self._num_calls += 1
         self._find_places()
         for group in self._optimizer.param_groups:
-            managed = [(param, param.grad) for param in group["params"] if param in self._formats]
-            found = [(param, grad) for param, grad in managed if grad is not None]
-            check_dense(grad for _, grad in found)
-            entries = [self._entry(param, grad, num_calls=self._num_calls) for param, grad in found]
-            run(entries, group_settings(group), scalars, lr=group["lr"])
+            found = [param for param in group["params"] if param in self._formats and param.grad is not None]
+            check_dense(param.grad for param in found)
+            self._run([self._entry(param, param.grad, num_calls=self._num_calls) for param in found], group, scalars)
 
     def update(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Do the step of one managed parameter now, inside backward; `step` comes after it.
@@ -162,9 +170,13 @@ class Adoption:
         check_dense([param.grad])
         if param not in self._places:
             self._find_places()
-        entry = self._entry(param, param.grad, num_calls=self._num_calls + 1)
-        run([entry], group_settings(group), Scalars(), lr=group["lr"])
+        self._run([self._entry(param, param.grad, num_calls=self._num_calls + 1)], group, Scalars())
         return True
+
+    def _run(self, entries: Sequence[Entry], group: Mapping[str, Any], scalars: Scalars) -> None:
+        on_host = self._host.params
+        run([each for each in entries if each.param not in on_host], group_settings(group), scalars, lr=group["lr"])
+        self._host.run([each for each in entries if each.param in on_host], group, scalars)
 
     def _find_places(self) -> None:
         """Number the parameters: their random bits hang on it."""
@@ -182,13 +194,18 @@ class Adoption:
         state = self._optimizer.state.get(param)
         if isinstance(state, CompactState):
             return state
-        return self._adopt_state(param, init_state(param, self._formats[param]))
+        return self._adopt_state(param, init_state(param, self._formats[param], device=self._place(param)))
+
+    def _place(self, param: Tensor) -> torch.device:
+        return torch.device("cpu") if param in self._host.params else param.device
+
+    def _encode(self, param: Tensor, state: Mapping[str, Any]) -> State:
+        return from_portable(moments_of(state), state_format=self._formats[param], device=self._place(param))
 
     def _adopt_state(self, param: Tensor, state: State) -> CompactState:
-        state["step"] = state["step"].to(step_device(param))
+        state["step"] = state["step"].to(step_device(self._place(param)))
         self._history.pop(param, None)
-        compact = CompactState(state, param.shape, self._formats[param])
-        self._optimizer.state[param] = compact
+        self._optimizer.state[param] = compact = CompactState(state, param, self._formats[param])
         return compact
 
     def _bytes_of(self, param: Tensor) -> int:
@@ -224,17 +241,13 @@ class Adoption:
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Encode managed states before torch casts them, and leave the others to torch."""
         for group in state_dict["param_groups"]:
-            _raise_if(_group_refusal(group))
+            raise_if(group_refusal(group))
         indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         managed = {
             index: param for index, param in zip(indices, _params(optimizer), strict=False) if param in self._formats
         }
         states = state_dict["state"]
-        self._loaded = {
-            param: from_portable(moments_of(states[index]), state_format=self._formats[param], device=param.device)
-            for index, param in managed.items()
-            if states.get(index)
-        }
+        self._loaded = {at: self._encode(at, states[index]) for index, at in managed.items() if states.get(index)}
         return {**state_dict, "state": {key: state for key, state in states.items() if key not in managed}}
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -252,7 +265,8 @@ def adopt(optimizer: Optimizer, state_formats: Mapping[Tensor, str]) -> Adoption
     Args:
         optimizer: exactly a torch.optim.AdamW or torch.optim.Adam; the object, its class and its `step` stay
             what they are.
-        state_formats: from parameter (the tensor object) to a format's name.
+        state_formats: from parameter (the tensor object) to a format's name; with "@host" behind it, the state is in
+            host memory, and the CPU's kernels do the step ("fp32@host" too, so not with torch's own bits).
 
     Returns:
         The handle: `remove()` undoes it, `state_bytes()` counts.
@@ -269,16 +283,17 @@ def adopt(optimizer: Optimizer, state_formats: Mapping[Tensor, str]) -> Adoption
         True
         >>> handle.remove()
     """
-    _raise_if(can_adopt(optimizer))
+    raise_if(can_adopt(optimizer))
     assert isinstance(optimizer, Adam)
     own = set(_params(optimizer))
-    for param, name in state_formats.items():
+    for param, chosen in state_formats.items():
         if param not in own:
             raise ValueError(
                 f"state_formats names a parameter of shape {tuple(param.shape)} that is not the optimiser's; "
                 "wanted only parameters of its param_groups. Call adopt after add_param_group."
             )
-        if format_named(name).name != "fp32":
+        name, on_host = placed(chosen)
+        if format_named(name).name != "fp32" or on_host:
             check_dtype(param.dtype)
     handle = Adoption(optimizer, state_formats)
     _adopted.add(optimizer)
@@ -299,30 +314,8 @@ def can_adopt(optimizer: Optimizer) -> str | None:
         return f"it is a {name}, not torch.optim.AdamW or torch.optim.Adam"
     if optimizer in _adopted:
         return "it has been adopted already; remove() that handle first"
-    reasons = (_group_refusal(group) for group in optimizer.param_groups)
+    reasons = (group_refusal(group) for group in optimizer.param_groups)
     return next((reason for reason in reasons if reason is not None), None)
-
-
-def _group_refusal(group: Mapping[str, Any]) -> str | None:
-    for option in ("amsgrad", "capturable", "differentiable"):
-        if group.get(option):
-            return f"a param group has {option}=True, which the compact step does not know"
-    for param in group["params"]:
-        if isinstance(param, Tensor) and param.is_complex():
-            return f"a parameter of shape {tuple(param.shape)} is complex"
-        if isinstance(param, Tensor) and param.layout != torch.strided:
-            return f"a parameter of shape {tuple(param.shape)} is sparse"
-        if isinstance(param, Tensor) and param.dtype not in PARAMETER_DTYPES:
-            return f"a parameter of shape {tuple(param.shape)} is {param.dtype}"
-    return None
-
-
-def _raise_if(reason: str | None) -> None:
-    if reason is not None:
-        raise ValueError(
-            f"the optimiser cannot have compact states: {reason}. "
-            "Use a plain torch.optim.AdamW or Adam, or leave the states in fp32."
-        )
 
 
 def unhooked_step(optimizer: Optimizer) -> None:

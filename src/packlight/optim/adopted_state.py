@@ -20,15 +20,16 @@ class CompactState(dict[str, Tensor]):
     Attributes:
         shape: the parameter's shape.
         state_format: the name of the format that the state has.
+        device: the parameter's; the state may be in host memory.
     """
 
-    def __init__(self, state: State, shape: torch.Size, state_format: str) -> None:
+    def __init__(self, state: State, param: Tensor, state_format: str) -> None:
         super().__init__(state)
-        self.shape, self.state_format = shape, state_format
+        self.shape, self.state_format, self.device = param.shape, state_format, param.device
 
     def portable(self, device: torch.device | str | None = None) -> State:
-        """Return step, exp_avg and exp_avg_sq, the moments in fp32 on `device` (None: where they are)."""
-        return to_portable(self, shape=self.shape, state_format=self.state_format, device=device)
+        """Return step, exp_avg and exp_avg_sq, the moments in fp32 on `device` (None: the parameter's)."""
+        return to_portable(self, shape=self.shape, state_format=self.state_format, device=device or self.device)
 
     def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[State]]:
         """Copy and pickle as a plain dict that torch's own step understands."""

@@ -96,7 +96,7 @@ class Converter:
             compact = from_portable(portable, state_format=state_format, moments=moments, device=param.device)
         step = state.get("step", compact["step"])
         step = step if isinstance(step, Tensor) else step_tensor(step)
-        compact["step"] = step.to(step_device(param), torch.float32, copy=True)
+        compact["step"] = step.to(step_device(param.device), torch.float32, copy=True)
         return _with_error(compact, state.get("param_error"), param, group["bf16_rounding"])
 
 

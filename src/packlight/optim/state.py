@@ -74,7 +74,12 @@ def state_bytes(
 
 
 def init_state(
-    param: Tensor, state_format: str, *, moments: Sequence[str] = MOMENTS, rounding: str = "nearest"
+    param: Tensor,
+    state_format: str,
+    *,
+    moments: Sequence[str] = MOMENTS,
+    rounding: str = "nearest",
+    device: torch.device | None = None,
 ) -> State:
     """Return the compact state of a parameter that has not had a step.
 
@@ -83,22 +88,23 @@ def init_state(
         state_format: a format's name.
         moments: the moments' names.
         rounding: how the parameter is rounded.
+        device: where the state is wanted; None: the parameter's.
 
     Returns:
-        The state: it decodes to zeros; on the parameter's device, but `step` on the CPU for a parameter there
-        and for one on a device without kernels.
+        The state: it decodes to zeros; on the device, but `step` on the CPU for a device without kernels.
 
     Raises:
         ValueError: no such format, or a dtype that the formats do not take.
     """
     check_dtype(param.dtype)
+    device = device or param.device
     formats = moment_formats(state_format, tuple(param.shape))[: len(moments)]
-    state = {"step": torch.zeros((), dtype=torch.float32, device=step_device(param))}
+    state = {"step": torch.zeros((), dtype=torch.float32, device=step_device(device))}
     for name, moment_format in zip(moments, formats, strict=True):
-        state |= _named(name, zero_moment(param.shape, moment_format, device=param.device))
+        state |= _named(name, zero_moment(param.shape, moment_format, device=device))
     error = error_dtype(param.dtype, rounding)
     if error is not None:
-        state["param_error"] = torch.zeros(param.numel(), dtype=error, device=param.device)
+        state["param_error"] = torch.zeros(param.numel(), dtype=error, device=device)
     return state
 
 
@@ -199,9 +205,9 @@ def step_tensor(step: Any) -> Tensor:
     return torch.tensor(float(step), dtype=torch.float32, device="cpu")  # also under torch.set_default_device
 
 
-def step_device(param: Tensor) -> torch.device:
-    """Return where a parameter's `step` is kept: with a CUDA parameter, so that no step waits for the device."""
-    return param.device if param.device.type == "cuda" else torch.device("cpu")
+def step_device(device: torch.device) -> torch.device:
+    """Return where `step` is kept beside a state on a device: on a GPU too, so that no step waits for it."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def error_dtype(dtype: torch.dtype, rounding: str) -> torch.dtype | None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from packlight.budget import Budget
-from packlight.planner.carry import adopt_formats, carry_out
+from packlight.planner.carry import Adopted, adopt_formats, carry_out
 from packlight.planner.listen import BackwardStandIn
 from packlight.planner.loop import Call, Loss, num_elements
 from packlight.planner.measure import StepWatch
@@ -48,10 +48,12 @@ class Applied:
         """
         self.plan, self._model = plan, model
         self._carried = carry_out(plan, model)
+        self._adopted: Adopted | None = None
         self._undo: list[Callable[[], None]] = [self._put_back]
         try:
             if optimizer is not None:
-                self._undo.append(adopt_formats(plan, model, optimizer))
+                self._adopted = adopt_formats(plan, model, optimizer)
+                self._undo.append(self._adopted.remove)
             self._watch = StepWatch(model, [optimizer] if optimizer is not None else [])
             self._undo.append(self._watch.close)
         except BaseException:
@@ -66,7 +68,10 @@ class Applied:
     def measurement(self) -> Measurement | None:
         """What happened so far, beside `plan.estimate`; None before the first step is complete."""
         measured = self._watch.measurement()
-        return self._carried.complete(measured) if measured.num_steps else None
+        if not measured.num_steps:
+            return None
+        completed = self._carried.complete(measured)
+        return completed if self._adopted is None else self._adopted.complete(completed)
 
     def microbatches(self, batch: Any) -> Iterator[tuple[Any, float]]:
         """Yield the parts of a batch that the plan is for, each with its share of the rows.

@@ -13,7 +13,7 @@ from packlight.activations.offload import make_tier
 from packlight.activations.recompute import Recomputation, recompute
 from packlight.activations.sites import module_of
 from packlight.activations.tier import OffloadError, Tier, Traffic
-from packlight.optim.adopt import adopt
+from packlight.optim.adopt import Adoption, adopt
 from packlight.optim.early import update_early
 from packlight.planner.loop import Call
 from packlight.planner.plan import device_of
@@ -107,11 +107,40 @@ def carry_out(plan: Plan, model: nn.Module) -> Carried:
         raise
 
 
-def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+class Adopted:
+    """A plan's choices for an optimiser, in force until `remove`.
+
+    Args:
+        plan: the plan.
+        adoption: what keeps states in another format or place; None where they are as they were.
+        undo: undoes everything.
+    """
+
+    def __init__(self, plan: Plan, adoption: Adoption | None, undo: Callable[[], None]) -> None:
+        self._is_beside = plan.device != "cpu"  # there the host's memory is the device's own
+        self._adoption, self._undo, self._host_bytes = adoption, undo, 0
+
+    def remove(self) -> None:
+        """Undo the choices; again it does nothing."""
+        self._look_at_host()
+        self._adoption = None
+        self._undo()
+
+    def complete(self, measured: Measurement) -> Measurement:
+        """Return a measurement with what states take of the host's memory."""
+        self._look_at_host()
+        return replace(measured, host_peak_bytes=measured.host_peak_bytes + self._host_bytes)
+
+    def _look_at_host(self) -> None:
+        if self._adoption is not None and self._is_beside:
+            self._host_bytes = self._adoption.host_bytes()
+
+
+def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Adopted:
     """Let an optimiser keep its states, and use gradients, as a plan says.
 
     Returns:
-        What undoes it.
+        A handle whose `remove()` undoes it.
 
     Raises:
         ValueError: the plan names a parameter that is not here, or wants a format for a state that this optimiser
@@ -133,4 +162,4 @@ def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer
             undo.callback(adoption.remove)
         if plan.releases_gradients:
             undo.callback(update_early(optimizer, adoption).remove)
-        return undo.pop_all().close
+        return Adopted(plan, adoption, undo.pop_all().close)

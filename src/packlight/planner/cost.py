@@ -332,7 +332,7 @@ class StepCost:
 
     def _with_optimizer(self, cost: Cost, ends: torch.Tensor, optimizer: OptimizerCost) -> Cost:
         """Add the states, which live through the whole step, and hold the peak against the optimiser's own."""
-        seconds = cost.seconds + optimizer.seconds
+        seconds = cost.seconds + self.profile.update_seconds(optimizer)
         states = {"optimizer_states": optimizer.state_bytes}
         num_events = self.profile.num_events
         gradients = sum(at.num_bytes for at in self.profile.storages if at.is_gradient and at.died >= num_events)

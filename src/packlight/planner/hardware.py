@@ -10,7 +10,7 @@ plans, and the first real step then scales them.
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ LOW_BITS = ("8bit", "4bit")
 times torch's step on the CPU, 1.8 against 1.0 on a GPU).
 """
 
+HOST_FORMATS = ("fp32", *LOW_BITS)
+"""The formats that states in host memory may have."""
+
 NUM_ENCODED = 8
 """Tensors that are encoded in a row where a codec is measured."""
 NUM_HOOKED = 32
@@ -54,6 +57,7 @@ class Rates:
         codec_seconds: to encode and decode one element of a saved tensor, by codec.
         codec_call_seconds: what that takes for a tensor of any size besides.
         operators: what calls were measured to take; None for a device that is not at hand.
+        host_update_seconds: as `update_seconds`, by the host's kernels; none for a CPU, which is the host.
     """
 
     flops_per_second: Mapping[str, float]
@@ -63,6 +67,7 @@ class Rates:
     codec_seconds: Mapping[str, float]
     codec_call_seconds: float
     operators: Operators | None = None
+    host_update_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class MeasuredFlops(dict[str, float]):
@@ -113,7 +118,14 @@ def measure(device_type: str) -> Rates:
         codec_seconds,
         codec_call_seconds,
         Operators(device),
+        {} if device.type == "cpu" else _host_update_seconds(),
     )
+
+
+def _host_update_seconds() -> dict[str, float]:
+    """Measure the CPU's kernels, with all threads that torch has; states may stay in fp32 there too."""
+    host, side = torch.device("cpu"), 2048
+    return {name: _update_seconds(host, side, state_format=name) for name in HOST_FORMATS}
 
 
 def _launch_seconds(device: torch.device) -> float:

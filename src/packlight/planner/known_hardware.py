@@ -15,7 +15,7 @@ import torch
 
 from packlight.activations.compress import CODECS, encoded_bytes
 from packlight.optim.state import state_bytes
-from packlight.planner.hardware import LOW_BITS, PRECISIONS, Rates
+from packlight.planner.hardware import HOST_FORMATS, LOW_BITS, PRECISIONS, Rates
 
 # PipeOffload (arXiv 2503.01328) reckons with 220 of an A100's 312 Tflop/s; assumed of the others.
 MATRIX_SHARE = 220 / 312
@@ -37,6 +37,12 @@ LAUNCH_SECONDS = 5e-6
 # PCI Express base specifications 3.0, 4.0, 5.0: 8, 16 and 32 GT/s a lane, 16 lanes, 128 of 130 bits are data.
 PCIE_BYTES_PER_SECOND = {generation: 2**generation * 1e9 * 16 * 128 / 130 / 8 for generation in (3, 4, 5)}
 """Bytes a second in each direction over 16 lanes, by generation."""
+
+# NVIDIA DGX A100 data sheet: two AMD EPYC 7742 for 8 GPUs; AMD's product page: 204.8 GB/s each. That is 16 cores for a
+# GPU, where two cores take 0.54 to 0.67 ns an element (`states.json` in benchmarks/results): memory is the bound. Other
+# machines have more or less.
+HOST_BYTES_PER_SECOND = 2 * 204.8e9 / 8
+"""The host's memory bandwidth that is a GPU's share."""
 
 TYPICAL_ELEMENTS = 2**20
 """A tensor of so many elements tells the bytes of one encoded element, scales included."""
@@ -78,19 +84,21 @@ class Hardware:
 
         Codecs and the low-bit optimiser step are bound by memory. An fp32 element of 4 bytes, held in c bytes, is
         encoded and decoded in 2 (4 + c) bytes of traffic; its update reads parameter and gradient, writes the
-        parameter, and reads and writes s bytes of states: 12 + 2 s.
+        parameter, and reads and writes s bytes of states: 12 + 2 s. The same goes for the host's kernels.
         """
         stated, usable = self.flops_per_second, MEMORY_SHARE * self.bytes_per_second
         held = {codec: encoded_bytes(codec, TYPICAL_ELEMENTS) / TYPICAL_ELEMENTS for codec in CODECS}
         side = math.isqrt(TYPICAL_ELEMENTS)
-        states = {name: state_bytes((side, side), torch.float32, name) / TYPICAL_ELEMENTS for name in LOW_BITS}
+        on_host = MEMORY_SHARE * HOST_BYTES_PER_SECOND
+        states = {name: state_bytes((side, side), torch.float32, name) / TYPICAL_ELEMENTS for name in HOST_FORMATS}
         return Rates(
             flops_per_second={name: MATRIX_SHARE * stated.get(name, stated["fp32"]) for name in PRECISIONS},
             bytes_per_second=usable,
             launch_seconds=LAUNCH_SECONDS,
-            update_seconds={name: (12 + 2 * num_bytes) / usable for name, num_bytes in states.items()},
+            update_seconds={name: (12 + 2 * states[name]) / usable for name in LOW_BITS},
             codec_seconds={codec: 2 * (4 + num_bytes) / usable for codec, num_bytes in held.items()},
             codec_call_seconds=4 * LAUNCH_SECONDS,
+            host_update_seconds={name: (12 + 2 * num_bytes) / on_host for name, num_bytes in states.items()},
         )
 
 

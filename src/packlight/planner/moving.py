@@ -4,6 +4,7 @@ A tier copies while compute goes on, so what a move costs depends on all others.
 within a window of bytes; here the same rules run on the events and the predicted seconds of a `Profile`:
 
     forward    1 put: waits until all that is under way, this group included, fits the window; a source lives until then
+                 (codes and scales are put one after the other)
                2 the end of forward waits until everything has been moved
     backward   3 use: those that are used next are fetched ahead as far as the window has room, and live from then on
                4 compute waits for a group that is not back yet
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from packlight.activations.compress import encoded_bytes
+from packlight.activations.compress import encoded_parts
 from packlight.activations.prefetch import MOST_AHEAD
 from packlight.planner.held import Group, Span, Treatment, merged
 from packlight.step import Link, Profile, Save
@@ -28,15 +29,28 @@ ONE_AT_A_TIME = 1
 
 @dataclass(frozen=True)
 class Move:
-    """A group that moves: its bytes on the tier, and the saves that want it back, in backward's order."""
+    """A group that moves, and the save that sends it there.
+
+    Attributes:
+        name: the group's.
+        parts_bytes: of each tensor that the tier gets for it.
+        is_encoded: whether these are codes.
+        site: the first save's.
+        first: that save.
+        source_end: the event at which what moves would be gone, if its way out took no time.
+    """
 
     name: str
-    num_bytes: int
+    parts_bytes: tuple[int, ...]
     is_encoded: bool
     site: str
     first: Save
     source_end: int
-    """The event at which what moves would be gone, if its way out took no time."""
+
+    @property
+    def num_bytes(self) -> int:
+        """All that lies on the tier."""
+        return sum(self.parts_bytes)
 
 
 @dataclass(frozen=True)
@@ -120,9 +134,13 @@ def order_of_use(profile: Profile, groups: Mapping[str, Group], treated: Mapping
 
 def moved_bytes(profile: Profile, group: Group, treatment: Treatment) -> int:
     """Return what a group takes on the tier."""
+    return sum(_parts_bytes(profile, group, treatment))
+
+
+def _parts_bytes(profile: Profile, group: Group, treatment: Treatment) -> tuple[int, ...]:
     if treatment.choice == "offload":
-        return profile.storages[group.storage].num_bytes
-    return encoded_bytes(treatment.codec, profile.saves[group.saves[0]].num_elements)
+        return (profile.storages[group.storage].num_bytes,)
+    return encoded_parts(treatment.codec, profile.saves[group.saves[0]].num_elements)
 
 
 def _move(profile: Profile, group: Group, treatment: Treatment, gone: Collection[int]) -> Move:
@@ -130,7 +148,7 @@ def _move(profile: Profile, group: Group, treatment: Treatment, gone: Collection
     is_encoded = treatment.choice != "offload"
     return Move(
         name=group.name,
-        num_bytes=moved_bytes(profile, group, treatment),
+        parts_bytes=_parts_bytes(profile, group, treatment),
         is_encoded=is_encoded,
         site=first.site,
         first=first,
@@ -140,27 +158,27 @@ def _move(profile: Profile, group: Group, treatment: Treatment, gone: Collection
 
 def _go_out(profile: Profile, moves: Sequence[Move], made: Moving, *, link: Link, window_bytes: int) -> None:
     """Steps 1 and 2."""
-    under_way: deque[tuple[float, Move]] = deque()
+    under_way: deque[tuple[float, Move, int]] = deque()
     under_way_bytes, finished, late = 0, 0.0, 0.0
-    for move in moves:
+    for move, part_bytes in [(each, size) for each in moves for size in each.parts_bytes]:
         now = move.first.packed_seconds + late
-        while under_way and under_way_bytes + move.num_bytes > window_bytes:
-            arrived, other = under_way.popleft()
-            under_way_bytes -= other.num_bytes
+        while under_way and under_way_bytes + part_bytes > window_bytes:
+            arrived, other, other_bytes = under_way.popleft()
+            under_way_bytes -= other_bytes
             now = max(now, arrived)
-            _live_until(other, move.first.packed, made)
+            _live_until(other, other_bytes, move.first.packed, made)
         late = now - move.first.packed_seconds
-        finished = max(now, finished) + move.num_bytes / link.out_bytes_per_second
-        under_way.append((finished, move))
-        under_way_bytes += move.num_bytes
-    for _, other in under_way:
-        _live_until(other, profile.forward_end, made)
+        finished = max(now, finished) + part_bytes / link.out_bytes_per_second
+        under_way.append((finished, move, part_bytes))
+        under_way_bytes += part_bytes
+    for _, other, other_bytes in under_way:
+        _live_until(other, other_bytes, profile.forward_end, made)
     made.waiting_out_seconds = max(late, finished - profile.forward_seconds)
 
 
-def _live_until(move: Move, event: int, made: Moving) -> None:
+def _live_until(move: Move, num_bytes: int, event: int, made: Moving) -> None:
     if move.source_end < event:
-        made.spans.append((move.num_bytes, move.source_end, event))
+        made.spans.append((num_bytes, move.source_end, event))
 
 
 def _uses(

@@ -11,7 +11,7 @@ from packlight.planner.moving import order_of_use
 from packlight.planner.options import by_name
 from packlight.planner.search import Chosen
 from packlight.records import Choice, Estimate, Plan
-from packlight.step import Save
+from packlight.step import OptimizerCost, Save
 
 
 def plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, exact: bool, smallest_bytes: int) -> Plan:
@@ -29,6 +29,7 @@ def plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, exa
         The plan.
     """
     options = by_name(costs, exact=exact)
+    in_host_bytes = host_bytes(costs, chosen.recomputed, chosen.treated, chosen.optimizer)
     return Plan(
         device=costs.profile.device,
         budget_bytes=budget.device_bytes,
@@ -36,7 +37,7 @@ def plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, exa
         choices=choices_of(costs, chosen.recomputed, chosen.treated, options=options),
         kept=_kept(costs, chosen, options),
         state_formats=dict(chosen.optimizer.formats) if chosen.optimizer else {},
-        estimate=_estimate(chosen.cost, plain, host_bytes=host_bytes(costs, chosen.recomputed, chosen.treated)),
+        estimate=_estimate(chosen.cost, plain, host_bytes=in_host_bytes),
         smallest_budget_bytes=smallest_bytes,
         notes=costs.profile.notes,
         hardware=costs.profile.hardware,
@@ -144,14 +145,17 @@ def beside_plain(made: Plan, plain: Cost) -> Plan:
     return replace(made, estimate=replace(made.estimate, slowdown=slowdown, plain_peak_bytes=plain.peak_bytes))
 
 
-def host_bytes(costs: StepCost, recomputed: Collection[str], treated: Mapping[str, Treatment]) -> int:
-    """Return what a plan takes of the host's memory: on the host tier all that is there, else the disk's staging."""
+def host_bytes(
+    costs: StepCost, recomputed: Collection[str], treated: Mapping[str, Treatment], optimizer: OptimizerCost | None
+) -> int:
+    """Return what a plan takes of the host's memory: states and the host tier's all, or the disk's staging."""
     stored_bytes = costs.moving(recomputed, treated).stored_bytes
+    of_states_bytes = optimizer.host_bytes if optimizer else 0
     if costs.profile.link is None or not stored_bytes:
-        return 0
+        return of_states_bytes
     in_host_bytes = stored_bytes if costs.profile.link.tier == "host" else costs.profile.link.staging_bytes
     on_cpu = costs.profile.device == "cpu" and not costs.profile.hardware
-    return 0 if on_cpu else in_host_bytes  # there it is the device's own memory
+    return of_states_bytes + (0 if on_cpu else in_host_bytes)  # there it is the device's own memory
 
 
 def _estimate(cost: Cost, plain: Cost, *, host_bytes: int) -> Estimate:

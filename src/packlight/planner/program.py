@@ -65,12 +65,19 @@ class Program:
         costs: prices plans.
         options: what may be done with groups, each with its seconds a step.
         optimizers: the formats that states may have, the least lossy first; none where there is no optimiser.
+        taken_bytes: what else lies on the tier.
     """
 
     def __init__(
-        self, costs: StepCost, options: Mapping[Option, float], optimizers: Sequence[OptimizerCost] = ()
+        self,
+        costs: StepCost,
+        options: Mapping[Option, float],
+        optimizers: Sequence[OptimizerCost] = (),
+        *,
+        taken_bytes: int = 0,
     ) -> None:
         self._costs, self._options, self._optimizers = costs, list(options), optimizers
+        self._taken_bytes = taken_bytes
         self._blocks = costs.saving_blocks()
         self._variables = {block: at for at, block in enumerate(self._blocks)}
         self._objective = [costs.recompute_seconds(block) for block in self._blocks]
@@ -187,7 +194,7 @@ class Program:
         loss_seconds = LOSS_SHARE * profile.seconds * profile.num_microbatches
         objective[at.any_lossy] = loss_seconds
         for number, (column, optimizer) in enumerate(zip(at.formats, self._optimizers, strict=True)):
-            slower_seconds = max(0.0, optimizer.seconds - self._optimizers[0].seconds)
+            slower_seconds = max(0.0, profile.update_seconds(optimizer) - profile.update_seconds(self._optimizers[0]))
             objective[column] = slower_seconds + number * loss_seconds
 
     def _add_states(self, rows: Rows, at: "_Columns", allowed_bytes: int) -> None:
@@ -212,7 +219,9 @@ class Program:
         if not self._moved or profile.link is None:
             return
         link, forward = profile.link, profile.forward_seconds
-        rows.add({column: float(num_bytes) for column, num_bytes in self._moved.items()}, float(link.capacity_bytes))
+        stored = {column: float(num_bytes) for column, num_bytes in self._moved.items()}
+        stored |= {column: float(each.host_bytes) for column, each in zip(at.formats, self._optimizers, strict=True)}
+        rows.add(stored, float(link.capacity_bytes - self._taken_bytes))
         passes = (forward, profile.seconds - forward)
         rates = (link.out_bytes_per_second, link.in_bytes_per_second)
         for waiting, seconds, rate, slowness in zip(at.waiting, passes, rates, self._slowness, strict=True):

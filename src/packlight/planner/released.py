@@ -53,7 +53,9 @@ def released(step: Profile, optimizer: OptimizerCost) -> Profile:
         else:
             storages.append(storage)
     seconds = optimizer.seconds + len(added) * alone_seconds()
-    in_place = replace(optimizer, temporary_bytes=0, seconds=seconds)
+    # What the host steps goes there alone, so nothing is copied beside its kernels.
+    in_turn_seconds = optimizer.host_seconds + step.copy_seconds(optimizer)
+    in_place = replace(optimizer, temporary_bytes=0, seconds=seconds, host_seconds=in_turn_seconds)
     return replace(step, storages=(*storages, *added), optimizers=(in_place,))
 
 

@@ -57,8 +57,9 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     free = {group.name for group in costs.treatable(recomputed)}
     present = _treated(costs, plan)
     both = present | {name: each for name, each in _treated(costs, before).items() if name not in present}
-    treated = _that_fit(costs, {name: each for name, each in both.items() if name in free})
     optimizer = next((cost for cost in step.optimizers if cost.formats == plan.state_formats), None)
+    wanted = {name: each for name, each in both.items() if name in free}
+    treated = _that_fit(costs, wanted, taken_bytes=optimizer.host_bytes if optimizer else 0)
     cost = costs.price(recomputed, optimizer, treated=treated)
     estimate = before.estimate
     if cost.peak_bytes >= estimate.device_peak_bytes:
@@ -72,7 +73,7 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     factor = cost.seconds / alone_seconds if alone_seconds else 1.0
     estimate = replace(
         estimate,
-        host_peak_bytes=max(before.estimate.host_peak_bytes, host_bytes(costs, recomputed, treated)),
+        host_peak_bytes=max(before.estimate.host_peak_bytes, host_bytes(costs, recomputed, treated, optimizer)),
         plain_peak_bytes=plan.estimate.plain_peak_bytes,
         step_seconds=plan.estimate.step_seconds * factor,
         slowdown=plan.estimate.slowdown * factor,
@@ -87,9 +88,9 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     return replace(plan, choices=choices, kept=kept, estimate=estimate, notes=notes, **tier)
 
 
-def _that_fit(costs: StepCost, treated: Mapping[str, Treatment]) -> dict[str, Treatment]:
-    """Leave out what the tier has no room for after what stands before it."""
-    room = costs.profile.link.capacity_bytes if costs.profile.link else 0
+def _that_fit(costs: StepCost, treated: Mapping[str, Treatment], *, taken_bytes: int) -> dict[str, Treatment]:
+    """Leave out what the tier has no room for after what stands before it, and what else is there."""
+    room = (costs.profile.link.capacity_bytes if costs.profile.link else 0) - taken_bytes
     kept = {}
     for name, treatment in treated.items():
         num_bytes = moved_bytes(costs.profile, costs.groups[name], treatment) if treatment.is_moved else 0

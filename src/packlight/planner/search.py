@@ -38,6 +38,10 @@ MAX_NEEDLESS = 64
 """So many choices at most are tried without, to see whether they are needed."""
 
 
+Choices = tuple[frozenset[str], Mapping[str, Treatment]]
+"""Blocks that are recomputed, and what is done with groups."""
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What is done with blocks, groups and states, through which window of a tier, and what it costs."""
@@ -47,6 +51,22 @@ class Chosen:
     recomputed: frozenset[str] = frozenset()
     treated: Mapping[str, Treatment] = field(default_factory=dict)
     window_bytes: int = 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether something goes to the tier."""
+        return any(treatment.is_moved for treatment in self.treated.values())
+
+    def rated(self, optimizers: Sequence[OptimizerCost], plain_seconds: float) -> float:
+        """Return the slowdown, with a share for what is lossy or needs a tier: these have to spare time.
+
+        Args:
+            optimizers: the state formats that there are, the least lossy first.
+            plain_seconds: a step's time if nothing is changed.
+        """
+        number = 0 if self.optimizer is None else optimizers.index(self.optimizer)
+        number += any(treatment.is_lossy for treatment in self.treated.values()) + self.moves
+        return rated(self.cost.seconds / plain_seconds if plain_seconds else 1.0, number)
 
 
 class Search:
@@ -62,6 +82,7 @@ class Search:
         self, costs: StepCost, options: Mapping[Option, float], optimizers: Sequence[OptimizerCost] = ()
     ) -> None:
         self._costs, self._options, self._optimizers = costs, options, optimizers
+        self._least: dict[int, Choices] = {}
 
     @functools.cached_property
     def _program(self) -> Program:
@@ -92,7 +113,7 @@ class Search:
             if found is None:
                 break
             found = self._without_waiting(found, allowed_bytes)
-            best = found if best is None else min(best, found, key=self.rated)
+            best = found if best is None else min(best, found, key=self._rated)
             moving = self._costs.moving(found.recomputed, found.treated)
             if clock.is_spent or moving.waiting_seconds <= LITTLE_WAITING * self._costs.profile.seconds:
                 break
@@ -128,30 +149,41 @@ class Search:
         fitting = [each for each in spread if each.cost.peak_bytes <= allowed_bytes]
         return min(chosen, *fitting, key=lambda each: each.cost.seconds) if fitting else chosen
 
-    def rated(self, chosen: Chosen) -> float:
-        """Return a plan's slowdown, with a share for what is lossy or needs a tier: these have to spare time."""
-        number = 0 if chosen.optimizer is None else self._optimizers.index(chosen.optimizer)
-        number += any(treatment.is_lossy for treatment in chosen.treated.values())
-        number += any(treatment.is_moved for treatment in chosen.treated.values())
-        return rated(chosen.cost.seconds / self._plain_seconds if self._plain_seconds else 1.0, number)
+    def _rated(self, chosen: Chosen) -> float:
+        return chosen.rated(self._optimizers, self._plain_seconds)
 
     @functools.cached_property
     def _plain_seconds(self) -> float:
         return self._costs.price((), self._format(0)).seconds
 
-    def least(self, state_format: int = 0) -> Chosen:
-        """Find the plan with the lowest peak for one of the state formats: states add the same to every plan."""
-        least = self._priced(*self._least, self._format(state_format))
+    def least(self, optimizer: OptimizerCost | None) -> Chosen:
+        """Find the plan with the lowest peak for a state format: states add the same to every plan."""
+        least = self.lowest(optimizer)
         at_update = least.cost.at >= self._costs.profile.num_events
         return self.without_needless(least, least.cost.peak_bytes) if at_update else least
+
+    def lowest(self, optimizer: OptimizerCost | None) -> Chosen:
+        """Find the same peak, maybe with choices that are needless where the optimiser's step is above all."""
+        return self._priced(*self._least_beside(optimizer.host_bytes if optimizer else 0), optimizer)
 
     def _format(self, number: int) -> OptimizerCost | None:
         return self._optimizers[number] if self._optimizers else None
 
-    @functools.cached_property
-    def _least(self) -> tuple[frozenset[str], Mapping[str, Treatment]]:
+    def _least_beside(self, taken_bytes: int) -> Choices:
+        """Return the choices with the lowest peak where so much lies on the tier already."""
+        link = self._costs.profile.link
+        if taken_bytes and link is not None:
+            chosen = self._least_beside(0)
+            if self._costs.moving(*chosen).stored_bytes + taken_bytes <= link.capacity_bytes:
+                return chosen
+        if taken_bytes not in self._least:
+            self._least[taken_bytes] = self._find_least(taken_bytes)
+        return self._least[taken_bytes]
+
+    def _find_least(self, taken_bytes: int) -> Choices:
         chosen = best = self._priced(frozenset(), {}, None)
-        program = Program(self._costs, self._options)  # of its own: what budgets have taught does not change the least
+        # A program of its own: what budgets have taught does not change the least.
+        program = Program(self._costs, self._options, taken_bytes=taken_bytes)
         self._learn(program, chosen, above_bytes=chosen.cost.peak_bytes - 1)
         clock = _Clock()
         for _ in range(MAX_ROUNDS):

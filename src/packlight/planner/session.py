@@ -14,6 +14,7 @@ for the first time, because states do not exist before.
 ```
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.activations.offload import OffloadError
-from packlight.planner.carry import Carried, adopt_formats, carry_out
+from packlight.planner.carry import Adopted, Carried, adopt_formats, carry_out
 from packlight.planner.listen import Ears, Listener, LossLog, ModuleHook
 from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements, parameters_of, unwrapped
 from packlight.planner.making import Maker
@@ -48,7 +49,7 @@ class Session(Listener):
         self.first_estimate: Estimate | None = None
         self._made: list[weakref.ref[Optimizer]] = []
         self._optimizers: list[Optimizer] = []
-        self._adopted: list[Optimizer] = []
+        self._adopted: dict[Optimizer, Adopted] = {}
         self._watch: StepWatch | None = None
         self._call: Call | None = None
         self._step: Profile | None = None
@@ -58,7 +59,6 @@ class Session(Listener):
         self._blocks: Carried | None = None
         self._mend: Mend | None = None
         self._maker: Maker | None = None
-        self._undo: list[Callable[[], None]] = []
         self._shapes: list[Shapes] = []
         self._pace = 1.0, 1.0
         self._stop: SessionStop | None = None
@@ -98,7 +98,8 @@ class Session(Listener):
         if self._watch is None or not self.trained:
             return None
         measured = self._watch.measurement(self._losses.values())
-        return measured if self._blocks is None else self._blocks.complete(measured)
+        measured = measured if self._blocks is None else self._blocks.complete(measured)
+        return functools.reduce(lambda so_far, adopted: adopted.complete(so_far), self._adopted.values(), measured)
 
     def optimizer_made(self, optimizer: Optimizer) -> None:
         """Remember an optimiser: its parameters will tell the model."""
@@ -327,13 +328,12 @@ class Session(Listener):
         assert self._model is not None
         for optimizer in self._optimizers:
             if optimizer not in self._adopted:
-                self._undo.append(adopt_formats(plan, self._model, optimizer))
-                self._adopted.append(optimizer)
+                self._adopted[optimizer] = adopt_formats(plan, self._model, optimizer)
 
     def _undo_plan(self) -> None:
         self._put_blocks_back()
-        while self._undo:
-            self._undo.pop()()
+        for adopted in self._adopted.values():
+            adopted.remove()
 
     def update_ends(self, optimizer: Optimizer) -> None:
         """Count a step."""

@@ -16,6 +16,7 @@ from packlight.planner.cost import Cost, StepCost
 from packlight.planner.moving import ONE_AT_A_TIME
 from packlight.planner.options import encodings, moves
 from packlight.planner.outcome import plan_of
+from packlight.planner.program import Option
 from packlight.planner.search import Chosen, Search
 from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile
@@ -45,6 +46,9 @@ class Solver:
         self.step, self.exact = step, exact
         self._costs = StepCost(step)
         self._optimizers: Sequence[OptimizerCost] = allowed_formats(step, exact=exact) or step.optimizers[:1]
+        on_device = [cost for cost in self._optimizers if not cost.host_bytes]
+        self._at_hand: Sequence[OptimizerCost] = on_device or self._optimizers
+        self._aside = [cost for cost in self._optimizers if cost not in self._at_hand]
 
     def fastest(self, budget: Budget) -> Plan | int:
         """Choose for a budget.
@@ -57,15 +61,39 @@ class Solver:
         """
         limit_bytes = _limit_bytes(self.step, budget)
         found = [chosen for each in self._searches if (chosen := each.fastest(limit_bytes)) is not None]
-        chosen = min(found, key=self._searches[0].rated) if found else self._least_that_fits(limit_bytes)
+        best = min(found, key=self._rated, default=None)
+        best = self._with_states_on_host(best, limit_bytes)
+        chosen = best or self._least_that_fits(limit_bytes)
         if chosen is None:
             return self.smallest_bytes
         return self._plan(chosen, budget, smallest_bytes=self.smallest_bytes)
 
+    def _with_states_on_host(self, best: Chosen | None, limit_bytes: int) -> Chosen | None:
+        """Return the plan, or one with states in host memory that is better.
+
+        They are searched for by themselves, and only where their own time leaves a chance: as further choices beside
+        the other formats they made the program so much harder that it found worse plans in its time.
+        """
+        window = best.window_bytes if best and best.moves else WINDOW_GROUPS[0] * self._block_group_bytes
+        for optimizer in sorted(self._aside, key=self._rated_alone):
+            for search in self._searches_among([optimizer], (window,)):
+                if best is not None and self._rated_alone(optimizer) >= self._rated(best):
+                    break
+                found = search.fastest(limit_bytes)
+                best = min(filter(None, (best, found)), key=self._rated, default=None)
+        return best
+
+    def _rated(self, chosen: Chosen) -> float:
+        return chosen.rated(self._optimizers, self._plain.seconds)
+
+    def _rated_alone(self, optimizer: OptimizerCost) -> float:
+        """Rate a state format where all else is kept, which no plan with it can be better than."""
+        return self._rated(Chosen(self._costs.price((), optimizer), optimizer))
+
     def _least_that_fits(self, limit_bytes: int) -> Chosen | None:
         """Return a plan where the integer program found none in time."""
-        for number, search in itertools.product(self._formats, self._tightest):
-            least = search.least(number)
+        for optimizer, search in itertools.product(self._formats, self._tightest):
+            least = search.least(optimizer)
             if least.cost.peak_bytes <= limit_bytes:
                 return search.without_needless(least, limit_bytes)
         return None
@@ -79,14 +107,14 @@ class Solver:
         Returns:
             The plan, which may exceed the budget.
         """
-        found = (search.least() for search in self._tightest)
+        found = (search.least(self._formats[0]) for search in self._tightest)
         chosen = min(found, key=lambda each: each.cost.peak_bytes)
         return self._plan(chosen, budget, smallest_bytes=chosen.cost.peak_bytes)
 
     @functools.cached_property
     def smallest_bytes(self) -> int:
         """The smallest budget that something fits."""
-        peaks = (search.least(each).cost.peak_bytes for each in self._formats for search in self._tightest)
+        peaks = (search.lowest(each).cost.peak_bytes for each in self._formats for search in self._tightest)
         return math.ceil((min(peaks) + _spare_bytes(self.step)) / (1 - HEADROOM))
 
     @functools.cached_property
@@ -94,25 +122,33 @@ class Solver:
         return self._costs.price((), self._optimizers[0] if self._optimizers else None)
 
     @property
-    def _formats(self) -> range:
-        return range(max(1, len(self._optimizers)))
+    def _formats(self) -> Sequence[OptimizerCost | None]:
+        return self._optimizers or [None]
+
+    @functools.cached_property
+    def _options(self) -> tuple[dict[Option, float], dict[Option, float]]:
+        """What may be done with groups where they are, and what there is beside that with a tier."""
+        return encodings(self._costs, exact=self.exact), moves(self._costs, exact=self.exact)
 
     @functools.cached_property
     def _searches(self) -> list[Search]:
         """Searches without the tier and, where there is one, with it; these differ in the tier's window."""
-        costs, exact = self._costs, self.exact
-        encoded, moved = encodings(costs, exact=exact), moves(costs, exact=exact)
-        searches = [Search(costs, encoded, self._optimizers)]
+        windows = (ONE_AT_A_TIME, *(number * self._block_group_bytes for number in WINDOW_GROUPS))
+        return self._searches_among(self._at_hand, windows)
+
+    def _searches_among(self, optimizers: Sequence[OptimizerCost], windows: Sequence[int]) -> list[Search]:
+        encoded, moved = self._options
+        searches = [Search(self._costs, encoded, optimizers)]
         if moved:
-            windows = (ONE_AT_A_TIME, *(number * self._block_group_bytes() for number in WINDOW_GROUPS))
-            searches += [Search(costs.through(most), encoded | moved, self._optimizers) for most in windows]
+            searches += [Search(self._costs.through(most), encoded | moved, optimizers) for most in windows]
         return searches
 
+    @functools.cached_property
     def _block_group_bytes(self) -> int:
-        """Return the size of the largest group that a block saves; a loss's logits may be far larger, once."""
+        """The size of the largest group that a block saves; a loss's logits may be far larger, once."""
         costs, saves = self._costs, self.step.saves
         in_blocks = [name for name, group in costs.groups.items() if costs.block_of(saves[group.saves[0]]) is not None]
-        return max(map(costs.group_bytes, in_blocks or costs.groups))
+        return max(map(costs.group_bytes, in_blocks or costs.groups), default=0)
 
     @property
     def _tightest(self) -> list[Search]:
@@ -125,7 +161,7 @@ class Solver:
 
 def allowed_formats(step: Profile, *, exact: bool) -> Sequence[OptimizerCost]:
     """Return the state formats that may be chosen among, the least lossy first."""
-    return [cost for cost in step.optimizers if not exact or cost.state_format in EXACT_FORMATS]
+    return [cost for cost in step.optimizers if step.takes(cost) and (not exact or cost.state_format in EXACT_FORMATS)]
 
 
 def solve(step: Profile, budget: Budget, *, exact: bool = False) -> Plan:

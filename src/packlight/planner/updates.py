@@ -9,12 +9,14 @@ parameter is traced.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from packlight.numerics.formats import moment_formats
 from packlight.optim.adopt import can_adopt
+from packlight.optim.hosted import ON_HOST, staging_bytes
 from packlight.optim.policy import format_of
 from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes, step_device
 from packlight.optim.stepping import update
@@ -62,11 +64,15 @@ def optimizer_costs(
     fakes = (fake for each in fake_optimizers for group in each.param_groups for fake in group["params"])
     stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
     found, costs = [dict.fromkeys(stepped, "fp32")], [present]
+    in_fp32 = {name: "fp32" for name, at in _formats(LOW_BITS[0], model, stepped).items() if at != "fp32"}
+    costs += _on_host("fp32", in_fp32, stepped, fake_optimizers, line, present=present)
     for state_format in LOW_BITS:
         formats = _formats(state_format, model, stepped)
         if formats not in found:  # two of them may come to the same
             found.append(formats)
-            costs.append(_low_bit(state_format, formats, stepped, fake_optimizers, line, share=present.alone_share))
+            large = {name: at for name, at in formats.items() if at != "fp32"}
+            costs.append(_low_bit(state_format, large, stepped, fake_optimizers, line, present=present))
+            costs += _on_host(state_format, large, stepped, fake_optimizers, line, present=present)
     return tuple(costs)
 
 
@@ -134,31 +140,80 @@ def _formats(choice: str, model: nn.Module, stepped: Mapping[str, torch.Tensor])
 
 def _low_bit(
     state_format: str,
-    formats: dict[str, str],
+    formats: Mapping[str, str],
     stepped: Mapping[str, torch.Tensor],
     fake_optimizers: Sequence[torch.optim.Optimizer],
     line: FakeLine,
     *,
-    share: float,
+    present: OptimizerCost,
 ) -> OptimizerCost:
-    """Cost the optimisers with states in a low-bit format, without making these; small parameters stay as they are."""
-    large = {name: at for name, at in stepped.items() if formats[name] != "fp32"}
-    rest = [at for name, at in stepped.items() if formats[name] == "fp32"]
+    """Cost the optimisers with large parameters' states in a low-bit format, without making these."""
+    large = {name: stepped[name] for name in formats}
+    rest = _rest(large, stepped, fake_optimizers, line, present=present)
     num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) for name, at in large.items())
-    num_bytes -= STEP_BYTES * sum(step_device(at).type != line.device_type for at in large.values())
+    num_bytes -= STEP_BYTES * sum(step_device(at.device).type != line.device_type for at in large.values())
     settings_of = fake_optimizers[0].param_groups[0]
     update_bytes = max((_update_bytes(state_format, at, settings_of, line) for at in _largest(large)), default=0)
-    with _left_out(large.values(), fake_optimizers):
-        rest_bytes, seconds = _step(fake_optimizers, line)
-        held_bytes = _held_bytes(fake_optimizers, line.device_type)
     in_large = sum(at.numel() * line.rates.update_seconds[formats[name]] for name, at in large.items())
-    return OptimizerCost(
+    return replace(
+        rest,
         state_format=state_format,
-        state_bytes=num_bytes + held_bytes,
-        temporary_bytes=max(update_bytes, rest_bytes),
-        seconds=seconds + in_large,
-        formats=formats,
-        alone_bytes=max([update_bytes, *(math.ceil(share * line.round(at.nbytes)) for at in rest)]),
+        state_bytes=rest.state_bytes + num_bytes,
+        temporary_bytes=max(update_bytes, rest.temporary_bytes),
+        seconds=rest.seconds + in_large,
+        formats={**rest.formats, **formats},
+        alone_bytes=max(update_bytes, rest.alone_bytes),
+    )
+
+
+def _on_host(
+    state_format: str,
+    formats: Mapping[str, str],
+    stepped: Mapping[str, torch.Tensor],
+    fake_optimizers: Sequence[torch.optim.Optimizer],
+    line: FakeLine,
+    *,
+    present: OptimizerCost,
+) -> list[OptimizerCost]:
+    """Cost the optimisers with large parameters' states in host memory; nothing where that is the device's own."""
+    rates, large = line.rates.host_update_seconds, {name: stepped[name] for name in formats}
+    if not rates or not large:
+        return []
+    rest = _rest(large, stepped, fake_optimizers, line, present=present)
+    num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) for name, at in large.items())
+    in_bytes = sum(at.nbytes for at in large.values())
+    hosted = replace(
+        rest,
+        state_format=state_format + ON_HOST,
+        formats={**rest.formats, **{name: at + ON_HOST for name, at in formats.items()}},
+        host_bytes=num_bytes + staging_bytes(large.values()),
+        host_seconds=sum(at.numel() * rates[formats[name]] for name, at in large.items()),
+        out_bytes=in_bytes + sum(at.grad.nbytes for at in large.values() if at.grad is not None),
+        in_bytes=in_bytes,
+    )
+    return [hosted]
+
+
+def _rest(
+    large: Mapping[str, torch.Tensor],
+    stepped: Mapping[str, torch.Tensor],
+    fake_optimizers: Sequence[torch.optim.Optimizer],
+    line: FakeLine,
+    *,
+    present: OptimizerCost,
+) -> OptimizerCost:
+    """Cost the optimisers as they are without large parameters."""
+    with _left_out(large.values(), fake_optimizers):
+        temporary_bytes, seconds = _step(fake_optimizers, line)
+        held_bytes = _held_bytes(fake_optimizers, line.device_type)
+    rest = (at for name, at in stepped.items() if name not in large)
+    return OptimizerCost(
+        state_format="fp32",
+        state_bytes=held_bytes,
+        temporary_bytes=temporary_bytes,
+        seconds=seconds,
+        formats=dict.fromkeys(stepped, "fp32"),
+        alone_bytes=max((math.ceil(present.alone_share * line.round(at.nbytes)) for at in rest), default=0),
     )
 
 
