@@ -50,6 +50,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "report": {"rich", "plotly"},
     "cli": {"torch", "click", "rich"},
     "planner": {"torch", "numpy", "scipy"},
+    "pipeline": {"torch", "numpy"},
     "demo": {"torch", "rich"},
     "__main__": set(),
 }

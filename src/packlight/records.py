@@ -87,6 +87,78 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """How microbatches go through the ranks of a pipeline.
+
+    Attributes:
+        schedule: the name of the rule that orders each rank's actions.
+        num_ranks, num_chunks, num_microbatches: ranks, stages of each, microbatches of a step.
+        num_moved: chunks of each rank whose microbatches go to the host, from the first on.
+        bubble: share of the step in which the busiest rank has nothing to do.
+        peaks_bytes, hosts_bytes: most on each rank's device, and of its host's memory.
+    """
+
+    schedule: str
+    num_ranks: int
+    num_chunks: int
+    num_microbatches: int
+    num_moved: int
+    bubble: float
+    peaks_bytes: tuple[int, ...]
+    hosts_bytes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Say in a line how the ranks work."""
+        moved = f", {self.num_moved} of {self.num_chunks} chunks of each rank moved to the host" * bool(self.num_moved)
+        return (
+            f"{self.schedule} on {self.num_ranks} ranks with {self.num_chunks} chunks, "
+            f"{self.num_microbatches} microbatches{moved}; bubble {self.bubble:.1%}"
+        )
+
+
+@dataclass(frozen=True)
+class PipelineRow:
+    """A schedule that was weighed, and what it would take.
+
+    Attributes:
+        name: of the schedule, with the chunks that move.
+        peak_bytes, host_bytes: most on the device of a rank, and of its host's memory.
+        bubble: share of the step in which the busiest rank has nothing to do.
+        step_seconds, tokens_per_second: of the whole pipeline.
+        is_chosen: whether the plan takes it.
+    """
+
+    name: str
+    peak_bytes: int
+    host_bytes: int
+    bubble: float
+    step_seconds: float
+    tokens_per_second: float
+    is_chosen: bool
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What one lane of a rank does for a while, as a page draws it.
+
+    Attributes:
+        rank: the rank.
+        lane: "compute", "out" (copies to the host) or "back".
+        kind: "F", "I", "W" or "B" for compute; "OFFLOAD" or "RELOAD".
+        stage, microbatch: what it is done for.
+        start, end: in seconds from the step's begin.
+    """
+
+    rank: int
+    lane: str
+    kind: str
+    stage: int
+    microbatch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Plan(JsonRecord):
     """What is chosen where, and what it is expected to cost; it can be printed, saved, compared and edited.
 
@@ -107,6 +179,7 @@ class Plan(JsonRecord):
         kept: groups outside of recomputed blocks that stay as they are, though more could be done with them.
         num_microbatches: parts that a batch is split into, whose gradients add up.
         releases_gradients: whether each parameter is stepped inside backward, and its gradient freed there.
+        pipeline: the schedule of a pipeline, whose stages the choices are for; None for a model on one device.
     """
 
     kind: ClassVar[str] = "plan"
@@ -130,6 +203,7 @@ class Plan(JsonRecord):
     kept: tuple[Choice, ...] = ()
     releases_gradients: bool = False
     num_microbatches: int = 1
+    pipeline: Pipeline | None = None
 
     def recomputed(self) -> frozenset[str]:
         """Return the paths of the blocks that are recomputed in backward."""
@@ -154,10 +228,12 @@ class Plan(JsonRecord):
             f"predicted peak {format_bytes(estimate.device_peak_bytes)} "
             f"({format_bytes(estimate.plain_peak_bytes)} if nothing is changed), "
             f"{estimate.step_seconds:.3g} s a step ({estimate.slowdown:.2f}x)",
-            f"  blocks: {len(recomputed)} of {num_blocks} recomputed{_shorten(recomputed, self.choices)}",
+            f"  pipeline: {self.pipeline}"
+            if self.pipeline
+            else f"  blocks: {len(recomputed)} of {num_blocks} recomputed{_shorten(recomputed, self.choices)}",
             *self._treated_lines(),
             *[f"  each batch in {self.num_microbatches} microbatches"] * (self.num_microbatches > 1),
-            f"  optimiser states: {formats}{freed}",
+            *[f"  optimiser states: {formats}{freed}"] * (self.pipeline is None),
             f"  at the peak ({estimate.peak_moment}): "
             + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.peak_by_category.items() if size),
         ]

@@ -45,7 +45,12 @@ class Applied:
             optimizer: its optimiser.
             step: the profile that the plan was made from, from which it can be mended once.
             num_elements: of the arguments that it was made for; None where that is not known.
+
+        Raises:
+            ValueError: the plan is for a pipeline, or names what the model or the optimiser does not have.
         """
+        if plan.pipeline is not None:
+            raise ValueError("the plan is for the stages of a pipeline, not for one model; make one by packlight.plan")
         self.plan, self._model = plan, model
         self._carried = carry_out(plan, model)
         self._adopted: Adopted | None = None

@@ -44,6 +44,12 @@ PCIE_BYTES_PER_SECOND = {generation: 2**generation * 1e9 * 16 * 128 / 130 / 8 fo
 HOST_BYTES_PER_SECOND = 2 * 204.8e9 / 8
 """The host's memory bandwidth that is a GPU's share."""
 
+# PipeOffload's own constants, for copies in both directions at once and two GPUs behind one switch: 15 GB/s on an A100
+# (appendix C, PCIe 4), 21 GB/s on an H100 (PCIe 5; megatron/training/zbpp_utils.py in sail-sg's repository). Of the
+# link's rate that is the share; PCIe 3 is taken to be as PCIe 4.
+DUPLEX_SHARE = {3: 15 / 31.5, 4: 15 / 31.5, 5: 21 / 63.0}
+"""What copies in each direction reach of the link's rate while both are busy, by generation."""
+
 TYPICAL_ELEMENTS = 2**20
 """A tensor of so many elements tells the bytes of one encoded element, scales included."""
 
@@ -71,6 +77,11 @@ class Hardware:
     def host_bytes_per_second(self) -> float:
         """Return what a copy to or from pinned host memory reaches, in bytes a second."""
         return LINK_SHARE * PCIE_BYTES_PER_SECOND[self.pcie]
+
+    @property
+    def duplex_bytes_per_second(self) -> float:
+        """Return what copies in each direction reach while both are busy, in bytes a second."""
+        return DUPLEX_SHARE[self.pcie] * PCIE_BYTES_PER_SECOND[self.pcie]
 
     def note(self, traced_type: str) -> str:
         """Say what a plan for this device rests on; `traced_type` is the type of device that was traced."""

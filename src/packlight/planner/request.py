@@ -60,6 +60,8 @@ class Settings:
         Raises:
             SessionStop: it expects more than is allowed, or another loop.
         """
+        if plan.pipeline is not None:
+            raise SessionStop("the plan is for the stages of a pipeline, not for one model", exit_status=2)
         if plan.num_microbatches > 1:
             raise SessionStop(
                 f"the plan is for batches in {plan.num_microbatches} parts, and a script splits its batches itself; "

@@ -177,7 +177,7 @@ def _on_host(
 ) -> list[OptimizerCost]:
     """Cost the optimisers with large parameters' states in host memory; nothing where that is the device's own."""
     rates, large = line.rates.host_update_seconds, {name: stepped[name] for name in formats}
-    if not rates or not large:
+    if not rates or not large or any(at.dtype == torch.float16 for at in large.values()):  # the CPU has no kernel
         return []
     rest = _rest(large, stepped, fake_optimizers, line, present=present)
     num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) for name, at in large.items())

@@ -1,0 +1,126 @@
+"""Shows a pipeline's schedule: the candidates as a table, and the choice as a page with a timeline of each rank.
+
+A schedule is a list of a few hundred actions for each rank; what is wrong with one shows in a drawing at once. Compute,
+copies to the host and copies back have a lane each, so that one sees what copies hide behind.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from packlight.budget import format_bytes
+from packlight.records import Bar, PipelineRow, Plan
+
+COLOURS = {
+    "F": "#4c78a8",
+    "I": "#f58518",
+    "W": "#54a24b",
+    "B": "#e45756",
+    "OFFLOAD": "#9d9da1",
+    "RELOAD": "#b279a2",
+}
+"""By action; told apart by people who confuse red and green too (Tableau's ten, in its own order)."""
+NAMES = {
+    "F": "forward",
+    "I": "gradient of the input",
+    "W": "gradient of the weights",
+    "B": "both gradients",
+    "OFFLOAD": "to the host",
+    "RELOAD": "back",
+}
+LANES = ("compute", "out", "back")
+MAX_BARS = 20000
+"""A browser draws so many in a second or two; of a longer step the beginning is drawn."""
+
+
+def candidates(rows: Sequence[PipelineRow]) -> RenderableType:
+    """Return a table of the schedules that were weighed.
+
+    Args:
+        rows: in the order in which they are shown.
+    """
+    table = Table(title="schedules", title_justify="left")
+    table.add_column("schedule")
+    for title in ("peak of a rank", "on its host", "bubble", "step", "tokens/s"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for row in rows:
+        table.add_row(
+            row.name,
+            format_bytes(row.peak_bytes),
+            format_bytes(row.host_bytes) if row.host_bytes else "-",
+            f"{row.bubble:.1%}",
+            f"{row.step_seconds:.4g} s",
+            f"{row.tokens_per_second:,.0f}",
+            "chosen" if row.is_chosen else "",
+            style="bold" if row.is_chosen else None,
+        )
+    return table
+
+
+def show(plan: Plan, rows: Sequence[PipelineRow], *, console: Console | None = None) -> None:
+    """Print a pipeline's plan, and what it was chosen among.
+
+    Args:
+        plan: the choice.
+        rows: the candidates.
+        console: where to print; None: standard output.
+    """
+    out = console or Console(emoji=False)
+    out.print(candidates(rows), markup=False)
+    out.print(str(plan), highlight=False, markup=False, soft_wrap=True)
+
+
+def write_page(path: Path, plan: Plan, bars: Sequence[Bar]) -> None:
+    """Write a page with a timeline: for each rank compute, copies to the host, and copies back.
+
+    Args:
+        path: of the page, which holds all that it needs (5 MB of it draws).
+        plan: the choice.
+        bars: what is drawn.
+    """
+    from plotly.graph_objects import Bar as Bars
+    from plotly.graph_objects import Figure
+
+    drawn, note = list(bars), ""
+    if len(drawn) > MAX_BARS:
+        drawn = sorted(drawn, key=lambda each: each.start)[:MAX_BARS]
+        note = f"; the first {drawn[-1].start:.3g} s of {max(each.end for each in bars):.3g}"
+    figure = Figure()
+    for kind, name in NAMES.items():
+        each = [bar for bar in drawn if bar.kind == kind]
+        if not each:
+            continue
+        figure.add_trace(
+            Bars(
+                base=[bar.start for bar in each],
+                x=[bar.end - bar.start for bar in each],
+                y=[_lane(bar.rank, bar.lane) for bar in each],
+                customdata=[(bar.stage, bar.microbatch, bar.start, bar.end) for bar in each],
+                hovertemplate="stage %{customdata[0]}, microbatch %{customdata[1]}<br>"
+                "%{customdata[2]:.4g} to %{customdata[3]:.4g} s",
+                name=name,
+                orientation="h",
+                marker={"color": COLOURS[kind], "line": {"width": 0.5, "color": "white"}},
+            )
+        )
+    used = {_lane(bar.rank, bar.lane) for bar in drawn}
+    num_ranks = 1 + max((bar.rank for bar in drawn), default=0)
+    order = [lane for rank in range(num_ranks) for each in LANES if (lane := _lane(rank, each)) in used]
+    figure.update_layout(
+        title={"text": f"{plan.pipeline}{note}", "font": {"size": 14}},
+        barmode="overlay",
+        bargap=0.15,
+        height=140 + 22 * len(order),
+        xaxis={"title": "seconds"},
+        yaxis={"categoryorder": "array", "categoryarray": order, "autorange": "reversed"},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        template="plotly_white",
+    )
+    path.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
+
+
+def _lane(rank: int, lane: str) -> str:
+    return f"rank {rank}" if lane == "compute" else f"{lane} {rank}"
