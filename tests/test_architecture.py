@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "serial": set(),
     "step": set(),
     "numerics": set(),
-    "optim": {"numerics", "activations.pages", "activations.extents"},
+    "optim": {"numerics", "activations.copies", "activations.extents", "activations.pages"},
     "activations": {"numerics"},
     "pipeline": {"activations.offload"},
     "sharding": set(),

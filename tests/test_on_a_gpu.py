@@ -179,6 +179,25 @@ def test_states_on_the_host_give_the_bits_of_states_on_the_gpu_and_leave_no_byte
     assert_equal(list(nets[0].parameters()), list(nets[1].parameters()))
 
 
+def test_states_on_the_host_go_on_where_their_model_has_moved_to(repeatable: None) -> None:
+    torch.manual_seed(0)
+    moved = GPT(width=64, num_layers=1)
+    there = copy.deepcopy(moved).to(DEVICE)
+    losses = []
+    for net in (moved, there):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        large = [param for param in net.parameters() if param.numel() > 4096 and param.dim() > 1]
+        with adopt(optimizer, dict.fromkeys(large, "4bit@host")):
+            net.to(DEVICE)
+            for step in range(3):
+                optimizer.zero_grad()
+                loss = loss_of(net, step)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+    assert_equal(losses[:3], losses[3:])
+
+
 @pytest.mark.parametrize("state_format", FORMATS)
 def test_grad_scaler_skips_infinities(state_format: str) -> None:
     net = gpt()

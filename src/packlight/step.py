@@ -156,6 +156,7 @@ class OptimizerCost:
         host_bytes: what states in host memory take there, and the copies to and from them.
         host_seconds: predicted time of the steps that the host's kernels do.
         out_bytes, in_bytes: what goes to the host for these (gradients, parameters), and comes back.
+        largest_share: of these, what the largest parameter has: it goes before the first step, or comes after the last.
     """
 
     state_format: str
@@ -169,6 +170,12 @@ class OptimizerCost:
     host_seconds: float = 0.0
     out_bytes: int = 0
     in_bytes: int = 0
+    largest_share: float = 0.0
+
+    @property
+    def own_format(self) -> str:
+        """The format's name, wherever the states are."""
+        return self.state_format.partition("@")[0]
 
 
 @dataclass(frozen=True)
@@ -226,8 +233,10 @@ class Profile(JsonRecord):
         return self.link.staging_bytes if self.link is not None and self.device == "cpu" else 0
 
     def update_seconds(self, optimizer: OptimizerCost) -> float:
-        """Return the predicted time of an optimiser's step: copies to the host go on beside the host's kernels."""
-        return optimizer.seconds + max(optimizer.host_seconds, self.copy_seconds(optimizer))
+        """Return the predicted time of an optimiser's step: most copies go on beside the host's kernels."""
+        copy_seconds = self.copy_seconds(optimizer)
+        beside = max(optimizer.host_seconds, copy_seconds)
+        return optimizer.seconds + beside + copy_seconds * optimizer.largest_share
 
     def copy_seconds(self, optimizer: OptimizerCost) -> float:
         """Return what the copies of a step take whose states are in host memory."""

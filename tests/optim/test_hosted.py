@@ -5,18 +5,24 @@ On a CPU host and device are one, but parameters and gradients pass through the 
 
 import copy
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from packlight.activations.copies import HostCopy
 from packlight.activations.pages import PAGE_BYTES, Pages
 from packlight.optim import AdamW, adopt
+from packlight.optim.adopted_state import own_state
 from packlight.optim.early import update_early
 from packlight.optim.hosted import NUM_SLOTS, ON_HOST, placed, staging_bytes
 from packlight.optim.state import state_bytes
+from packlight.planner.carry import Adopted
 
 FORMATS = ("fp32", "8bit", "4bit")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -210,6 +216,86 @@ def test_unknown_formats_and_places_are_refused_by_name() -> None:
     for name in ("5bit@host", "4bit@disk", "@host"):
         with pytest.raises(ValueError, match=repr(placed(name)[0])):
             adopt(adamw(net), formats(net, name))
+
+
+class LateCopier:
+    """Copies nothing before somebody waits for it, and then all that was begun up to there, in order."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[Tensor, Tensor]] = []
+        self.num_done = 0
+
+    def copy(self, target: Tensor, source: Tensor) -> "LateCopy":
+        self.begun.append((target, source))
+        return LateCopy(self, len(self.begun))
+
+    def wait(self) -> None:
+        self.up_to(len(self.begun))
+
+    def up_to(self, number: int) -> None:
+        for target, source in self.begun[self.num_done : number]:
+            target.copy_(source)
+        self.num_done = max(self.num_done, number)
+
+
+class LateCopy(HostCopy):
+    def __init__(self, copier: LateCopier, number: int) -> None:
+        super().__init__(0.0)
+        self._copier, self._number = copier, number
+
+    def wait(self) -> None:
+        self._copier.up_to(self._number)
+
+    order = settle = wait
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["in step", "in backward"])
+def test_each_copy_is_waited_for_by_whoever_needs_it(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    copiers = list[LateCopier]()
+
+    def late(_: torch.device) -> LateCopier:
+        copiers.append(LateCopier())
+        return copiers[-1]
+
+    here, there, data = Net(), Net(), batches()
+    there.load_state_dict(here.state_dict())
+    own, hosted = adamw(here), adamw(there)
+    adopt(own, formats(here, "4bit"))
+    monkeypatch.setattr("packlight.optim.hosted.make_copier", late)
+    handle = adopt(hosted, formats(there, "4bit" + ON_HOST))
+    with update_early(hosted, handle) if early else nullcontext():
+        assert train(here, own, data) == train(there, hosted, data)
+    assert same(here, there)
+    (copier,) = copiers
+    assert copier.num_done == len(copier.begun) == 3 * len(large(there)) * len(data)
+
+
+def test_states_that_the_device_has_no_room_for_stay_and_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = Net(), batches(num=6)
+    twin = copy.deepcopy(net)
+    optimizer, other = adamw(net), adamw(twin)
+    handle, kept = adopt(optimizer, formats(net, "4bit" + ON_HOST)), adopt(other, formats(twin, "4bit" + ON_HOST))
+    losses = train(twin, other, data)
+    assert train(net, optimizer, data[:3]) == losses[:3]
+    number = iter(range(9))
+
+    def full(*args: Any) -> Any:
+        if next(number) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return own_state(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["packlight.optim.adopt"], "own_state", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            handle.remove()
+        released = Adopted(handle, handle.remove, is_beside=True)
+        number = iter([1])
+        with pytest.warns(UserWarning, match="stay in host memory: no room"):
+            released.release()
+    assert train(net, optimizer, data[3:]) == losses[3:]
+    handle.remove()
+    kept.remove()
+    assert type(optimizer.state[large(net)[0]]) is dict
 
 
 def test_an_optimiser_that_goes_takes_its_slots_along(pages: list[Pages]) -> None:

@@ -156,6 +156,19 @@ def test_codes_that_move_take_no_more_than_predicted(name: str, num_groups: int)
     assert all(0 <= predicted.peak_bytes - each <= slack_bytes for each in found)
 
 
+def test_codes_and_scales_leave_a_window_one_after_the_other() -> None:
+    """The codes of one group make room for those of another, and the first one's scales stay: 128 bytes."""
+    case = CASES["flat"]()
+    step = profiled(case)
+    (largest_bytes,) = {StepCost(step).group_bytes(f"{place}:0") for place in (6, 9, 12, 15, 18, 21)}
+    costs = StepCost(step).through(2 * largest_bytes)
+    treated = {f"{place}:0": Treatment("compress+offload", "int8") for place in (6, 9, 12, 21)}
+    treated |= {"15:0": Treatment("compress", "int8"), "18:0": Treatment("offload")}
+    uses = order_of_use(step, costs.groups, treated)
+    found = real_peaks(case, choices_of(step, costs, treated), LateTier(costs.window_bytes), uses)
+    assert [costs.price((), None, treated=treated).peak_bytes] * 2 == found
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_disk_takes_the_predicted_bytes(name: str, tmp_path: Path) -> None:
     case = CASES[name]()

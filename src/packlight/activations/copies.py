@@ -130,17 +130,20 @@ class HostCopier:
         """Copy."""
         begin = time.perf_counter()
         target.copy_(source)
-        return _HostCopy(time.perf_counter() - begin)
+        return HostCopy(time.perf_counter() - begin)
 
     def wait(self) -> None:
         """Nothing is under way."""
 
 
-class _HostCopy:
+class HostCopy:
+    """A copy that is over."""
+
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
     def is_done(self) -> bool:
+        """Return True: it is."""
         return True
 
     is_ready = is_done
@@ -151,9 +154,11 @@ class _HostCopy:
     order = settle = wait
 
     def lend(self, result: Tensor) -> Tensor:
+        """Return the result, which is complete."""
         return result
 
     def seconds(self) -> float:
+        """Return what it took."""
         return self._seconds
 
 

@@ -81,7 +81,7 @@ class Adoption:
         ]
 
     def state_bytes(self) -> int:
-        """Return the exact bytes of the optimiser's states, managed or not, also before the first step.
+        """Return the exact bytes of the optimiser's states, managed or not, on any tier, also before the first step.
 
         A parameter without a state counts as what its first gradient will make it take; a frozen one counts
         nothing.
@@ -100,16 +100,23 @@ class Adoption:
         """Give the optimiser back as it was: no hooks, all states in torch's own form.
 
         A second call does nothing.
+
+        Raises:
+            torch.OutOfMemoryError: states in host memory find no room beside their parameters; then nothing has
+                changed. `state_dict()` needs none there.
         """
         self._show_gradients()
+        groups = {param: group for group in self._optimizer.param_groups for param in group["params"]}
+        states = [(param, self._optimizer.state.get(param)) for param in groups]
+        compact = {param: state for param, state in states if isinstance(state, CompactState)}
+        on_host = [param for param in compact if param in self._host.params]
+        self._optimizer.state.update({param: own_state(compact.pop(param), param, groups[param]) for param in on_host})
+        for param, state in compact.items():
+            self._optimizer.state[param] = own_state(state, param, groups[param])
         self._host.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for group in self._optimizer.param_groups:
-            for param in group["params"]:
-                if isinstance(self._optimizer.state.get(param), CompactState):
-                    self._optimizer.state[param] = own_state(self._optimizer.state[param], param, group)
         _adopted.discard(self._optimizer)
 
     def __enter__(self) -> Self:
@@ -175,8 +182,8 @@ class Adoption:
 
     def _run(self, entries: Sequence[Entry], group: Mapping[str, Any], scalars: Scalars) -> None:
         on_host = self._host.params
+        self._host.run([each for each in entries if each.param in on_host], group, scalars)  # first: it may raise
         run([each for each in entries if each.param not in on_host], group_settings(group), scalars, lr=group["lr"])
-        self._host.run([each for each in entries if each.param in on_host], group, scalars)
 
     def _find_places(self) -> None:
         """Number the parameters: their random bits hang on it."""

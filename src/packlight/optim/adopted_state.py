@@ -4,7 +4,9 @@ A state dict, a deep copy and a pickle of an optimiser must be such as torch's o
 how to become exp_avg, exp_avg_sq and step again, and does so wherever somebody else takes hold of it.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,10 +44,26 @@ def moments_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def own_state(state: CompactState, param: Tensor, group: Mapping[str, Any]) -> State:
-    """Return a state in torch's form: moments in the parameter's dtype, `step` beside it if fused."""
-    own = {key: value.to(param.dtype) if key in MOMENTS else value for key, value in state.portable().items()}
+    """Return a state in torch's form: moments in the parameter's dtype, beside it, and `step` too if fused."""
+    where = next(value.device for key, value in state.items() if key != "step")  # decoded and rounded there
+    portable = state.portable(where).items()
+    own = {key: value.to(param.dtype).to(param.device) if key in MOMENTS else value for key, value in portable}
     own["step"] = own["step"].to(param.device if group.get("fused") else "cpu")
     return own
+
+
+@contextmanager
+def without_compact(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Let optimisers have no compact states meanwhile: a copy that is only looked at would decode them all."""
+    originals = [(each, each.state) for each in optimizers]
+    for optimizer, states in originals:
+        others = {param: state for param, state in states.items() if not isinstance(state, CompactState)}
+        optimizer.state = defaultdict(dict, others)
+    try:
+        yield
+    finally:
+        for optimizer, states in originals:
+            optimizer.state = states
 
 
 def show_portable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -4,25 +4,29 @@ To bring a state to the GPU and back for each step takes 16 bytes an element ove
 gradient and the parameter are smaller than that, and the CPU has kernels: so the state stays, and these travel. Two
 slots of pinned memory are enough to keep the link and the kernels busy at once:
 
-    side stream   out 1   out 2   .       back 1   out 3   back 2   out 4 ...
-    CPU           .       step 1  .       step 2   .       step 3         ...
+    side stream   1 out   1 out   .        3 back  1 out   3 back  1 out ...
+    CPU           .       2 step  .        2 step  .       2 step        ...
+    compute                                                              ... 4 waits for the last way back
 
-A parameter travels whole, so a slot is as large as the largest parameter and its gradient. The CPU's kernels give the
-bits of the GPU's; fp32 moments, which torch's own step has on the GPU, get those of packlight's kernel.
+One stream does both ways (`activations/copies.py`), so what comes into a slot stands behind what leaves it. A parameter
+travels whole, and a slot is as large as the largest one and its gradient. The CPU's kernels give the bits of the GPU's;
+fp32 moments, which torch's own step has on the GPU, get those of packlight's kernel.
 
 Source: Ren et al., "ZeRO-Offload: Democratizing Billion-Scale Model Training", USENIX ATC 2021 (arXiv 2101.06840),
 section 3 (what stays where) and 5.1 (the CPU's step beside the copies).
 """
 
+import os
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from packlight.activations.copies import Copier, Copy, make_copier
 from packlight.activations.extents import round_up
 from packlight.activations.pages import PAGE_BYTES, Pages
 from packlight.optim.state import group_settings
@@ -60,7 +64,7 @@ def staging_bytes(params: Iterable[Tensor]) -> int:
     Returns:
         The bytes of the slots, in whole pages.
     """
-    sizes = [_slot_bytes(param.nbytes, param.nbytes) for param in params]
+    sizes = [_slot_bytes(param, param) for param in params]
     return min(NUM_SLOTS, len(sizes)) * max(sizes, default=0)
 
 
@@ -73,10 +77,7 @@ class HostStep:
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.params = frozenset(params)
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for param in self.params:
-            by_device.setdefault(param.device, []).append(param)
-        self._couriers = {device: _Courier(device, on_it) for device, on_it in by_device.items()}
+        self._couriers: dict[torch.device, Courier] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -92,7 +93,7 @@ class HostStep:
             scalars: what scales or forbids the step; read here, so this waits for the device.
 
         Raises:
-            OffloadError: the host has no memory for the slots.
+            OffloadError: the host has no memory for the slots; then nothing has changed.
         """
         if not entries:
             return
@@ -105,13 +106,22 @@ class HostStep:
         def update(entry: Entry) -> None:
             run([entry], settings, here, lr=settings.lr)
 
-        for device, courier in self._couriers.items():
-            courier.step([entry for entry in entries if entry.param.device == device], update)
+        by_device: dict[torch.device, list[Entry]] = {}
+        for entry in entries:  # of now: a model may have been moved
+            by_device.setdefault(entry.param.device, []).append(entry)
+        for device, on_it in by_device.items():
+            self._courier(device).step(on_it, update)
 
     def close(self) -> None:
         """Give the memory back, after the copies."""
-        for courier in self._couriers.values():
-            courier.close()
+        while self._couriers:
+            self._couriers.popitem()[1].close()
+
+    def _courier(self, device: torch.device) -> "Courier":
+        if device not in self._couriers:
+            params = [param for param in self.params if param.device == device]
+            self._couriers[device] = Courier(params, make_copier(device))
+        return self._couriers[device]
 
 
 class _Brought(NamedTuple):
@@ -121,17 +131,23 @@ class _Brought(NamedTuple):
     param: Tensor
     grad: Tensor
     pages: Pages
-    arrived: torch.cuda.Event | None
+    arrives: Copy
 
 
-class _Courier:
-    """Brings parameters and gradients of a device to the host, and the parameters back."""
+class Courier:
+    """Brings parameters and gradients of a device to the host, and the parameters back.
 
-    def __init__(self, device: torch.device, params: Sequence[Tensor]) -> None:
-        self._device, self._num_slots = device, min(NUM_SLOTS, len(params))
-        self._slot_bytes = max(_slot_bytes(param.nbytes, param.nbytes) for param in params)
-        self._slots: list[Pages] = []
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    Args:
+        params: all of them, on one device.
+        copier: what copies.
+    """
+
+    def __init__(self, params: Sequence[Tensor], copier: Copier) -> None:
+        self._device, self._num_slots = params[0].device, min(NUM_SLOTS, len(params))
+        self._slot_bytes = max(_slot_bytes(param, param) for param in params)
+        self._copier, self._slots = copier, list[Pages]()
+        self._shut = weakref.finalize(self, _shut, copier, self._slots, os.getpid())
+        self._shut.atexit = False  # the end of the process gives everything back
 
     @property
     def num_bytes(self) -> int:
@@ -140,59 +156,49 @@ class _Courier:
 
     def step(self, entries: Sequence[Entry], update: Callable[[Entry], None]) -> None:
         """Call `update` for each entry with parameter and gradient on the host, and return the parameter."""
-        with self._beside_compute():
-            self._make_room(entries)
-            waiting = iter(entries)
-            coming = deque(self._fetch(entry, pages) for pages, entry in zip(self._slots, waiting, strict=False))
+        self._make_room(entries)
+        waiting, begun = iter(entries), list[Copy]()
+        coming = deque(self._fetch(entry, pages) for pages, entry in zip(self._slots, waiting, strict=False))
+        try:
             while coming:
                 brought = coming.popleft()
-                if brought.arrived is not None:
-                    brought.arrived.synchronize()
-                update(brought.entry._replace(param=brought.param, grad=brought.grad))
-                with self._on_stream():
-                    brought.entry.param.copy_(brought.param, non_blocking=True)
+                brought.arrives.wait()
+                update(brought.entry._replace(param=brought.param, grad=brought.grad))  # step 2
+                begun = [self._copier.copy(brought.entry.param, brought.param)]  # step 3, behind all before it
                 following = next(waiting, None)
                 if following is not None:
                     coming.append(self._fetch(following, brought.pages))
+        finally:
+            for each in (*begun, *(brought.arrives for brought in coming)):
+                each.order()  # step 4; gradients that were to be read may be freed then
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
+        """Give the slots up."""
+        self._copier.wait()
         while self._slots:
             self._slots.pop().close()
 
     def _make_room(self, entries: Sequence[Entry]) -> None:
-        most = max((_slot_bytes(entry.grad.nbytes, entry.param.nbytes) for entry in entries), default=0)
+        most = max(_slot_bytes(entry.grad, entry.param) for entry in entries)
         if most > self._slot_bytes:  # a gradient in more bits than its parameter
             self.close()
             self._slot_bytes = most
-        while entries and len(self._slots) < self._num_slots:
+        while len(self._slots) < self._num_slots:
             self._slots.append(Pages(self._slot_bytes, self._device))
 
     def _fetch(self, entry: Entry, pages: Pages) -> _Brought:
         grad = _at(pages, 0, entry.grad)
         param = _at(pages, round_up(entry.grad.nbytes, ALIGNMENT), entry.param)
-        with self._on_stream():
-            grad.copy_(entry.grad, non_blocking=True)
-            param.copy_(entry.param, non_blocking=True)
-            arrived = None if self._stream is None else self._stream.record_event()
-        return _Brought(entry, param, grad, pages, arrived)
+        self._copier.copy(grad, entry.grad)  # step 1
+        return _Brought(entry, param, grad, pages, self._copier.copy(param, entry.param))
 
-    @contextmanager
-    def _beside_compute(self) -> Iterator[None]:
-        """Let copies come after what was queued before, and what is queued later after the copies."""
-        if self._stream is None:
-            yield
-            return
-        compute = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(compute)
-        try:
-            yield
-        finally:
-            compute.wait_stream(self._stream)
 
-    def _on_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+def _shut(copier: Copier, slots: list[Pages], pid: int) -> None:
+    """Give slots up behind the last copy; it also runs when the courier is collected."""
+    if pid == os.getpid():  # a forked child may not call CUDA
+        copier.wait()
+        while slots:
+            slots.pop().close()
 
 
 def _at(pages: Pages, start: int, like: Tensor) -> Tensor:
@@ -200,5 +206,5 @@ def _at(pages: Pages, start: int, like: Tensor) -> Tensor:
     return pages.tensor[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def _slot_bytes(grad_bytes: int, param_bytes: int) -> int:
-    return round_up(round_up(grad_bytes, ALIGNMENT) + param_bytes, PAGE_BYTES)
+def _slot_bytes(grad: Tensor, param: Tensor) -> int:
+    return max(PAGE_BYTES, round_up(round_up(grad.nbytes, ALIGNMENT) + param.nbytes, PAGE_BYTES))

@@ -1,5 +1,6 @@
 """Carries out what a plan says of a model's blocks and sites, and of its optimiser's states, undone by handles."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
@@ -111,20 +112,26 @@ class Adopted:
     """A plan's choices for an optimiser, in force until `remove`.
 
     Args:
-        plan: the plan.
+        is_beside: whether the host's memory is another than the model's.
         adoption: what keeps states in another format or place; None where they are as they were.
         undo: undoes everything.
     """
 
-    def __init__(self, plan: Plan, adoption: Adoption | None, undo: Callable[[], None]) -> None:
-        self._is_beside = plan.device != "cpu"  # there the host's memory is the device's own
-        self._adoption, self._undo, self._host_bytes = adoption, undo, 0
+    def __init__(self, adoption: Adoption | None, undo: Callable[[], None], *, is_beside: bool) -> None:
+        self._adoption, self._undo, self._is_beside, self._host_bytes = adoption, undo, is_beside, 0
 
     def remove(self) -> None:
         """Undo the choices; again it does nothing."""
         self._look_at_host()
         self._adoption = None
         self._undo()
+
+    def release(self) -> None:
+        """Undo the choices at the end of a run; states for which the device has no room stay in host memory."""
+        try:
+            self.remove()
+        except torch.OutOfMemoryError as error:
+            warnings.warn(f"packlight: optimiser states stay in host memory: {error}", stacklevel=2)
 
     def complete(self, measured: Measurement) -> Measurement:
         """Return a measurement with what states take of the host's memory."""
@@ -162,4 +169,4 @@ def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer
             undo.callback(adoption.remove)
         if plan.releases_gradients:
             undo.callback(update_early(optimizer, adoption).remove)
-        return Adopted(plan, adoption, undo.pop_all().close)
+        return Adopted(adoption, undo.pop_all().close, is_beside=device_of(model).type != "cpu")

@@ -36,6 +36,9 @@ times torch's step on the CPU, 1.8 against 1.0 on a GPU).
 HOST_FORMATS = ("fp32", *LOW_BITS)
 """The formats that states in host memory may have."""
 
+HOST_SIDE = 6144
+"""Of the square matrix that the host's kernels are measured with: 144 MiB."""
+
 NUM_ENCODED = 8
 """Tensors that are encoded in a row where a codec is measured."""
 NUM_HOOKED = 32
@@ -57,7 +60,7 @@ class Rates:
         codec_seconds: to encode and decode one element of a saved tensor, by codec.
         codec_call_seconds: what that takes for a tensor of any size besides.
         operators: what calls were measured to take; None for a device that is not at hand.
-        host_update_seconds: as `update_seconds`, by the host's kernels; none for a CPU, which is the host.
+        host_update_seconds: as `update_seconds`, by the host's kernels, by each of `HOST_FORMATS`.
     """
 
     flops_per_second: Mapping[str, float]
@@ -118,14 +121,17 @@ def measure(device_type: str) -> Rates:
         codec_seconds,
         codec_call_seconds,
         Operators(device),
-        {} if device.type == "cpu" else _host_update_seconds(),
+        HostUpdates(),
     )
 
 
-def _host_update_seconds() -> dict[str, float]:
-    """Measure the CPU's kernels, with all threads that torch has; states may stay in fp32 there too."""
-    host, side = torch.device("cpu"), 2048
-    return {name: _update_seconds(host, side, state_format=name) for name in HOST_FORMATS}
+class HostUpdates(dict[str, float]):
+    """What the CPU's kernels take, with all threads that torch has; measured when a format is first asked for."""
+
+    def __missing__(self, state_format: str) -> float:
+        """Measure a format (a fraction of a second, half a GiB): so much that nothing of it is left in a cache."""
+        seconds = _update_seconds(torch.device("cpu"), HOST_SIDE, state_format=state_format)
+        return self.setdefault(state_format, seconds)
 
 
 def _launch_seconds(device: torch.device) -> float:
@@ -168,9 +174,10 @@ def _codec_call_seconds(device: torch.device, element_seconds: float) -> float:
 def _update_seconds(device: torch.device, side: int, *, state_format: str) -> float:
     """Measure the AdamW step of a square matrix, in seconds for one element."""
     parameter = torch.ones(side, side, dtype=torch.float32, device=device)
+    gradient = torch.ones_like(parameter)
     state = init_state(parameter, state_format)
     settings = group_settings({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False})
-    run = functools.partial(update, parameter, parameter, state, state_format=state_format, settings=settings)
+    run = functools.partial(update, parameter, gradient, state, state_format=state_format, settings=settings)
     return _best_seconds(run, device, repeats=3) / parameter.numel()
 
 

@@ -53,7 +53,7 @@ def find_link(
     if known is not None or device.type == "meta":
         return None
     if device.type == "cuda" and host_budget is not None:
-        return _host_link(device.type, parse_bytes(host_budget, total_bytes=_host_bytes()))
+        return _host_link(device.type, parse_bytes(host_budget, total_bytes=host_memory_bytes()))
     if disk is None:
         return None
     folder = os.fspath(disk)
@@ -83,7 +83,8 @@ def unused(
     return tuple(said)
 
 
-def _host_bytes() -> int:
+def host_memory_bytes() -> int:
+    """Return the size of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -70,8 +70,9 @@ class Maker:
                 seen = replace(seen, gradients="none", num_microbatches=1)
             device, hardware = device_of(self._model), self._settings.hardware
             allowed = Budget.of(wanted, total_bytes=memory_bytes(device, hardware))
-            step = profile(self._model, call, self._optimizers, seen=seen, hardware=hardware)
-            step = replace(_noted(step, self._model), link=self._settings.link(device))
+            link = self._settings.link(device)
+            step = profile(self._model, call, self._optimizers, seen=seen, hardware=hardware, link=link)
+            step = _noted(step, self._model)
             step = replace(step, notes=(*step.notes, *self._settings.unused(device)))
             held = tuple(cost for cost in step.optimizers if self.held and cost.formats == self.held.state_formats)
             step = replace(step, optimizers=held) if held else step

@@ -147,7 +147,7 @@ class StepWatch:
         live = {
             "parameters": sum(tensor.untyped_storage().nbytes() for tensor in storages.values()),
             "gradients": sum(gradient.nbytes for gradient in gradients),
-            "optimizer_states": self.state_bytes(),
+            "optimizer_states": self.state_bytes(on_device=True),
         }
         all_bytes = torch.cuda.memory_allocated() if self.line.device_type == "cuda" else self.line.live_bytes
         return live | {"activations and what else lives": max(0, all_bytes - sum(live.values()))}
@@ -314,11 +314,11 @@ class StepWatch:
             for tensor in flat_tensors(list(optimizer.state.values())):
                 self.line.add(tensor, category="optimizer_states")
 
-    def state_bytes(self) -> int:
-        """Return the bytes of the optimisers' states, each storage once."""
-        states = [tensor for each in self.optimizers for tensor in flat_tensors(list(each.state.values()))]
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in states}
-        return sum(storages.values())
+    def state_bytes(self, *, on_device: bool = False) -> int:
+        """Return the bytes of the optimisers' states, each storage once; of those on the device, or of all."""
+        held = flat_tensors([list(each.state.values()) for each in self.optimizers])
+        here = [tensor for tensor in held if not on_device or tensor.device.type == self.line.device_type]
+        return sum({at.untyped_storage()._cdata: at.untyped_storage().nbytes() for at in here}.values())
 
     def _clock(self) -> float:
         if self.line.device_type == "cuda" and self.num_steps < MAX_SYNCHRONISED_STEPS:

@@ -55,7 +55,8 @@ def plan(
         optimizer: the optimiser that steps; None for forward and backward alone.
         budget: bytes allowed on the training device at the step's peak: an int, "12GiB", "800MB" or "80%".
         loss: a function of (output, batch) that returns a scalar; None: `output.loss`, or the output if it is a scalar.
-        host_budget: bytes allowed in host memory for what a GPU offloads; None: nothing is moved there.
+        host_budget: bytes allowed in host memory, for what a GPU moves there and for optimiser states that are stepped
+            there; taken on a GPU and for named hardware only.
         disk: folder of the disk tier, where tensors wait for backward; None: nothing is moved there.
         exact: only choices that leave every loss and gradient bit-equal.
         release_gradients: parameters may be stepped inside backward, and their gradients freed there: nothing between
@@ -133,8 +134,8 @@ def profiled(
         gradients: Literal["step", "none"] = "step" if num > 1 else "none"
         seen = Seen(other_bytes=beside_bytes, num_microbatches=num, gradients=gradients)
         part = batch if num == 1 else next(split(batch, num))[0]
-        step = profile(model, part, optimizer, loss=asked.get("loss"), seen=seen, hardware=hardware)
-        step = replace(step, link=link, notes=(*step.notes, *notes))
+        step = profile(model, part, optimizer, loss=asked.get("loss"), seen=seen, hardware=hardware, link=link)
+        step = replace(step, notes=(*step.notes, *notes))
         return step if num == 1 else _beside_whole(step, step_of(1), is_cut=device.type == "meta")
 
     solver = functools.partial(

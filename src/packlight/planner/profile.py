@@ -21,7 +21,7 @@ from packlight.planner.loop import Call, Loss, Optimizers, Seen
 from packlight.planner.repeats import without_unrepeatable
 from packlight.planner.timeline import flat_tensors
 from packlight.planner.trace import Trace
-from packlight.step import Profile, Tail
+from packlight.step import Link, Profile, Tail
 
 ASKED = (
     "shapes or branches of the model depend on values: one forward was run on the batch to learn them, and another "
@@ -42,6 +42,7 @@ def profile(
     loss: Loss | None = None,
     seen: Seen | None = None,
     hardware: str | None = None,
+    link: Link | None = None,
 ) -> Profile:
     """Trace one training step of a model on fake tensors.
 
@@ -56,6 +57,7 @@ def profile(
         loss: a function of (output, batch) that returns a scalar; None: `output.loss`, or the output if it is a scalar.
         seen: what is known of the loop around the model.
         hardware: the name of a device whose rates and allocator are taken instead of this machine's; see `plan`.
+        link: the way to a tier that plans may use; with one to the host, states there are costed too.
 
     Returns:
         The step as a record, from which `solve` makes plans.
@@ -66,7 +68,7 @@ def profile(
         ValueError: there is no hardware of this name.
     """
     seen, known, call, answers = seen or Seen(), named(hardware), Call.of(batch), None
-    trace = functools.partial(_traced, model, call, optimizer, loss=loss, seen=seen, hardware=known)
+    trace = functools.partial(_traced, model, call, optimizer, loss=loss, seen=seen, hardware=known, link=link)
     try:
         step = trace()
     except ProfileError as error:
@@ -86,6 +88,7 @@ def _traced(
     loss: Loss | None,
     seen: Seen,
     hardware: Hardware | None,
+    link: Link | None,
     answers: Answers | None = None,
 ) -> Profile:
     trace = _begin(model, optimizer, seen, hardware, answers)
@@ -101,14 +104,14 @@ def _traced(
             del output
             trace.backward(scalar)
             del held
-            optimizers = trace.optimizers()
+            optimizers = trace.optimizers(on_host=link is not None and link.tier == "host")
         except Exception as error:
             raise ProfileError(
                 f"one step of {type(model).__name__} could not be traced on fake tensors "
                 f"({type(error).__name__}: {error}); wanted a step that can run on tensors without values; where "
                 "shapes or branches depend on values, a model that is not on the meta device, and no other hardware"
             ) from error
-    return trace.record(optimizers, tuple(notes))
+    return replace(trace.record(optimizers, tuple(notes)), link=link)
 
 
 def _begin(

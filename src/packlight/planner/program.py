@@ -49,6 +49,12 @@ def rated(slowdown: float, number: float) -> float:
     return max(1.0, slowdown) + LOSS_SHARE * number
 
 
+def lossiness(optimizers: Sequence[OptimizerCost]) -> list[int]:
+    """Number state formats, the least lossy first; states in host memory lose no more, but take something of it."""
+    own = list(dict.fromkeys(cost.own_format for cost in optimizers))
+    return [own.index(cost.own_format) + bool(cost.host_bytes) for cost in optimizers]
+
+
 @dataclass(frozen=True)
 class Found:
     """Blocks to recompute, what is done with groups, and which of the state formats is taken, by position."""
@@ -193,7 +199,8 @@ class Program:
         objective[list(at.waiting)] = profile.num_microbatches
         loss_seconds = LOSS_SHARE * profile.seconds * profile.num_microbatches
         objective[at.any_lossy] = loss_seconds
-        for number, (column, optimizer) in enumerate(zip(at.formats, self._optimizers, strict=True)):
+        numbers = lossiness(self._optimizers)
+        for number, column, optimizer in zip(numbers, at.formats, self._optimizers, strict=True):
             slower_seconds = max(0.0, profile.update_seconds(optimizer) - profile.update_seconds(self._optimizers[0]))
             objective[column] = slower_seconds + number * loss_seconds
 

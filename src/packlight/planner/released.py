@@ -19,8 +19,8 @@ from packlight.optim.early import alone_seconds
 from packlight.planner.cost import StepCost
 from packlight.planner.held import EXACT_CODEC
 from packlight.planner.outcome import beside_plain
-from packlight.planner.program import rated
-from packlight.planner.solve import allowed_formats, solve
+from packlight.planner.program import lossiness, rated
+from packlight.planner.solve import Solver, allowed_formats, solve
 from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile, Storage
 
@@ -55,7 +55,7 @@ def released(step: Profile, optimizer: OptimizerCost) -> Profile:
     seconds = optimizer.seconds + len(added) * alone_seconds()
     # What the host steps goes there alone, so nothing is copied beside its kernels.
     in_turn_seconds = optimizer.host_seconds + step.copy_seconds(optimizer)
-    in_place = replace(optimizer, temporary_bytes=0, seconds=seconds, host_seconds=in_turn_seconds)
+    in_place = replace(optimizer, temporary_bytes=0, seconds=seconds, host_seconds=in_turn_seconds, largest_share=0.0)
     return replace(step, storages=(*storages, *added), optimizers=(in_place,))
 
 
@@ -81,10 +81,16 @@ def solve_releasing(step: Profile, budget: Budget, *, exact: bool = False) -> Pl
     """
     if not can_release(step):
         return solve(replace(step, notes=(*step.notes, NOT_RELEASED)), budget, exact=exact)
-    variants = [step, *(released(step, cost) for cost in allowed_formats(step, exact=exact))]
+    allowed = allowed_formats(step, exact=exact)
+    rate = functools.partial(_rated, step=step)
+    on_device = [released(step, cost) for cost in allowed if not cost.host_bytes]
     found, errors = list[Plan](), list[BudgetError]()
-    for variant in variants:
+    for variant in [step, *on_device, *(released(step, cost) for cost in allowed if cost.host_bytes)]:
+        best = min(found, key=rate, default=None)
         try:
+            if best is not None and _is_out(variant, best, step):
+                errors.append(BudgetError("", smallest_bytes=Solver(variant, exact=exact).smallest_bytes))
+                continue
             made = solve(variant, budget, exact=exact)
         except BudgetError as error:
             errors.append(error)
@@ -94,13 +100,24 @@ def solve_releasing(step: Profile, budget: Budget, *, exact: bool = False) -> Pl
     if not found:
         least = least_of(errors)
         raise least
-    best = min(found, key=functools.partial(_rated, step=step))
-    return replace(best, smallest_budget_bytes=min(smallest))
+    return replace(min(found, key=rate), smallest_budget_bytes=min(smallest))
+
+
+def _is_out(variant: Profile, best: Plan, step: Profile) -> bool:
+    """Tell whether a variant with states in host memory is no better than a plan even where nothing else is changed."""
+    (cost,) = variant.optimizers if len(variant.optimizers) == 1 else (None,)
+    if cost is None or not cost.host_bytes:
+        return False
+    plain_seconds = StepCost(step).price((), step.optimizers[0]).seconds
+    slowdown = StepCost(variant).price((), cost).seconds / plain_seconds if plain_seconds else 1.0
+    own = next(each for each in step.optimizers if each.formats == cost.formats)
+    return rated(slowdown, lossiness(step.optimizers)[step.optimizers.index(own)] + 0.5) >= _rated(best, step=step)
 
 
 def _rated(made: Plan, *, step: Profile) -> float:
     """Return a plan's slowdown, and what is lossy or released on top of it: these have to spare time."""
-    number = next((at for at, cost in enumerate(step.optimizers) if cost.formats == made.state_formats), 0)
+    numbers = zip(step.optimizers, lossiness(step.optimizers), strict=True)
+    number = next((at for cost, at in numbers if cost.formats == made.state_formats), 0)
     number += any(choice.codec not in ("", EXACT_CODEC) for choice in made.choices) + bool(made.tier)
     return rated(made.estimate.slowdown, number + made.releases_gradients / 2)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from packlight.budget import Budget
+from packlight.budget import Budget, parse_bytes
 from packlight.planner.known_hardware import named
-from packlight.planner.links import find_link, unused
+from packlight.planner.links import find_link, host_memory_bytes, unused
 from packlight.records import Plan
 from packlight.step import Link
 
@@ -62,6 +62,10 @@ class Settings:
         """
         if plan.pipeline is not None:
             raise SessionStop("the plan is for the stages of a pipeline, not for one model", exit_status=2)
+        if self.host_budget is not None and plan.estimate.host_peak_bytes > parse_bytes(
+            self.host_budget, total_bytes=host_memory_bytes()
+        ):
+            raise SessionStop("the plan takes more host memory than its budget; plan again", exit_status=3)
         if plan.num_microbatches > 1:
             raise SessionStop(
                 f"the plan is for batches in {plan.num_microbatches} parts, and a script splits its batches itself; "

@@ -11,7 +11,7 @@ from packlight.planner.options import by_name
 from packlight.planner.outcome import choices_of, host_bytes, treated_by
 from packlight.planner.released import as_planned
 from packlight.records import Choice, Plan
-from packlight.step import Profile
+from packlight.step import OptimizerCost, Profile
 
 
 def predicted_step_seconds(step: Profile, plan: Plan) -> float:
@@ -57,7 +57,7 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     free = {group.name for group in costs.treatable(recomputed)}
     present = _treated(costs, plan)
     both = present | {name: each for name, each in _treated(costs, before).items() if name not in present}
-    optimizer = next((cost for cost in step.optimizers if cost.formats == plan.state_formats), None)
+    optimizer = _held(step, plan)
     wanted = {name: each for name, each in both.items() if name in free}
     treated = _that_fit(costs, wanted, taken_bytes=optimizer.host_bytes if optimizer else 0)
     cost = costs.price(recomputed, optimizer, treated=treated)
@@ -86,6 +86,13 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     num_left = len(free.intersection(both)) - len(treated)
     notes = (*plan.notes, *[f"the tier has no room for {num_left} groups of earlier batches"] * (num_left > 0))
     return replace(plan, choices=choices, kept=kept, estimate=estimate, notes=notes, **tier)
+
+
+def _held(step: Profile, plan: Plan) -> OptimizerCost | None:
+    """Return what a plan's states cost; if other parameters are stepped now, what states of the same kinds do."""
+    same = [cost for cost in step.optimizers if cost.formats == plan.state_formats]
+    kinds = set(plan.state_formats.values())
+    return next(iter(same + [cost for cost in step.optimizers if set(cost.formats.values()) == kinds]), None)
 
 
 def _that_fit(costs: StepCost, treated: Mapping[str, Treatment], *, taken_bytes: int) -> dict[str, Treatment]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.held import Treatment
-from packlight.planner.program import Option, Program, rated
+from packlight.planner.program import Option, Program, lossiness, rated
 from packlight.planner.spread import Spread
 from packlight.step import OptimizerCost
 
@@ -64,7 +64,7 @@ class Chosen:
             optimizers: the state formats that there are, the least lossy first.
             plain_seconds: a step's time if nothing is changed.
         """
-        number = 0 if self.optimizer is None else optimizers.index(self.optimizer)
+        number = 0 if self.optimizer is None else lossiness(optimizers)[optimizers.index(self.optimizer)]
         number += any(treatment.is_lossy for treatment in self.treated.values()) + self.moves
         return rated(self.cost.seconds / plain_seconds if plain_seconds else 1.0, number)
 

@@ -333,7 +333,7 @@ class Session(Listener):
     def _undo_plan(self) -> None:
         self._put_blocks_back()
         for adopted in self._adopted.values():
-            adopted.remove()
+            adopted.release()
 
     def update_ends(self, optimizer: Optimizer) -> None:
         """Count a step."""

@@ -48,6 +48,7 @@ class Solver:
         self._optimizers: Sequence[OptimizerCost] = allowed_formats(step, exact=exact) or step.optimizers[:1]
         on_device = [cost for cost in self._optimizers if not cost.host_bytes]
         self._at_hand: Sequence[OptimizerCost] = on_device or self._optimizers
+        self._alone: dict[tuple[str, tuple[int, ...]], list[Search]] = {}
         self._aside = [cost for cost in self._optimizers if cost not in self._at_hand]
 
     def fastest(self, budget: Budget) -> Plan | int:
@@ -74,9 +75,11 @@ class Solver:
         They are searched for by themselves, and only where their own time leaves a chance: as further choices beside
         the other formats they made the program so much harder that it found worse plans in its time.
         """
-        window = best.window_bytes if best and best.moves else WINDOW_GROUPS[0] * self._block_group_bytes
+        windows: tuple[int, ...] = (ONE_AT_A_TIME, WINDOW_GROUPS[0] * self._block_group_bytes)
+        if best is not None and best.moves:
+            windows = (best.window_bytes,)
         for optimizer in sorted(self._aside, key=self._rated_alone):
-            for search in self._searches_among([optimizer], (window,)):
+            for search in self._searches_with(optimizer, windows):
                 if best is not None and self._rated_alone(optimizer) >= self._rated(best):
                     break
                 found = search.fastest(limit_bytes)
@@ -92,11 +95,12 @@ class Solver:
 
     def _least_that_fits(self, limit_bytes: int) -> Chosen | None:
         """Return a plan where the integer program found none in time."""
+        found = list[Chosen]()
         for optimizer, search in itertools.product(self._formats, self._tightest):
             least = search.least(optimizer)
             if least.cost.peak_bytes <= limit_bytes:
-                return search.without_needless(least, limit_bytes)
-        return None
+                found.append(search.without_needless(least, limit_bytes))
+        return min(found, key=self._rated, default=None)
 
     def least(self, budget: Budget) -> Plan:
         """Make the plan with the lowest peak, with the optimiser as it is.
@@ -135,6 +139,13 @@ class Solver:
         """Searches without the tier and, where there is one, with it; these differ in the tier's window."""
         windows = (ONE_AT_A_TIME, *(number * self._block_group_bytes for number in WINDOW_GROUPS))
         return self._searches_among(self._at_hand, windows)
+
+    def _searches_with(self, optimizer: OptimizerCost, windows: tuple[int, ...]) -> list[Search]:
+        """Searches for one format, which keep what they have learnt from budget to budget."""
+        key = optimizer.state_format, windows
+        if key not in self._alone:
+            self._alone[key] = self._searches_among([optimizer], windows)
+        return self._alone[key]
 
     def _searches_among(self, optimizers: Sequence[OptimizerCost], windows: Sequence[int]) -> list[Search]:
         encoded, moved = self._options

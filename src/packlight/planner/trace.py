@@ -37,6 +37,7 @@ from packlight.activations.resident import Resident
 from packlight.activations.saver import is_worth_it
 from packlight.activations.sites import CallStack, ModuleWatch
 from packlight.optim.adopt import can_adopt
+from packlight.optim.adopted_state import without_compact
 from packlight.optim.early import can_update_early
 from packlight.planner.answers import Answers
 from packlight.planner.chatter import quiet
@@ -66,7 +67,7 @@ class Trace:
         self.real_optimizers = listed(optimizer)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._copy = FakeCopy(self.mode)
-        with _disable_current_modes(), self._copy:
+        with _disable_current_modes(), self._copy, without_compact(self.real_optimizers):
             self.model, self.fake_optimizers = copy.deepcopy((model, self.real_optimizers))
         first = next((tensor.device.type for tensor in model.parameters()), "cpu")
         self.device_type = "cpu" if first == "meta" else first
@@ -300,13 +301,14 @@ class Trace:
             if parameter.grad is not None:
                 self.line.add(parameter.grad, category="gradients")
 
-    def optimizers(self) -> tuple[OptimizerCost, ...]:
-        """Ask what the optimisers cost as they are, and in the formats that they could have (step 5)."""
+    def optimizers(self, *, on_host: bool) -> tuple[OptimizerCost, ...]:
+        """Ask what the optimisers cost as they are, and in the formats (and places) that they could have (step 5)."""
         if not self.real_optimizers:
             return ()
         self.line.explicit_phase = "optimizer"
         try:
-            costs = optimizer_costs(self.real_model, self.real_optimizers, self.fake_optimizers, self.line)
+            optimizers = self.real_optimizers, self.fake_optimizers
+            costs = optimizer_costs(self.real_model, *optimizers, self.line, on_host=on_host)
         except Exception as error:
             kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self.real_optimizers}))
             self.notes.append(f"the step of {kinds} cannot be traced; its states count once seen: {error}")

@@ -34,6 +34,8 @@ def optimizer_costs(
     optimizers: Sequence[torch.optim.Optimizer],
     fake_optimizers: Sequence[torch.optim.Optimizer],
     line: FakeLine,
+    *,
+    on_host: bool,
 ) -> tuple[OptimizerCost, ...]:
     """Trace optimisers as they are, and cost the formats that their states could have.
 
@@ -42,6 +44,7 @@ def optimizer_costs(
         optimizers: its optimisers.
         fake_optimizers: their copies on fake tensors, with gradients.
         line: the line of events that is being written.
+        on_host: whether states may lie in host memory.
 
     Returns:
         The present format first; then the others, where packlight knows every optimiser.
@@ -65,14 +68,16 @@ def optimizer_costs(
     stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
     found, costs = [dict.fromkeys(stepped, "fp32")], [present]
     in_fp32 = {name: "fp32" for name, at in _formats(LOW_BITS[0], model, stepped).items() if at != "fp32"}
-    costs += _on_host("fp32", in_fp32, stepped, fake_optimizers, line, present=present)
+    if on_host:
+        costs += _on_host("fp32", in_fp32, stepped, fake_optimizers, line, present=present)
     for state_format in LOW_BITS:
         formats = _formats(state_format, model, stepped)
         if formats not in found:  # two of them may come to the same
             found.append(formats)
             large = {name: at for name, at in formats.items() if at != "fp32"}
             costs.append(_low_bit(state_format, large, stepped, fake_optimizers, line, present=present))
-            costs += _on_host(state_format, large, stepped, fake_optimizers, line, present=present)
+            if on_host:
+                costs += _on_host(state_format, large, stepped, fake_optimizers, line, present=present)
     return tuple(costs)
 
 
@@ -175,13 +180,16 @@ def _on_host(
     *,
     present: OptimizerCost,
 ) -> list[OptimizerCost]:
-    """Cost the optimisers with large parameters' states in host memory; nothing where that is the device's own."""
+    """Cost the optimisers with large parameters' states in host memory; nothing where the CPU has no kernel."""
     rates, large = line.rates.host_update_seconds, {name: stepped[name] for name in formats}
-    if not rates or not large or any(at.dtype == torch.float16 for at in large.values()):  # the CPU has no kernel
+    if not large or not all(map(_has_kernel, large.values())):
         return []
     rest = _rest(large, stepped, fake_optimizers, line, present=present)
     num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) for name, at in large.items())
     in_bytes = sum(at.nbytes for at in large.values())
+    both = (each for at in large.values() for each in (at, at.grad) if each is not None)
+    scattered = (each for each in both if not each.is_contiguous())
+    copied_bytes = max((each.nbytes for each in scattered), default=0)  # made contiguous on the device
     hosted = replace(
         rest,
         state_format=state_format + ON_HOST,
@@ -190,8 +198,18 @@ def _on_host(
         host_seconds=sum(at.numel() * rates[formats[name]] for name, at in large.items()),
         out_bytes=in_bytes + sum(at.grad.nbytes for at in large.values() if at.grad is not None),
         in_bytes=in_bytes,
+        largest_share=max(at.nbytes for at in large.values()) / in_bytes,
+        temporary_bytes=max(rest.temporary_bytes, copied_bytes),
+        alone_bytes=max(rest.alone_bytes, copied_bytes),
     )
     return [hosted]
+
+
+def _has_kernel(parameter: torch.Tensor) -> bool:
+    """Tell whether the CPU has a kernel for a parameter; others are stepped there many times slower."""
+    return parameter.dtype in (torch.float32, torch.bfloat16) and (
+        parameter.grad is None or parameter.grad.dtype == parameter.dtype
+    )
 
 
 def _rest(
