@@ -50,7 +50,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "report": {"rich", "plotly"},
     "cli": {"torch", "click", "rich"},
     "planner": {"torch", "numpy", "scipy"},
-    "pipeline": {"torch", "numpy"},
+    "pipeline": {"numpy"},
     "demo": {"torch", "rich"},
     "__main__": set(),
 }

@@ -5,6 +5,7 @@ script's own; 2 for wrong usage, 3 where no plan fits the budget (nothing was tr
 """
 
 import atexit
+import importlib.util
 import json
 import os
 import signal
@@ -136,6 +137,10 @@ def pipeline(
     from packlight.report import pipeline as page
 
     target, drawn = _output_file("--save", save), _output_file("--html", html)
+    if drawn is not None and drawn == target:
+        raise click.UsageError("--save and --html name the same file")
+    if drawn is not None and importlib.util.find_spec("plotly") is None:
+        raise click.UsageError("--html draws with plotly, which is not installed; pip install 'packlight[report]'")
     flops = None if tflops is None else tflops * 1e12
     try:
         question = PipelineQuestion(**asked, flops_per_second=flops, recompute=not keep_elementwise)

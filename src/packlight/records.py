@@ -110,10 +110,9 @@ class Pipeline:
     def __str__(self) -> str:
         """Say in a line how the ranks work."""
         moved = f", {self.num_moved} of {self.num_chunks} chunks of each rank moved to the host" * bool(self.num_moved)
-        return (
-            f"{self.schedule} on {self.num_ranks} ranks with {self.num_chunks} chunks, "
-            f"{self.num_microbatches} microbatches{moved}; bubble {self.bubble:.1%}"
-        )
+        numbers = ((self.num_ranks, "rank"), (self.num_chunks, "chunk"), (self.num_microbatches, "microbatch"))
+        ranks, chunks, microbatches = (f"{num} {name}{_plural(name) * (num != 1)}" for num, name in numbers)
+        return f"{self.schedule} on {ranks} with {chunks}, {microbatches}{moved}; bubble {self.bubble:.1%}"
 
 
 @dataclass(frozen=True)
@@ -234,6 +233,7 @@ class Plan(JsonRecord):
             *self._treated_lines(),
             *[f"  each batch in {self.num_microbatches} microbatches"] * (self.num_microbatches > 1),
             *[f"  optimiser states: {formats}{freed}"] * (self.pipeline is None),
+            *[f"  in host memory: {format_bytes(estimate.host_peak_bytes)}"] * (estimate.host_peak_bytes > 0),
             f"  at the peak ({estimate.peak_moment}): "
             + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.peak_by_category.items() if size),
         ]
@@ -316,3 +316,7 @@ class Run(JsonRecord):
     first_estimate: Estimate | None
     measurement: Measurement
     environment: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _plural(name: str) -> str:
+    return "es" if name.endswith("ch") else "s"

@@ -17,7 +17,6 @@ from packlight.pipeline.schedule import (
     one_f_one_b,
     stuck,
     uniform,
-    with_copies,
 )
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -134,9 +133,10 @@ def test_what_cannot_be_made_is_refused_with_the_nearest_that_can(make: Callable
 
 
 def test_what_is_away_is_not_held() -> None:
-    made = one_f_one_b(1, 1)
-    moved = with_copies(made, [{0: [Action("OFFLOAD", 0, 0), Action("RELOAD", 0, 0)], 1: [Action("RELEASE", 0, 0)]}])
+    order = tuple(Action(kind, 0, 0) for kind in ("F", "OFFLOAD", "RELOAD", "B", "RELEASE"))
+    moved = Schedule("by hand", 1, 1, 1, (order,))
     check(moved)
     assert moved.held(0, [10], [8]) == [10, 2, 10, 8, 0]
-    with pytest.raises(ScheduleError):
-        check(with_copies(made, [{0: [Action("RELOAD", 0, 0)]}]))
+    for wrong in (order[:2] + order[3:], (order[0], order[2], order[1], *order[3:]), (*order[:3], order[4], order[3])):
+        with pytest.raises(ScheduleError):
+            check(replace(moved, orders=(wrong,)))

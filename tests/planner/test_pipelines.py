@@ -12,7 +12,8 @@ from packlight import BudgetError, Plan
 from packlight.cli import main
 from packlight.pipeline import shapes
 from packlight.pipeline.schedule import ScheduleError
-from packlight.pipeline.shapes import Shape
+from packlight.pipeline.shapes import Shape, parameters_of, shape_named
+from packlight.planner.known_hardware import KNOWN
 from packlight.planner.pipelines import PipelineAnswer, PipelineQuestion, plan_pipeline
 from packlight.records import Bar
 from packlight.report.pipeline import MAX_BARS, write_page
@@ -78,8 +79,38 @@ def test_a_budget_of_the_host_that_binds_leaves_more_on_the_device() -> None:
     assert free.estimate.host_peak_bytes > 60 * 2**30
     with pytest.raises(BudgetError):
         plan_pipeline(QUESTION, budget="50GiB", host_budget="1GiB")
-    bound = plan_pipeline(QUESTION, budget="79GiB", host_budget="1GiB").plan
-    assert bound.estimate.host_peak_bytes <= 2**30
+    bound = plan_pipeline(QUESTION, budget="79GiB", host_budget="30GiB").plan
+    assert bound.estimate.host_peak_bytes <= 30 * 2**30
+    least = plan_pipeline(QUESTION, budget=bound.smallest_budget_bytes, host_budget="30GiB").plan
+    assert least.smallest_budget_bytes == bound.smallest_budget_bytes > free.smallest_budget_bytes
+
+
+def test_a_row_says_what_its_schedule_takes() -> None:
+    answer = plan_pipeline(QUESTION, budget="79GiB")
+    plan, (row,) = answer.plan, [each for each in answer.rows() if each.is_chosen]
+    assert plan.pipeline is not None
+    assert row.tokens_per_second == pytest.approx(32 * 16384 / row.step_seconds)
+    assert (row.peak_bytes, row.step_seconds) == (plan.estimate.device_peak_bytes, plan.estimate.step_seconds)
+    assert row.host_bytes == max(plan.pipeline.hosts_bytes) == plan.estimate.host_peak_bytes > 0
+    assert plan.estimate.slowdown == pytest.approx(row.step_seconds / answer.found[0].seconds)
+    assert plan.out_bytes_per_second == plan.in_bytes_per_second == KNOWN["a100-80g"].duplex_bytes_per_second
+    for name, lane in (("OFFLOAD", "out"), ("RELOAD", "back")):
+        assert {bar.lane for bar in answer.bars() if bar.kind == name} == {lane}
+    out = {(bar.rank, bar.stage, bar.microbatch): bar.end for bar in answer.bars() if bar.lane == "out"}
+    assert out and all(
+        out[bar.rank, bar.stage, bar.microbatch] < bar.start for bar in answer.bars() if bar.lane == "back"
+    )
+    parameters = parameters_of(shape_named("llama-13b"), 8, 4)
+    twice = plan_pipeline(dataclasses.replace(QUESTION, state_bytes=17), budget="79GiB").found
+    for one, other in zip(answer.found, twice, strict=True):
+        grown = [b - a for a, b in zip(one.peaks_bytes, other.peaks_bytes, strict=True)]
+        assert grown == list(parameters)
+
+
+def test_devices_without_bf16_compute_in_fp16() -> None:
+    question = dataclasses.replace(QUESTION, model="llama-7b", hardware="v100-32g", num_chunks=4, sequence_length=2048)
+    answer = plan_pipeline(question, budget="31GiB")
+    assert k_of(answer) > 1
 
 
 def test_a_given_k_and_rate_need_no_hardware_and_slow_copies_leave_more_on_the_device() -> None:
@@ -125,6 +156,9 @@ def test_a_plan_is_a_record_and_says_what_the_ranks_do(tmp_path: Path) -> None:
         ({"hardware": "a100"}, ValueError, "'a100' is not known; wanted one of a100-40g"),
         ({"model": "llama"}, ValueError, "'llama' is not known; wanted one of llama-7b"),
         ({"sequence_length": -1}, ScheduleError, "a sequence length of -1 came"),
+        ({"flops_per_second": float("inf")}, ValueError, "a rate of inf operations"),
+        ({"k": float("inf")}, ValueError, "k=inf came"),
+        ({"sequence_length": 10**20}, ValueError, "tokens came; wanted at most"),
         ({"state_bytes": -1}, ValueError, "-1 bytes of a parameter came"),
     ],
 )
@@ -146,9 +180,9 @@ def test_the_command_prints_saves_and_draws(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     plan = Plan.load(files["--save"])
     assert plan.pipeline is not None and plan.pipeline.schedule in done.output and "chosen" in done.output
-    assert any("all that a100-80g has" in note for note in plan.notes)
+    assert any("more than the 79.10 GiB that a100-80g has" in note for note in plan.notes)
     page = files["--html"].read_text(encoding="utf-8")
-    assert all(f"rank {rank}" in page for rank in range(8)) and "out 7" in page and "src=" not in page.split("<body")[0]
+    assert all(f"rank {rank}" in page for rank in range(8)) and "out 7" in page and 'src="http' not in page
     every = CliRunner().invoke(main, [*COMMAND, "--budget", "80GiB", "--all"])
     assert every.output.count("GIS-6") > done.output.count("GIS-6")
 

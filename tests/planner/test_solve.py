@@ -132,7 +132,7 @@ def test_a_refusal_names_the_smallest_budget_and_a_plan_for_exactly_that_exists(
     with pytest.raises(BudgetError, match=rf"\b{least} bytes\b") as error:
         solve(step, Budget(least - 1), exact=exact)
     assert error.value.smallest_bytes == least
-    assert ("without exact=True" in str(error.value)) == exact
+    assert ("choices that are not exact" in str(error.value)) == exact
 
 
 def test_formats_that_no_parameter_is_large_enough_for_are_no_choice() -> None:

@@ -99,7 +99,8 @@ def _makers(num_ranks: int, num_chunks: int, num_microbatches: int) -> Iterator[
         yield functools.partial(one_f_one_b, num_ranks, num_microbatches)
     else:
         yield functools.partial(interleaved, num_ranks, num_chunks, num_microbatches)
-    for size in range(num_ranks, math.ceil(num_ranks / 2) - 1, -1):
+    least = math.ceil(num_ranks / 2) if num_chunks > 1 else num_ranks  # with one chunk groups are all alike
+    for size in range(num_ranks, least - 1, -1):
         yield functools.partial(grouped, num_ranks, num_chunks, num_microbatches, group_size=size)
     yield functools.partial(uniform, num_ranks, num_chunks, num_microbatches)
 
@@ -115,16 +116,22 @@ def fastest(found: Sequence[Candidate], budget_bytes: int, host_budget_bytes: in
     Raises:
         BudgetError: none fits; it names the smallest budget that one would.
     """
-    allowed = [each for each in found if host_budget_bytes is None or each.host_bytes <= host_budget_bytes]
+    allowed = within(found, host_budget_bytes)
     fitting = [each for each in allowed if each.peak_bytes <= budget_bytes]
     if not fitting:
         least = min(allowed, key=lambda each: each.peak_bytes)
         raise BudgetError(
             f"no schedule fits {format_bytes(budget_bytes)} on every rank; the smallest budget that fits is "
-            f"{least.peak_bytes} bytes ({format_bytes(least.peak_bytes)}), by {least.name}; or use less a microbatch",
+            f"{least.peak_bytes} bytes ({format_bytes(least.peak_bytes)}), by {least.name}; "
+            "or make microbatches smaller",
             smallest_bytes=least.peak_bytes,
         )
     return min(fitting, key=lambda each: (each.seconds, each.num_moved, each.peak_bytes))
+
+
+def within(found: Sequence[Candidate], host_budget_bytes: int | None) -> list[Candidate]:
+    """Return the candidates that keep to a budget of each rank's tier; None for no bound."""
+    return [each for each in found if host_budget_bytes is None or each.host_bytes <= host_budget_bytes]
 
 
 def frontier(found: Sequence[Candidate]) -> list[Candidate]:

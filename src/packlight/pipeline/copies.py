@@ -15,13 +15,12 @@ into arrays once (`Line`), and both queues are a running maximum.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy
 from numpy.typing import NDArray
 
-from packlight.pipeline.schedule import Action, Schedule, with_copies
 from packlight.pipeline.simulate import Timed
 
 Key = tuple[int, int]
@@ -103,8 +102,11 @@ class Line:
         self.ready, self.used, self.lasting = ends[forward], starts[used], ends[used] - starts[used]
         self.movable = numpy.array([cost.movable_bytes for cost in timed.costs], dtype=numpy.int64)[self.stages]
         held = numpy.array([cost.held_bytes for cost in timed.costs], dtype=numpy.int64)[self.stages]
-        self._changed_at = numpy.concatenate([starts[forward], ends[last]])
-        self._changes = numpy.concatenate([held, -held])
+        ahead = numpy.array([cost.forward_bytes for cost in timed.costs], dtype=numpy.int64)[self.stages]
+        back = numpy.array([cost.backward_bytes for cost in timed.costs], dtype=numpy.int64)[self.stages]
+        moments = (starts[forward], ends[forward], starts[used], ends[last])
+        self._changed_at = numpy.concatenate(moments)
+        self._changes = numpy.concatenate([held + ahead, -ahead, back, -held - back])
 
     def keys_of(self, places: NDArray[numpy.intp]) -> tuple[Key, ...]:
         """Return stage and microbatch of some."""
@@ -170,35 +172,3 @@ def _most(times: Floats, changes: NDArray[numpy.int64]) -> int:
     if not changes.size:
         return 0
     return max(0, int(changes[numpy.lexsort((changes, times))].cumsum().max()))
-
-
-def insert(timed: Timed, each: Sequence[Copies]) -> Schedule:
-    """Return the schedule with its copies as actions, each after the compute action that runs when it begins or ends.
-
-    Args:
-        timed: the schedule's times.
-        each: the copies of each rank.
-    """
-    inserted = []
-    for rank, copies in enumerate(each):
-        order, ends = timed.schedule.orders[rank], timed.ends[rank]
-        places = {action: place for place, action in enumerate(order)}
-        after: dict[int, list[Action]] = {}
-        for (stage, at), (_, out_end) in copies.out.items():
-            back_begin = copies.back[stage, at][0]
-            backward = next(Action(kind, stage, at) for kind in ("I", "B") if Action(kind, stage, at) in places)
-            last = places.get(Action("W", stage, at), places[backward])
-            first = places[Action("F", stage, at)]
-            gone = max(first, int(numpy.searchsorted(ends, out_end)))
-            back = min(places[backward] - 1, max(gone, int(numpy.searchsorted(ends, back_begin, side="right")) - 1))
-            after.setdefault(min(gone, back), []).append(Action("OFFLOAD", stage, at))
-            after.setdefault(back, []).append(Action("RELOAD", stage, at))
-            after.setdefault(last, []).append(Action("RELEASE", stage, at))
-        inserted.append(
-            {place: sorted(actions, key=lambda each: _RANKING[each.kind]) for place, actions in after.items()}
-        )
-    return with_copies(timed.schedule, inserted)
-
-
-_RANKING = {"RELEASE": 0, "OFFLOAD": 1, "RELOAD": 2}
-"""What frees bytes comes first."""

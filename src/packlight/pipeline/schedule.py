@@ -2,7 +2,7 @@
 
 torch's schedules are classes that make their order inside, and have no offload. Here a schedule is data: one list for
 each rank, made by a rule for how many forwards stay in flight (Qi et al., "PipeOffload", arXiv 2503.01328), checked for
-any input, and carried out by whoever likes: `simulate.py` in numbers, `stage.py` on torch.distributed.pipelining.
+any input, and followed in numbers (`simulate.py`).
 
 Stage s of `num_ranks * num_chunks` lives on rank s % num_ranks. Letters are torch's: F is a forward, I the gradient of
 its input, W that of its weights, B both at once.
@@ -13,7 +13,7 @@ its input, W that of its weights, B both at once.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 COMPUTE = ("F", "I", "W", "B")
@@ -145,7 +145,7 @@ def grouped(num_ranks: int, num_chunks: int, num_microbatches: int, *, group_siz
         )
     ahead = group_size * (num_chunks - 1)
     warm_ups = [ahead + num_ranks - rank for rank in range(num_ranks)]
-    name = {num_ranks: "GIS", least: "GIS-H"}.get(group_size, f"GIS-{group_size}")
+    name = "GIS" if group_size == num_ranks else "GIS-H" if group_size == least else f"GIS-{group_size}"
 
     def made(num: int) -> Schedule:
         return _in_turn(name, (num_ranks, num_chunks, num), group_size, warm_ups, split=True)
@@ -320,22 +320,3 @@ def _in_order(seen: Mapping[str, int]) -> bool:
     if set(seen) != set(wanted):
         return False
     return [seen[kind] for kind in wanted] == sorted(seen.values())
-
-
-def with_copies(schedule: Schedule, inserted: Sequence[Mapping[int, Sequence[Action]]]) -> Schedule:
-    """Return a schedule with copies.
-
-    Args:
-        schedule: without them.
-        inserted: by rank, the actions that come right after the action at a place in its order.
-
-    Returns:
-        The schedule; it is not checked.
-    """
-    orders = []
-    for order, after in zip(schedule.orders, inserted, strict=True):
-        made: list[Action] = []
-        for place, action in enumerate(order):
-            made += [action, *after.get(place, ())]
-        orders.append(tuple(made))
-    return replace(schedule, orders=tuple(orders))

@@ -69,8 +69,19 @@ class Shape:
         """
         wide = (2 if self.is_gated else 1) * self.inner
         saved = 4 * self.hidden + self.kv_width + wide
-        again = 0 if recompute else 2 * self.hidden + wide + (self.hidden if self.has_dropout else 0)
-        return ELEMENT_BYTES * (saved + again)
+        return ELEMENT_BYTES * saved + (0 if recompute else self.elementwise_bytes)
+
+    @property
+    def elementwise_bytes(self) -> int:
+        """Bytes of one token's results of norms, activation and dropout in a layer."""
+        wide = (2 if self.is_gated else 1) * self.inner
+        return ELEMENT_BYTES * (2 * self.hidden + wide + (self.hidden if self.has_dropout else 0))
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one token's gradients of what a layer's matrices return: they wait for the weights' gradients."""
+        wide = (2 if self.is_gated else 1) * self.inner
+        return ELEMENT_BYTES * (3 * self.hidden + self.kv_width + wide)
 
     def layer_flops(self, sequence_length: int) -> int:
         """Return the floating-point operations of one token's forward in one layer, attention to all tokens counted."""
@@ -179,6 +190,9 @@ def stage_costs(
                 weight_seconds=weight_seconds,
                 held_bytes=movable_bytes + num_tokens * shape.vocabulary * LOGIT_BYTES * is_last,
                 movable_bytes=movable_bytes,
+                forward_bytes=num_tokens * shape.elementwise_bytes * recompute,
+                backward_bytes=num_tokens * (num_layers * shape.gradient_bytes + shape.elementwise_bytes * recompute)
+                + num_tokens * shape.vocabulary * LOGIT_BYTES * is_last,
                 hop_seconds=sent_bytes / rates.hop_bytes_per_second,
             )
         )

@@ -20,6 +20,8 @@ class StageCost:
         forward_seconds, input_seconds, weight_seconds: of F, I and W; B takes the last two.
         held_bytes: on the device from F until W or B.
         movable_bytes: of these, what can go to a tier.
+        forward_bytes: on the device besides while F runs.
+        backward_bytes: on the device besides from the begin of I or B until the end of W or B.
         hop_seconds: from the end of the stage's F until the next stage has its output, and of that one's I until this
             one has its gradient.
     """
@@ -29,6 +31,8 @@ class StageCost:
     weight_seconds: float
     held_bytes: int = 0
     movable_bytes: int = 0
+    forward_bytes: int = 0
+    backward_bytes: int = 0
     hop_seconds: float = 0.0
 
 

@@ -5,15 +5,17 @@ of each stage (`pipeline/shapes.py`), a named device or the user gives the rates
 every number of its chunks moved to the host (`pipeline/choose.py`).
 """
 
+import functools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from packlight.budget import Budget, format_bytes
-from packlight.pipeline.choose import Candidate, candidates, fastest, frontier
+from packlight.budget import Budget, BudgetError, format_bytes
+from packlight.pipeline.choose import Candidate, candidates, fastest, frontier, within
 from packlight.pipeline.copies import Tier
 from packlight.pipeline.schedule import ScheduleError, check_positive
 from packlight.pipeline.shapes import Rates as RankRates
-from packlight.pipeline.shapes import Shape, parameters_of, shape_named, stage_costs
+from packlight.pipeline.shapes import Shape, layers_of, parameters_of, shape_named, stage_costs
 from packlight.pipeline.simulate import StageCost
 from packlight.planner.known_hardware import KNOWN, named
 from packlight.records import Bar, Choice, Estimate, Pipeline, PipelineRow, Plan
@@ -21,6 +23,10 @@ from packlight.records import Bar, Choice, Estimate, Pipeline, PipelineRow, Plan
 STATE_BYTES = 16
 """Of a parameter in mixed precision with AdamW: 2 and 2 for itself and its gradient in 16 bits, 12 for an fp32 copy and
 two moments (Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 3.1)."""
+
+
+MOST_FLOPS, MOST_K, MOST_TOKENS = 1e21, 1e6, 2**31
+"""Beyond what any device does; they keep numbers within what arrays hold."""
 
 
 @dataclass(frozen=True)
@@ -135,20 +141,35 @@ def plan_pipeline(
     host_bytes = None if host_budget is None else Budget.of(host_budget).device_bytes
     rates = _rates(question)
     _check(question, shape)
-    costs = stage_costs(
-        shape,
-        question.num_ranks * question.num_chunks,
-        rates,
+    cost = functools.partial(
+        stage_costs,
+        rates=rates,
         sequence_length=question.sequence_length,
         microbatch_size=question.microbatch_size,
         recompute=question.recompute,
     )
-    tier = _tier(question, costs)
+    costs = cost(shape, question.num_ranks * question.num_chunks)
+    _, layer, _ = cost(replace(shape, num_layers=3), 3)  # the middle one has neither embedding nor head
+    tier = _tier(question, layer)
     resident = [question.state_bytes * count for count in parameters_of(shape, question.num_ranks, question.num_chunks)]
     numbers = question.num_ranks, question.num_chunks, question.num_microbatches
     found = list(candidates(numbers, costs, resident_bytes=resident, tier=tier))
-    chosen = fastest(found, allowed.device_bytes, host_bytes)
-    return PipelineAnswer(question, found, chosen, _plan(question, shape, allowed, found, chosen, _k_of(costs, tier)))
+    try:
+        chosen = fastest(found, allowed.device_bytes, host_bytes)
+    except BudgetError as error:
+        if known is not None and (error.smallest_bytes or 0) > known.device_bytes:
+            told = f"{error}; {known.name} has {format_bytes(known.device_bytes)}"
+            raise BudgetError(told, smallest_bytes=error.smallest_bytes) from None
+        raise
+    within_host = within(found, host_bytes)
+    plan = _plan(question, within_host, chosen, tier)
+    notes = _notes(question, shape, found, chosen, _k_of(layer, tier))
+    if known is not None and wanted.device_bytes > known.device_bytes:
+        notes.append(
+            f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has: these count"
+        )
+    plan = replace(plan, budget_bytes=allowed.device_bytes, notes=tuple(notes))
+    return PipelineAnswer(question, found, chosen, plan)
 
 
 def _check(question: PipelineQuestion, shape: Shape) -> None:
@@ -161,6 +182,8 @@ def _check(question: PipelineQuestion, shape: Shape) -> None:
         raise ScheduleError(
             f"{num_stages} stages came for the {shape.num_layers} layers of {shape.name}; wanted at most {wanted}"
         )
+    if question.sequence_length * question.microbatch_size > MOST_TOKENS:
+        raise ValueError(f"{question.sequence_length} tokens came; wanted at most {MOST_TOKENS} in a microbatch")
     if question.state_bytes < 0:
         raise ValueError(f"{question.state_bytes} bytes of a parameter came; wanted 0 or more")
 
@@ -174,47 +197,42 @@ def _rates(question: PipelineQuestion) -> RankRates:
             "of its forward and backward) and the rate of a rank are wanted; or name hardware, one of "
             f"{', '.join(KNOWN)}"
         )
-    if question.k is not None and not question.k > 0:
-        raise ValueError(f"k={question.k} came; wanted more than 0 (1 or less: all can move beside compute)")
+    if question.k is not None and not 0 < question.k < MOST_K:
+        raise ValueError(
+            f"k={question.k} came; wanted more than 0 (1 or less: all can move beside compute) and less than {MOST_K:g}"
+        )
     flops = question.flops_per_second
     if flops is None:
         assert known is not None
-        flops = known.rates().flops_per_second["bf16"]
-    if not flops > 0:
-        raise ValueError(f"a rate of {flops} operations a second came; wanted more than 0")
+        flops = max(known.rates().flops_per_second[precision] for precision in ("bf16", "fp16"))
+    if not 0 < flops < MOST_FLOPS:
+        raise ValueError(f"a rate of {flops} operations a second came; wanted more than 0 and less than {MOST_FLOPS:g}")
     return RankRates(flops, known.host_bytes_per_second if known else float("inf"))
 
 
-def _tier(question: PipelineQuestion, costs: Sequence[StageCost]) -> Tier:
-    """Return the way to the host: as fast as k says for the first stage, or as the device's link is."""
+def _tier(question: PipelineQuestion, layer: StageCost) -> Tier:
+    """Return the way to the host: as fast as k says of a layer, or as the device's link is."""
     if question.k is None:
         known = named(question.hardware)
         assert known is not None
         return Tier(known.duplex_bytes_per_second, known.duplex_bytes_per_second)
-    rate = 2 * costs[0].movable_bytes / (question.k * _compute_seconds(costs[0]))
+    rate = 2 * layer.movable_bytes / (question.k * _compute_seconds(layer))
     return Tier(rate, rate)
 
 
-def _k_of(costs: Sequence[StageCost], tier: Tier) -> float:
-    moving = costs[0].movable_bytes * (1 / tier.out_bytes_per_second + 1 / tier.in_bytes_per_second)
-    return moving / _compute_seconds(costs[0])
+def _k_of(layer: StageCost, tier: Tier) -> float:
+    moving = layer.movable_bytes * (1 / tier.out_bytes_per_second + 1 / tier.in_bytes_per_second)
+    return moving / _compute_seconds(layer)
 
 
 def _compute_seconds(cost: StageCost) -> float:
     return cost.forward_seconds + cost.input_seconds + cost.weight_seconds
 
 
-def _plan(
-    question: PipelineQuestion,
-    shape: Shape,
-    allowed: Budget,
-    found: Sequence[Candidate],
-    chosen: Candidate,
-    k: float,
-) -> Plan:
+def _plan(question: PipelineQuestion, found: Sequence[Candidate], chosen: Candidate, tier: Tier) -> Plan:
     """Write the choice as a record, with a choice for each stage."""
     timed, schedule = chosen.timed, chosen.timed.schedule
-    plain = next(each for each in found if not each.num_moved)  # 1F1B, interleaved where there are chunks
+    plain = _plain(found)
     moved_stages = question.num_ranks * chosen.num_moved
     choices = tuple(
         Choice(
@@ -236,25 +254,18 @@ def _plan(
         peak_by_category={"parameters": chosen.peak_bytes - held_bytes, "activations": held_bytes},
         peak_moment="backward",
     )
-    notes = [
-        f"{shape.name} by its shape, {question.sequence_length} tokens: bytes and operations are arithmetic, nothing "
-        "was measured; parameters stand for gradients and states too",
-        f"k is {k:.2f}: the time to move a layer's activations out and back, over that of its forward and backward",
-    ]
-    if question.hardware and allowed.device_bytes == KNOWN[question.hardware].device_bytes:
-        notes.append(f"the budget is all that {question.hardware} has: {format_bytes(allowed.device_bytes)}")
-    left = sum(len(each.kept) for each in chosen.copies)
-    notes += [f"{left} of the microbatches that were to move stay: their way out would not end in time"] * bool(left)
+    moves = bool(chosen.num_moved)
     return Plan(
-        device="cuda" if question.hardware else "rank",
-        budget_bytes=allowed.device_bytes,
+        device="cuda" if question.hardware else "any device",
+        budget_bytes=0,
         exact=True,
         choices=choices,
         state_formats={},
         estimate=estimate,
         smallest_budget_bytes=min(each.peak_bytes for each in found),
-        notes=tuple(notes),
-        tier="host" if chosen.num_moved else "",
+        tier="host" if moves else "",
+        out_bytes_per_second=tier.out_bytes_per_second * moves,
+        in_bytes_per_second=tier.in_bytes_per_second * moves,
         hardware=question.hardware or "",
         pipeline=Pipeline(
             schedule=schedule.name,
@@ -267,3 +278,37 @@ def _plan(
             hosts_bytes=tuple(each.stored_bytes for each in chosen.copies),
         ),
     )
+
+
+def _plain(found: Sequence[Candidate]) -> Candidate:
+    """Return what a plan is compared with: 1F1B or its interleaved form, else the first schedule that there is."""
+    return next(each for each in found if not each.num_moved)
+
+
+def _notes(
+    question: PipelineQuestion, shape: Shape, found: Sequence[Candidate], chosen: Candidate, k: float
+) -> list[str]:
+    """Say what the numbers rest on."""
+    rates = _rates(question)
+    hop = f"{format_bytes(rates.hop_bytes_per_second)}/s" if math.isfinite(rates.hop_bytes_per_second) else "no time"
+    notes = [
+        f"{shape.name} by its shape, {question.sequence_length} tokens a sequence, attention to all of them: bytes and "
+        "operations are arithmetic, nothing was measured; receive buffers, outputs that wait to be sent and what "
+        "libraries take are not counted, nor is the optimiser's step; gradients and states stand under parameters",
+        f"k is {k:.2f}: the time to move a layer's activations out and back, over that of its forward and backward; "
+        f"activations go from rank to rank at {hop}",
+        f"slowdown and what nothing changed would take are those of {_plain(found).name}",
+    ]
+    layers = sorted(set(layers_of(shape, question.num_ranks * question.num_chunks)))
+    if len(layers) > 1:
+        notes.append(f"stages have {layers[0]} or {layers[1]} layers, and wait for the larger ones")
+    standard = {"1F1B"} if question.num_chunks == 1 else {"1F1B-I", "GIS"}
+    missing = sorted(standard - {each.timed.schedule.name for each in found})
+    if missing:
+        notes.append(f"{', '.join(missing)} cannot run {question.num_microbatches} microbatches on so many ranks")
+    left = sum(len(each.kept) for each in chosen.copies)
+    notes += [f"{left} of the microbatches that were to move stay: their way out would not end in time"] * bool(left)
+    if chosen.num_moved:
+        together = format_bytes(sum(each.stored_bytes for each in chosen.copies))
+        notes.append(f"of host memory a rank takes up to {format_bytes(chosen.host_bytes)}, all together {together}")
+    return notes

@@ -222,7 +222,7 @@ def _limit_bytes(step: Profile, budget: Budget) -> int:
 
 
 def _refusal(budget: Budget, smallest_bytes: int, *, exact: bool) -> str:
-    hint = "; without exact=True low-bit optimiser states may need less" if exact else ""
+    hint = "; choices that are not exact may need less" if exact else ""
     return (
         f"no plan fits {format_bytes(budget.device_bytes)} ({budget.device_bytes} bytes); the smallest budget that "
         f"fits is {smallest_bytes} bytes ({format_bytes(smallest_bytes)}){hint}; or try a smaller batch"

@@ -42,7 +42,7 @@ def candidates(rows: Sequence[PipelineRow]) -> RenderableType:
         rows: in the order in which they are shown.
     """
     table = Table(title="schedules", title_justify="left")
-    table.add_column("schedule")
+    table.add_column("schedule", no_wrap=True)
     for title in ("peak of a rank", "on its host", "bubble", "step", "tokens/s"):
         table.add_column(title, justify="right")
     table.add_column("")

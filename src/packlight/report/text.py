@@ -121,7 +121,7 @@ def _comparison_rows(runs: dict[str, Run], losses: dict[str, float]) -> list[tup
 def _choices(plan: Plan) -> RenderableType:
     table, choices = Table(title="choices", title_justify="left"), (*plan.choices, *plan.kept)
     more = any(choice.options for choice in choices)  # a record of an older packlight has none
-    table.add_column("block or site")
+    table.add_column("block or site", overflow="fold")
     table.add_column("choice")
     for title in ("holds for backward", *["held for"] * more, "adds"):
         table.add_column(title, justify="right")
