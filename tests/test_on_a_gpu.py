@@ -122,6 +122,17 @@ def loss_of(net: nn.Module, step: int) -> Tensor:
     return F.cross_entropy(net(tokens)[:, :-1].reshape(-1, NUM_BYTES).float(), tokens[:, 1:].reshape(-1))
 
 
+def take_steps(net: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int) -> list[Tensor]:
+    losses = []
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        loss = loss_of(net, step)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
 def gpt(dtype: torch.dtype = torch.float32) -> GPT:
     torch.manual_seed(0)
     return GPT(width=64, num_layers=1).to(DEVICE, dtype)
@@ -163,12 +174,7 @@ def test_states_on_the_host_give_the_bits_of_states_on_the_gpu_and_leave_no_byte
         large = [param for param in net.parameters() if param.numel() > 4096 and param.dim() > 1]
         adoption = adopt(optimizer, dict.fromkeys(large, name))
         with update_early(optimizer, adoption) if early else contextlib.nullcontext():
-            for step in range(4):
-                optimizer.zero_grad()
-                loss = loss_of(net, step)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach())
+            losses += take_steps(net, optimizer, 4)
         states = [value for param in large for value in optimizer.state[param].values()]
         held.append({value.device.type for value in states})
         assert adoption.host_bytes() >= sum(value.nbytes for value in states) * name.endswith("@host")
@@ -189,12 +195,7 @@ def test_states_on_the_host_go_on_where_their_model_has_moved_to(repeatable: Non
         large = [param for param in net.parameters() if param.numel() > 4096 and param.dim() > 1]
         with adopt(optimizer, dict.fromkeys(large, "4bit@host")):
             net.to(DEVICE)
-            for step in range(3):
-                optimizer.zero_grad()
-                loss = loss_of(net, step)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach())
+            losses += take_steps(net, optimizer, 3)
     assert_equal(losses[:3], losses[3:])
 
 

@@ -110,8 +110,9 @@ class Pipeline:
     def __str__(self) -> str:
         """Say in a line how the ranks work."""
         moved = f", {self.num_moved} of {self.num_chunks} chunks of each rank moved to the host" * bool(self.num_moved)
-        numbers = ((self.num_ranks, "rank"), (self.num_chunks, "chunk"), (self.num_microbatches, "microbatch"))
-        ranks, chunks, microbatches = (f"{num} {name}{_plural(name) * (num != 1)}" for num, name in numbers)
+        ranks = f"{self.num_ranks} rank{'s' * (self.num_ranks != 1)}"
+        chunks = f"{self.num_chunks} chunk{'s' * (self.num_chunks != 1)}"
+        microbatches = f"{self.num_microbatches} microbatch{'es' * (self.num_microbatches != 1)}"
         return f"{self.schedule} on {ranks} with {chunks}, {microbatches}{moved}; bubble {self.bubble:.1%}"
 
 
@@ -316,7 +317,3 @@ class Run(JsonRecord):
     first_estimate: Estimate | None
     measurement: Measurement
     environment: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _plural(name: str) -> str:
-    return "es" if name.endswith("ch") else "s"

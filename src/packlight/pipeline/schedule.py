@@ -1,8 +1,8 @@
 """Pipeline schedules as plain lists of actions: what each rank does, in which order.
 
 torch's schedules are classes that make their order inside, and have no offload. Here a schedule is data: one list for
-each rank, made by a rule for how many forwards stay in flight (Qi et al., "PipeOffload", arXiv 2503.01328), checked for
-any input, and followed in numbers (`simulate.py`).
+each rank, made by a rule for how many forwards stay in flight (Wan et al., "PipeOffload", arXiv 2503.01328), checked
+for any input, and followed in numbers (`simulate.py`).
 
 Stage s of `num_ranks * num_chunks` lives on rank s % num_ranks. Letters are torch's: F is a forward, I the gradient of
 its input, W that of its weights, B both at once.
@@ -309,8 +309,17 @@ def check(schedule: Schedule) -> None:
             raise ScheduleError(
                 f"rank {rank} has {len(places)} of {schedule.num_chunks * schedule.num_microbatches} forwards"
             )
-    if waits := stuck(schedule):
-        raise ScheduleError(f"ranks wait for each other for ever, at {', '.join(map(str, waits[:4]))}")
+    refuse_waits(stuck(schedule))
+
+
+def refuse_waits(actions: Sequence[Action]) -> None:
+    """Raise where there are actions at which ranks wait for each other.
+
+    Raises:
+        ScheduleError: there are; the message names the first ones.
+    """
+    if actions:
+        raise ScheduleError(f"ranks wait for each other for ever, at {', '.join(map(str, actions[:4]))}")
 
 
 def _in_order(seen: Mapping[str, int]) -> bool:

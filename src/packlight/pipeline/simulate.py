@@ -9,7 +9,7 @@ action is looked at once or twice.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from packlight.pipeline.schedule import Schedule, ScheduleError
+from packlight.pipeline.schedule import Schedule, ScheduleError, refuse_waits
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,8 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost]) -> Timed:
     ready = list(range(schedule.num_ranks))
     while ready:
         ready += line.follow(ready.pop())
-    waits = [
-        order[len(ended)] for order, ended in zip(schedule.orders, line.ends, strict=True) if len(ended) < len(order)
-    ]
-    if waits:
-        raise ScheduleError(f"ranks wait for each other for ever, at {', '.join(map(str, waits[:4]))}")
+    ended = zip(schedule.orders, map(len, line.ends), strict=True)
+    refuse_waits([order[num_ended] for order, num_ended in ended if num_ended < len(order)])
     return Timed(schedule, each, tuple(map(tuple, line.starts)), tuple(map(tuple, line.ends)))
 
 

@@ -24,7 +24,6 @@ STATE_BYTES = 16
 """Of a parameter in mixed precision with AdamW: 2 and 2 for itself and its gradient in 16 bits, 12 for an fp32 copy and
 two moments (Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 3.1)."""
 
-
 MOST_FLOPS, MOST_K, MOST_TOKENS = 1e21, 1e6, 2**31
 """Beyond what any device does; they keep numbers within what arrays hold."""
 
@@ -161,15 +160,13 @@ def plan_pipeline(
             told = f"{error}; {known.name} has {format_bytes(known.device_bytes)}"
             raise BudgetError(told, smallest_bytes=error.smallest_bytes) from None
         raise
-    within_host = within(found, host_bytes)
-    plan = _plan(question, within_host, chosen, tier)
     notes = _notes(question, shape, found, chosen, _k_of(layer, tier))
     if known is not None and wanted.device_bytes > known.device_bytes:
         notes.append(
             f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has: these count"
         )
-    plan = replace(plan, budget_bytes=allowed.device_bytes, notes=tuple(notes))
-    return PipelineAnswer(question, found, chosen, plan)
+    plan = _plan(question, allowed, within(found, host_bytes), chosen, tier)
+    return PipelineAnswer(question, found, chosen, replace(plan, notes=tuple(notes)))
 
 
 def _check(question: PipelineQuestion, shape: Shape) -> None:
@@ -229,7 +226,9 @@ def _compute_seconds(cost: StageCost) -> float:
     return cost.forward_seconds + cost.input_seconds + cost.weight_seconds
 
 
-def _plan(question: PipelineQuestion, found: Sequence[Candidate], chosen: Candidate, tier: Tier) -> Plan:
+def _plan(
+    question: PipelineQuestion, allowed: Budget, found: Sequence[Candidate], chosen: Candidate, tier: Tier
+) -> Plan:
     """Write the choice as a record, with a choice for each stage."""
     timed, schedule = chosen.timed, chosen.timed.schedule
     plain = _plain(found)
@@ -257,7 +256,7 @@ def _plan(question: PipelineQuestion, found: Sequence[Candidate], chosen: Candid
     moves = bool(chosen.num_moved)
     return Plan(
         device="cuda" if question.hardware else "any device",
-        budget_bytes=0,
+        budget_bytes=allowed.device_bytes,
         exact=True,
         choices=choices,
         state_formats={},
@@ -290,13 +289,14 @@ def _notes(
 ) -> list[str]:
     """Say what the numbers rest on."""
     rates = _rates(question)
-    hop = f"{format_bytes(rates.hop_bytes_per_second)}/s" if math.isfinite(rates.hop_bytes_per_second) else "no time"
+    is_known = math.isfinite(rates.hop_bytes_per_second)
+    hop = f"at {format_bytes(rates.hop_bytes_per_second)}/s" if is_known else "in no time"
     notes = [
         f"{shape.name} by its shape, {question.sequence_length} tokens a sequence, attention to all of them: bytes and "
         "operations are arithmetic, nothing was measured; receive buffers, outputs that wait to be sent and what "
         "libraries take are not counted, nor is the optimiser's step; gradients and states stand under parameters",
         f"k is {k:.2f}: the time to move a layer's activations out and back, over that of its forward and backward; "
-        f"activations go from rank to rank at {hop}",
+        f"activations go from rank to rank {hop}",
         f"slowdown and what nothing changed would take are those of {_plain(found).name}",
     ]
     layers = sorted(set(layers_of(shape, question.num_ranks * question.num_chunks)))

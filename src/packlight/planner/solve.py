@@ -79,8 +79,9 @@ class Solver:
         if best is not None and best.moves:
             windows = (best.window_bytes,)
         for optimizer in sorted(self._aside, key=self._rated_alone):
+            alone = self._rated_alone(optimizer)
             for search in self._searches_with(optimizer, windows):
-                if best is not None and self._rated_alone(optimizer) >= self._rated(best):
+                if best is not None and alone >= self._rated(best):
                     break
                 found = search.fastest(limit_bytes)
                 best = min(filter(None, (best, found)), key=self._rated, default=None)

@@ -6,6 +6,7 @@ that packlight brings along, the states' bytes are a formula (`optim/state.py`),
 parameter is traced.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,17 +68,23 @@ def optimizer_costs(
     fakes = (fake for each in fake_optimizers for group in each.param_groups for fake in group["params"])
     stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
     found, costs = [dict.fromkeys(stepped, "fp32")], [present]
+
+    @functools.cache
+    def rest_of(large: frozenset[str]) -> OptimizerCost:
+        return _rest(large, stepped, fake_optimizers, line, present=present)
+
     in_fp32 = {name: "fp32" for name, at in _formats(LOW_BITS[0], model, stepped).items() if at != "fp32"}
     if on_host:
-        costs += _on_host("fp32", in_fp32, stepped, fake_optimizers, line, present=present)
+        costs += _on_host("fp32", in_fp32, stepped, line, rest=rest_of(frozenset(in_fp32)))
     for state_format in LOW_BITS:
         formats = _formats(state_format, model, stepped)
         if formats not in found:  # two of them may come to the same
             found.append(formats)
             large = {name: at for name, at in formats.items() if at != "fp32"}
-            costs.append(_low_bit(state_format, large, stepped, fake_optimizers, line, present=present))
+            rest, settings = rest_of(frozenset(large)), fake_optimizers[0].param_groups[0]
+            costs.append(_low_bit(state_format, large, stepped, line, rest=rest, settings_of=settings))
             if on_host:
-                costs += _on_host(state_format, large, stepped, fake_optimizers, line, present=present)
+                costs += _on_host(state_format, large, stepped, line, rest=rest)
     return tuple(costs)
 
 
@@ -147,17 +154,15 @@ def _low_bit(
     state_format: str,
     formats: Mapping[str, str],
     stepped: Mapping[str, torch.Tensor],
-    fake_optimizers: Sequence[torch.optim.Optimizer],
     line: FakeLine,
     *,
-    present: OptimizerCost,
+    rest: OptimizerCost,
+    settings_of: Mapping[str, object],
 ) -> OptimizerCost:
     """Cost the optimisers with large parameters' states in a low-bit format, without making these."""
     large = {name: stepped[name] for name in formats}
-    rest = _rest(large, stepped, fake_optimizers, line, present=present)
     num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) for name, at in large.items())
     num_bytes -= STEP_BYTES * sum(step_device(at.device).type != line.device_type for at in large.values())
-    settings_of = fake_optimizers[0].param_groups[0]
     update_bytes = max((_update_bytes(state_format, at, settings_of, line) for at in _largest(large)), default=0)
     in_large = sum(at.numel() * line.rates.update_seconds[formats[name]] for name, at in large.items())
     return replace(
@@ -175,16 +180,14 @@ def _on_host(
     state_format: str,
     formats: Mapping[str, str],
     stepped: Mapping[str, torch.Tensor],
-    fake_optimizers: Sequence[torch.optim.Optimizer],
     line: FakeLine,
     *,
-    present: OptimizerCost,
+    rest: OptimizerCost,
 ) -> list[OptimizerCost]:
     """Cost the optimisers with large parameters' states in host memory; nothing where the CPU has no kernel."""
     rates, large = line.rates.host_update_seconds, {name: stepped[name] for name in formats}
     if not large or not all(map(_has_kernel, large.values())):
         return []
-    rest = _rest(large, stepped, fake_optimizers, line, present=present)
     num_bytes = sum(state_bytes(at.shape, at.dtype, formats[name]) for name, at in large.items())
     in_bytes = sum(at.nbytes for at in large.values())
     both = (each for at in large.values() for each in (at, at.grad) if each is not None)
@@ -213,7 +216,7 @@ def _has_kernel(parameter: torch.Tensor) -> bool:
 
 
 def _rest(
-    large: Mapping[str, torch.Tensor],
+    large: frozenset[str],
     stepped: Mapping[str, torch.Tensor],
     fake_optimizers: Sequence[torch.optim.Optimizer],
     line: FakeLine,
@@ -221,7 +224,7 @@ def _rest(
     present: OptimizerCost,
 ) -> OptimizerCost:
     """Cost the optimisers as they are without large parameters."""
-    with _left_out(large.values(), fake_optimizers):
+    with _left_out((stepped[name] for name in large), fake_optimizers):
         temporary_bytes, seconds = _step(fake_optimizers, line)
         held_bytes = _held_bytes(fake_optimizers, line.device_type)
     rest = (at for name, at in stepped.items() if name not in large)
