@@ -96,6 +96,7 @@ class Pipeline:
         num_moved: chunks of each rank whose microbatches go to the host, from the first on.
         bubble: share of the step in which the busiest rank has nothing to do.
         peaks_bytes, hosts_bytes: most on each rank's device, and of its host's memory.
+        orders: what each rank does, as `Runtime` carries it out: "0F0 0SEND_F0 ..." (stage, action, microbatch).
     """
 
     schedule: str
@@ -106,6 +107,7 @@ class Pipeline:
     bubble: float
     peaks_bytes: tuple[int, ...]
     hosts_bytes: tuple[int, ...]
+    orders: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Say in a line how the ranks work."""

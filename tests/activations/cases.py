@@ -158,6 +158,9 @@ class InMemory:
         self.tier.events.append(("prefetch", self.name))
         return True
 
+    def drain(self) -> None:
+        """Nothing is on its way."""
+
     def free(self) -> None:
         """Nothing to give up."""
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from packlight.pipeline.ledger import levels, most_in_flight
 from packlight.pipeline.schedule import (
     Action,
     Schedule,
@@ -18,6 +19,7 @@ from packlight.pipeline.schedule import (
     stuck,
     uniform,
 )
+from packlight.pipeline.simulate import StageCost
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -30,7 +32,7 @@ def test_groups_hold_exactly_what_the_formula_says(num_ranks: int, num_chunks: i
     for group_size in range(math.ceil(num_ranks / 2), num_ranks + 1):
         made = grouped(num_ranks, num_chunks, 4 * num_ranks, group_size=group_size)
         check(made)
-        peaks = [made.most_in_flight(rank) for rank in range(num_ranks)]
+        peaks = [most_in_flight(made, rank) for rank in range(num_ranks)]
         assert max(peaks) == peaks[0] == group_size * (num_chunks - 1) + num_ranks
 
 
@@ -38,11 +40,11 @@ def test_groups_hold_exactly_what_the_formula_says(num_ranks: int, num_chunks: i
 def test_1f1b_and_its_interleaved_form_hold_what_their_papers_say(num_ranks: int) -> None:
     plain = one_f_one_b(num_ranks, 4 * num_ranks)
     check(plain)
-    assert [plain.most_in_flight(rank) for rank in range(num_ranks)] == list(range(num_ranks, 0, -1))
+    assert [most_in_flight(plain, rank) for rank in range(num_ranks)] == list(range(num_ranks, 0, -1))
     for num_chunks in CHUNKS:
         made = interleaved(num_ranks, num_chunks, 4 * num_ranks)
         check(made)
-        assert made.most_in_flight() == min(num_ranks * (num_chunks + 1) - 1, 4 * num_ranks * num_chunks)
+        assert most_in_flight(made) == min(num_ranks * (num_chunks + 1) - 1, 4 * num_ranks * num_chunks)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])
@@ -51,8 +53,11 @@ def test_po_with_half_its_chunks_away_holds_what_its_paper_says(num_ranks: int, 
     """(v + 2) d / 8 chunk-activations on average, at most one more where whole ones overlap (with two ranks 1.5)."""
     made = uniform(num_ranks, num_chunks, 4 * num_ranks)
     check(made)
-    kept = [int(stage // num_ranks >= num_chunks // 2) for stage in range(made.num_stages)]
-    peak, formula = max(made.held(0, kept)), (num_chunks + 2) * num_ranks / 8
+    costs = [
+        StageCost(0.0, 0.0, 0.0, held_bytes=int(stage // num_ranks >= num_chunks // 2))
+        for stage in range(made.num_stages)
+    ]
+    peak, formula = max(levels(made, 0, costs)), (num_chunks + 2) * num_ranks / 8
     assert formula <= peak <= formula + (1.5 if num_ranks == 2 else 1)
 
 
@@ -136,7 +141,7 @@ def test_what_is_away_is_not_held() -> None:
     order = tuple(Action(kind, 0, 0) for kind in ("F", "OFFLOAD", "RELOAD", "B", "RELEASE"))
     moved = Schedule("by hand", 1, 1, 1, (order,))
     check(moved)
-    assert moved.held(0, [10], [8]) == [10, 2, 10, 8, 0]
+    assert levels(moved, 0, [StageCost(0.0, 0.0, 0.0, held_bytes=10, movable_bytes=8)]) == [10, 2, 10, 0, 0]
     for wrong in (order[:2] + order[3:], (order[0], order[2], order[1], *order[3:]), (*order[:3], order[4], order[3])):
         with pytest.raises(ScheduleError):
             check(replace(moved, orders=(wrong,)))

@@ -55,6 +55,9 @@ class LateTier(Shelf[bytes]):
                 record.place = record.source.view(torch.uint8).numpy().tobytes()
             self._moved(record)
 
+    def _let_go(self, record: Record[bytes]) -> None:
+        self._make_room(0)
+
     def _reap(self) -> None:
         """Nothing ends by itself."""
 

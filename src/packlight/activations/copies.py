@@ -237,6 +237,12 @@ def reading(since: Moment | None) -> Iterator[None]:
         since.stream.wait_stream(present)
 
 
+def clone(source: Tensor, since: Moment | None) -> Tensor:
+    """Return a copy of a tensor that is complete since a moment."""
+    with reading(since):
+        return source.clone()
+
+
 def is_capturing(device: torch.device) -> bool:
     """Tell whether what this thread queues goes into a CUDA graph: then events may not be asked, nor memory pinned."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

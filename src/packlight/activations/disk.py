@@ -126,13 +126,20 @@ class DiskTier(Shelf[Extent]):
         room_bytes = max(room_bytes, 0)  # one tensor larger than the window moves alone
         if not self._is_steady:
             self._changed.wait_for(lambda: self._in_flight_bytes <= room_bytes or self._closed)
-        while self._under_way and self._in_flight_bytes > room_bytes:
-            self._changed.wait_for(self._is_oldest_written)
-            if self._closed:
-                return
-            if self._under_way:  # another thread may have let go of the last one meanwhile
-                first = self._under_way.popleft()
-                self._moved(first, self._written.pop(first))
+        while self._under_way and self._in_flight_bytes > room_bytes and not self._closed:
+            self._let_go_of_oldest()
+
+    def _let_go(self, record: Record[Extent]) -> None:
+        if not self._is_steady:
+            self._changed.wait_for(lambda: record.source is None or record.kept or self._closed)
+        while self._under_way and record.source is not None and not (record.kept or self._closed):
+            self._let_go_of_oldest()
+
+    def _let_go_of_oldest(self) -> None:
+        self._changed.wait_for(self._is_oldest_written)
+        if self._under_way and not self._closed:  # another thread may have let go of the last one meanwhile
+            first = self._under_way.popleft()
+            self._moved(first, self._written.pop(first))
 
     def _is_oldest_written(self) -> bool:
         return self._closed or not self._under_way or self._under_way[0] in self._written

@@ -133,6 +133,10 @@ class Engine:
         """
         return _Saving(self, arguments)
 
+    def lasting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Return those arguments of the model that live on anyway; a subclass may know better."""
+        return args, kwargs
+
     def begin(self, arguments: object) -> saved_tensors_hooks | None:
         """Begin a forward; return the hooks that it needs, None where nothing is saved or others save it all."""
         below = top_hooks()
@@ -260,7 +264,7 @@ class _Watched(StandIn):
             self._tell_of_replica(module)
             return forward(*args, **kwargs)
         self._engine.tell_of_compiled()
-        with self._engine.saving(args, kwargs):
+        with self._engine.saving(*self._engine.lasting(args, kwargs)):
             return forward(*args, **kwargs)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]

@@ -120,6 +120,12 @@ class HostTier(Shelf[Slot]):
                 copy.wait()
             self._moved(record)
 
+    def _let_go(self, record: Record[Slot]) -> None:
+        while record.source is not None:
+            first, copy = self._moving.popleft()
+            copy.settle()  # step 1
+            self._moved(first)
+
     def _reap(self) -> None:
         """Drop the tensors whose copies are done, and note how long copies took."""
         while self._moving and self._moving[0][1].is_done():

@@ -27,7 +27,7 @@ from typing import Generic, Literal
 import torch
 from torch import Tensor
 
-from packlight.activations.copies import Moment, is_capturing, moment, reading
+from packlight.activations.copies import clone, is_capturing, moment
 from packlight.activations.tier import (
     Arrival,
     Handle,
@@ -40,6 +40,7 @@ from packlight.activations.tier import (
     Traffic,
     Witness,
     check_flat,
+    check_options,
 )
 
 OnFull = Literal["raise", "keep"]
@@ -72,24 +73,16 @@ class Shelf(ABC, Generic[Place]):
         Raises:
             ValueError: a bound that nothing can move under, or another word for `on_full` or `late`.
         """
-        if max_in_flight_bytes < 1:
-            raise ValueError(f"max_in_flight_bytes is {max_in_flight_bytes}; at least one byte must be able to move")
-        if on_full not in {"raise", "keep"}:
-            raise ValueError(f'on_full is {on_full!r}; it is "raise" or "keep"')
-        if late not in {"wait", "keep", "steady"}:
-            raise ValueError(f'late is {late!r}; it is "wait", "keep" or, for a disk, "steady"')
-        if late != "keep" and keep_bytes is not None:
-            raise ValueError(f'keep_bytes is {keep_bytes}, but nothing is kept; leave it out, or pass late="keep"')
-        keep_bytes = max_in_flight_bytes if keep_bytes is None else keep_bytes
-        self._keep_bytes = keep_bytes if late == "keep" else 0
+        check_options(max_in_flight_bytes=max_in_flight_bytes, on_full=on_full, late=late, keep_bytes=keep_bytes)
+        self._keep_bytes = 0 if late != "keep" else max_in_flight_bytes if keep_bytes is None else keep_bytes
         self.device = torch.empty(0, device=device).device  # with its index
         self.max_in_flight_bytes = max_in_flight_bytes
         self._on_full, self._warned = on_full, False
         self._failure: OffloadError | None = None
         self._pid, self._closed = os.getpid(), False
         self._changed = threading.Condition(threading.Lock())
-        self._in_flight_bytes = self._ahead_bytes = self._most_stored_bytes = 0
-        self._kept_bytes = self._most_kept_bytes = 0
+        self._in_flight_bytes = self._ahead_bytes = 0
+        self._most_stored_bytes = self._kept_bytes = self._most_kept_bytes = 0
         self._dropped: deque[Record[Place]] = deque()
         self._leaving: set[Record[Place]] = set()  # freed, but a copy uses their places
         self._out, self._in = Stopwatch(), Stopwatch()
@@ -99,6 +92,10 @@ class Shelf(ABC, Generic[Place]):
     @abstractmethod
     def _make_room(self, num_bytes: int) -> None:
         """Wait until `num_bytes` more may be in flight (step 1); 0 means: until nothing is."""
+
+    @abstractmethod
+    def _let_go(self, record: Record[Place]) -> None:
+        """See to it that a tensor has been moved or is kept, as those that were put before it."""
 
     @abstractmethod
     def _reap(self) -> None:
@@ -182,6 +179,15 @@ class Shelf(ABC, Generic[Place]):
                 self._ahead_bytes += record.num_bytes
             return True
 
+    def leave(self, record: Record[Place]) -> None:
+        """Give back the memory of a tensor; see `Stored.drain`."""
+        self._check_caller()
+        with self._changed:
+            self._begin_call(record)
+            if record.place is not None and record.source is not None:
+                self._let_go(record)
+                self._begin_call(record)
+
     def drop(self, record: Record[Place]) -> None:
         """Give a tensor's bytes up; it never waits, so the garbage collector may call it anywhere (step 6)."""
         if record.freed or self._pid != os.getpid():
@@ -214,10 +220,9 @@ class Shelf(ABC, Generic[Place]):
         with self._changed:
             self._reap()
             self._sweep()
-            stored = (self._stored_bytes(), self._most_stored_bytes)
-            taken = (self._pinned_bytes(), self._kept_bytes, self._most_kept_bytes)
-        out, back = self._out, self._in
-        return Traffic(out.num_bytes, back.num_bytes, out.seconds, back.seconds, *stored, *taken)
+            bytes_now = (self._stored_bytes(), self._most_stored_bytes, self._pinned_bytes(), self._kept_bytes)
+        moved = (self._out.num_bytes, self._in.num_bytes, self._out.seconds, self._in.seconds)
+        return Traffic(*moved, *bytes_now, self._most_kept_bytes)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, device={str(self.device)!r})"
@@ -325,7 +330,7 @@ class Shelf(ABC, Generic[Place]):
     def _begin_fetch(self, record: Record[Place]) -> Arrival:
         """Step 5."""
         if record.source is not None:
-            return Taken(partial(_clone, record.source, record.made))
+            return Taken(partial(clone, record.source, record.made))
         assert record.place is not None
         return self._bring(record, record.place)
 
@@ -343,8 +348,3 @@ class Shelf(ABC, Generic[Place]):
         place, record.place = record.place, None
         if place is not None:
             self._release(place)
-
-
-def _clone(source: Tensor, made: Moment | None) -> Tensor:
-    with reading(made):
-        return source.clone()

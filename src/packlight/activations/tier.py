@@ -68,6 +68,13 @@ class Stored(Protocol):
     def prefetch(self) -> bool:
         """Begin to bring the tensor back for the next `get()`; False if too much is on its way already."""
 
+    def drain(self) -> None:
+        """Give back the memory of what was put; whoever uses it next waits for the move, or this does.
+
+        Raises:
+            OffloadError: the tier is closed, or the bytes could not be moved.
+        """
+
     def free(self) -> None:
         """Give up the bytes; calling it again does nothing."""
 
@@ -177,6 +184,9 @@ class Owner(Protocol[Place]):
     def fetch_ahead(self, record: Record[Place]) -> bool:
         """See `Stored.prefetch`."""
 
+    def leave(self, record: Record[Place]) -> None:
+        """See `Stored.drain`."""
+
     def drop(self, record: Record[Place]) -> None:
         """See `Stored.free`."""
 
@@ -196,6 +206,10 @@ class Handle(Generic[Place]):
     def prefetch(self) -> bool:
         """Begin to bring it back, if the window allows."""
         return self._owner.fetch_ahead(self._record)
+
+    def drain(self) -> None:
+        """Give its memory back."""
+        self._owner.leave(self._record)
 
     def free(self) -> None:
         """Give its bytes up."""
@@ -265,3 +279,19 @@ def check_flat(flat: Tensor, device: torch.device) -> None:
     for wrong, reason in reasons:
         if wrong:
             raise ValueError(f"cannot offload a tensor that is {reason}; put a plain, flat, detached copy of it")
+
+
+def check_options(*, max_in_flight_bytes: int, on_full: str, late: str, keep_bytes: int | None) -> None:
+    """Refuse options that a tier cannot work with.
+
+    Raises:
+        ValueError: a bound that nothing can move under, or an unknown word.
+    """
+    if max_in_flight_bytes < 1:
+        raise ValueError(f"max_in_flight_bytes is {max_in_flight_bytes}; at least one byte must be able to move")
+    if on_full not in {"raise", "keep"}:
+        raise ValueError(f'on_full is {on_full!r}; it is "raise" or "keep"')
+    if late not in {"wait", "keep", "steady"}:
+        raise ValueError(f'late is {late!r}; it is "wait", "keep" or, for a disk, "steady"')
+    if late != "keep" and keep_bytes is not None:
+        raise ValueError(f'keep_bytes is {keep_bytes}, but nothing is kept; leave it out, or pass late="keep"')

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from packlight.budget import BudgetError, format_bytes
-from packlight.pipeline.copies import Copies, Line, Tier, place
+from packlight.pipeline.copies import Copies, Tier, place
+from packlight.pipeline.line import Lines
 from packlight.pipeline.schedule import Schedule, ScheduleError, grouped, interleaved, one_f_one_b, uniform
 from packlight.pipeline.simulate import StageCost, Timed, simulate
 
@@ -85,7 +86,8 @@ def candidates(
         raise errors[0]
     for schedule in made:
         timed = simulate(schedule, costs)
-        lines = [Line(timed, rank) for rank in range(num_ranks)]
+        each_line = Lines(timed)
+        lines = [each_line.line(rank) for rank in range(num_ranks)]
         for num_moved in range(num_chunks + 1 if tier is not None else 1):
             copies = tuple(
                 place(line, range(rank, num_moved * num_ranks, num_ranks), tier) for rank, line in enumerate(lines)

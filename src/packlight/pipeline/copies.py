@@ -7,11 +7,12 @@ late as can be and a margin before its use. A microbatch whose way out would not
 where it is.
 
     compute   F0 F1 F2 .......... I0 W0 ...
-    out         |0|1|2|                         away: from the end of its way out
-    back                      |0|               until the begin of its way back
+    out         |0|1|2|                         away: from the first action that begins when its way out has ended
+    back                      |0|               until the one that runs when its way back begins
 
-A search asks for every number of chunks on every rank of every schedule, thousands of times; so a rank's times are put
-into arrays once (`Line`), and both queues are a running maximum.
+A search asks for every number of chunks on every rank of every schedule, thousands of times; so a rank's times and
+bytes are put into arrays once (`Line`), both queues are a running maximum, and bytes are a running sum. They are those
+of the list that runs (`whole.py`, `ledger.py`).
 """
 
 import functools
@@ -19,13 +20,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy
-from numpy.typing import NDArray
 
-from packlight.pipeline.simulate import Timed
-
-Key = tuple[int, int]
-"""A stage and a microbatch."""
-Floats = NDArray[numpy.float64]
+from packlight.pipeline.line import Floats, Key, Line, Places
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,11 @@ class Copies:
 
     Attributes:
         kept: those that were to move and stay.
-        peak_bytes: most that the rank holds for backward.
+        peak_bytes: most that the rank has on its device, of what a schedule counts.
         stored_bytes: most that is on the tier.
     """
 
-    def __init__(self, line: "Line", moved: NDArray[numpy.intp], kept: NDArray[numpy.intp], times: Floats) -> None:
+    def __init__(self, line: "Line", moved: Places, kept: Places, times: Floats) -> None:
         """Count what copies spare.
 
         Args:
@@ -62,7 +58,7 @@ class Copies:
         """
         self._line, self._moved, self._times = line, moved, times
         self.kept = line.keys_of(kept)
-        self.peak_bytes, self.stored_bytes = line.most_bytes(moved, times)
+        self.peak_bytes, self.stored_bytes = line.most_bytes(moved, *_gaps(line, moved, times))
 
     @functools.cached_property
     def out(self) -> dict[Key, tuple[float, float]]:
@@ -74,52 +70,15 @@ class Copies:
         """Begin and end in seconds of each way back."""
         return self._by_key(1)
 
+    def gaps(self) -> dict[Key, tuple[int, int, int]]:
+        """Return in front of which of the rank's compute actions each leaves, is fetched, and is given up."""
+        away, back = _gaps(self._line, self._moved, self._times)
+        gaps = zip(away.tolist(), back.tolist(), (self._line.last[self._moved] + 1).tolist(), strict=True)
+        return dict(zip(self._line.keys_of(self._moved), gaps, strict=True))
+
     def _by_key(self, way: int) -> dict[Key, tuple[float, float]]:
         spans = zip(self._line.keys_of(self._moved), self._times[way].tolist(), strict=True)
         return {key: (begin, end) for key, (begin, end) in spans}
-
-
-class Line:
-    """When a rank computes and holds what, by stage and microbatch.
-
-    Args:
-        timed: the times of all ranks.
-        rank: this one.
-    """
-
-    def __init__(self, timed: Timed, rank: int) -> None:
-        order = timed.schedule.orders[rank]
-        starts, ends = numpy.array(timed.starts[rank]), numpy.array(timed.ends[rank])
-        places: dict[str, dict[Key, int]] = {kind: {} for kind in "FIWB"}
-        for at, (kind, stage, microbatch) in enumerate(order):
-            places[kind][stage, microbatch] = at
-        self._keys = list(places["F"])
-        forward, used, last = (
-            numpy.array([found[key] for key in self._keys], dtype=numpy.intp)
-            for found in (places["F"], places["I"] | places["B"], places["W"] | places["B"])
-        )
-        self.stages = numpy.array([stage for stage, _ in self._keys], dtype=numpy.intp)
-        self.ready, self.used, self.lasting = ends[forward], starts[used], ends[used] - starts[used]
-        self.movable = numpy.array([cost.movable_bytes for cost in timed.costs], dtype=numpy.int64)[self.stages]
-        held = numpy.array([cost.held_bytes for cost in timed.costs], dtype=numpy.int64)[self.stages]
-        ahead = numpy.array([cost.forward_bytes for cost in timed.costs], dtype=numpy.int64)[self.stages]
-        back = numpy.array([cost.backward_bytes for cost in timed.costs], dtype=numpy.int64)[self.stages]
-        moments = (starts[forward], ends[forward], starts[used], ends[last])
-        self._changed_at = numpy.concatenate(moments)
-        self._changes = numpy.concatenate([held + ahead, -ahead, back, -held - back])
-
-    def keys_of(self, places: NDArray[numpy.intp]) -> tuple[Key, ...]:
-        """Return stage and microbatch of some."""
-        return tuple(self._keys[place] for place in places.tolist())
-
-    def most_bytes(self, moved: NDArray[numpy.intp], times: Floats) -> tuple[int, int]:
-        """Return the most that is on the device and on the tier."""
-        sizes, (out, back) = self.movable[moved], times
-        held_at = numpy.concatenate([self._changed_at, out[:, 1], back[:, 0]])
-        held = numpy.concatenate([self._changes, -sizes, sizes])
-        return _most(held_at, held), _most(
-            numpy.concatenate([out[:, 0], back[:, 1]]), numpy.concatenate([sizes, -sizes])
-        )
 
 
 def place(line: Line, stages: Collection[int], tier: Tier | None) -> Copies:
@@ -135,23 +94,24 @@ def place(line: Line, stages: Collection[int], tier: Tier | None) -> Copies:
     """
     nothing = numpy.empty(0, dtype=numpy.intp)
     wanted = numpy.isin(line.stages, list(stages)).nonzero()[0] if tier is not None and stages else nothing
-    moved, dropped = wanted, list[NDArray[numpy.intp]]()
+    moved, dropped = wanted, list[Places]()
     while moved.size and tier is not None:
         times = _queues(line, moved, tier)
-        late = (times[1, :, 0] <= times[0, :, 1]).nonzero()[0]
+        away, back = _gaps(line, moved, times)
+        late = (back <= away).nonzero()[0]
         if not late.size:
             return Copies(line, moved, numpy.concatenate([nothing, *dropped]), times)
-        span = (line.used - line.ready)[moved[late]]  # what is held shortest spares least
+        span = (line.due - line.ready)[moved[late]]  # what is held shortest spares least
         gone = late[span.argsort(kind="stable")[: max(1, late.size // 2)]]
         dropped.append(moved[gone])
         moved = numpy.delete(moved, gone)
     return Copies(line, nothing, wanted, numpy.empty((2, 0, 2)))
 
 
-def _queues(line: Line, moved: NDArray[numpy.intp], tier: Tier) -> Floats:
+def _queues(line: Line, moved: Places, tier: Tier) -> Floats:
     """Return begin and end of each way out and each way back: (2, number, 2)."""
     ready, num_bytes = line.ready[moved], line.movable[moved].astype(numpy.float64)
-    due = line.used[moved] - tier.margin * line.lasting[moved]
+    due = line.due[moved] - tier.margin * line.lasting[moved]
     order, order_back = ready.argsort(kind="stable"), (-due).argsort(kind="stable")
     made = numpy.empty((2, moved.size, 2))
     made[0, order] = _first_come(ready[order], num_bytes[order] / tier.out_bytes_per_second)
@@ -160,15 +120,14 @@ def _queues(line: Line, moved: NDArray[numpy.intp], tier: Tier) -> Floats:
     return made
 
 
+def _gaps(line: Line, moved: Places, times: Floats) -> tuple[Places, Places]:
+    """Return in front of which compute action each leaves, and in front of which it is fetched."""
+    away = numpy.maximum(line.gap_by(times[0, :, 1]), line.forward[moved] + 1)
+    return away, line.gap_from(times[1, :, 0])
+
+
 def _first_come(ready: Floats, seconds: Floats) -> Floats:
     """Return begin and end of what is served one after another, none before it is ready."""
     before = seconds.cumsum() - seconds
     begin = numpy.maximum.accumulate(ready - before) + before
     return numpy.stack([begin, begin + seconds], axis=1)
-
-
-def _most(times: Floats, changes: NDArray[numpy.int64]) -> int:
-    """Return the highest sum; what goes at a moment goes before what comes."""
-    if not changes.size:
-        return 0
-    return max(0, int(changes[numpy.lexsort((changes, times))].cumsum().max()))

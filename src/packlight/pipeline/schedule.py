@@ -8,7 +8,11 @@ Stage s of `num_ranks * num_chunks` lives on rank s % num_ranks. Letters are tor
 its input, W that of its weights, B both at once.
 
     rank 0   F0 F1 F2 F3 | I0 W0 F4 | I1 W1 F5 | ...        a warm-up, then one forward for each backward
-    moved    F0 .. OFFLOAD0 ........ RELOAD0 .. I0 W0 RELEASE0      what is held for backward is away in between
+
+A rule says what is computed. Messages between ranks and copies to a tier are actions too, put between these where the
+simulation says that they are due (`whole.py`):
+
+    rank 1   RECV_F0 F0 SEND_F0 .. OFFLOAD0 ........ RELOAD0 .. RECV_B0 I0 SEND_B0 W0 RELEASE0
 """
 
 import math
@@ -19,7 +23,9 @@ from typing import NamedTuple
 COMPUTE = ("F", "I", "W", "B")
 """Forward, gradient of the input, gradient of the weights, both gradients."""
 COPIES = ("OFFLOAD", "RELOAD", "RELEASE")
-"""What a microbatch holds in a stage is away on a tier from the first on; comes back; is let go of after its use."""
+"""What a microbatch holds in a stage is away on a tier from the first on; comes back; its place there is given up."""
+MESSAGES = ("RECV_F", "SEND_F", "RECV_B", "SEND_B")
+"""An activation from the stage before is awaited, one is sent to the stage after; the same for gradients, reversed."""
 
 
 class ScheduleError(ValueError):
@@ -59,37 +65,14 @@ class Schedule:
         """Stages of the whole pipeline."""
         return self.num_ranks * self.num_chunks
 
-    def held(self, rank: int, held: Sequence[int], moved: Sequence[int] = ()) -> list[int]:
-        """Return what a rank holds for backward after each of its actions.
+    @property
+    def is_whole(self) -> bool:
+        """Whether messages are among the actions; else it says what is computed, and nothing else."""
+        return any(action.kind in MESSAGES for order in self.orders for action in order)
 
-        Args:
-            rank: the rank.
-            held: by stage, of one microbatch, from F until W or B.
-            moved: by stage, what of that leaves with OFFLOAD and is there again from RELOAD until RELEASE.
-
-        Returns:
-            As many numbers as the rank has actions.
-        """
-        line, live, away = [], 0, set[tuple[int, int]]()
-        for kind, stage, at in self.orders[rank]:
-            if kind == "F":
-                live += held[stage]
-            elif kind in ("W", "B"):
-                live -= held[stage] - (moved[stage] if (stage, at) in away else 0)
-            elif kind == "OFFLOAD":
-                live -= moved[stage]
-                away.add((stage, at))
-            elif kind == "RELOAD":
-                live += moved[stage]
-            elif kind == "RELEASE":
-                live -= moved[stage]
-            line.append(live)
-        return line
-
-    def most_in_flight(self, rank: int = 0) -> int:
-        """Return how many microbatches' chunks a rank holds at most: its peak in chunk-activations."""
-        ones = [1] * self.num_stages
-        return max(self.held(rank, ones, ones))
+    def computing(self, rank: int) -> list[Action]:
+        """Return a rank's compute actions, in their order."""
+        return [action for action in self.orders[rank] if action.kind in COMPUTE]
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -289,7 +272,7 @@ def check(schedule: Schedule) -> None:
 
     Each stage and microbatch has one F, then one B or one I and one W, on the rank that the stage lives on. OFFLOAD
     comes after F, RELOAD after OFFLOAD and before I or B, RELEASE after W or B, each once or none of them. No rank
-    waits for ever.
+    waits for ever. Messages have rules of their own (`whole.check_messages`).
 
     Raises:
         ScheduleError: a rule is broken; the message names the rank and the action.
@@ -299,7 +282,7 @@ def check(schedule: Schedule) -> None:
         for place, action in enumerate(order):
             seen = places.setdefault((action.stage, action.microbatch), {})
             is_here = action.stage % schedule.num_ranks == rank and 0 <= action.stage < schedule.num_stages
-            if not is_here or action.kind not in (*COMPUTE, *COPIES) or action.kind in seen:
+            if not is_here or action.kind not in (*COMPUTE, *COPIES, *MESSAGES) or action.kind in seen:
                 raise ScheduleError(f"rank {rank} has {action}, which is unknown, twice there, or another rank's")
             seen[action.kind] = place
         for (stage, at), seen in places.items():
@@ -326,6 +309,9 @@ def _in_order(seen: Mapping[str, int]) -> bool:
     backward = ("B",) if "B" in seen else ("I", "W")
     moved = any(kind in seen for kind in COPIES)
     wanted = ("F", "OFFLOAD", "RELOAD", *backward, "RELEASE") if moved else ("F", *backward)
-    if set(seen) != set(wanted):
+    if {kind for kind in seen if kind not in MESSAGES} != set(wanted):
         return False
-    return [seen[kind] for kind in wanted] == sorted(seen.values())
+    places = [seen[kind] for kind in wanted]
+    around = ("RECV_F", "F", "SEND_F"), ("RECV_B", backward[0], "SEND_B")
+    messages = [[seen[kind] for kind in kinds if kind in seen] for kinds in around]
+    return all(each == sorted(each) for each in (places, *messages))

@@ -183,16 +183,24 @@ def stage_costs(
         forward_seconds = num_tokens * flops / rates.flops_per_second
         weight_seconds = num_tokens * in_weights / rates.flops_per_second
         movable_bytes = num_tokens * num_layers * shape.layer_bytes(recompute=recompute)
+        logit_bytes = num_tokens * shape.vocabulary * LOGIT_BYTES * is_last
+        again_bytes = num_tokens * shape.elementwise_bytes * recompute
+        waiting_bytes = num_tokens * num_layers * shape.gradient_bytes
+        received_bytes = sent_bytes if stage else 0
+        backward_bytes = waiting_bytes + again_bytes + received_bytes + logit_bytes
         costs.append(
             StageCost(
                 forward_seconds=forward_seconds,
                 input_seconds=2 * forward_seconds - weight_seconds,
                 weight_seconds=weight_seconds,
-                held_bytes=movable_bytes + num_tokens * shape.vocabulary * LOGIT_BYTES * is_last,
+                held_bytes=movable_bytes + logit_bytes,
                 movable_bytes=movable_bytes,
-                forward_bytes=num_tokens * shape.elementwise_bytes * recompute,
-                backward_bytes=num_tokens * (num_layers * shape.gradient_bytes + shape.elementwise_bytes * recompute)
-                + num_tokens * shape.vocabulary * LOGIT_BYTES * is_last,
+                message_bytes=0 if is_last else sent_bytes,
+                unheld_bytes=0 if is_last else sent_bytes,
+                waiting_bytes=waiting_bytes if stage else 0,
+                forward_bytes=again_bytes + received_bytes,
+                input_bytes=backward_bytes,
+                backward_bytes=backward_bytes,
                 hop_seconds=sent_bytes / rates.hop_bytes_per_second,
             )
         )

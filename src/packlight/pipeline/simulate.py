@@ -16,12 +16,21 @@ from packlight.pipeline.schedule import Schedule, ScheduleError, refuse_waits
 class StageCost:
     """What one microbatch takes in one stage.
 
+    A stage's output goes to the next stage as a message, and the gradient of it comes back as one of the same size.
+
     Attributes:
-        forward_seconds, input_seconds, weight_seconds: of F, I and W; B takes the last two.
+        forward_seconds, input_seconds, weight_seconds: of F, I and W; B takes the last two, and so does the first
+            stage's W: nobody waits for the gradient of a batch, so its I does nothing (as torch has it).
         held_bytes: on the device from F until W or B.
         movable_bytes: of these, what can go to a tier.
-        forward_bytes: on the device besides while F runs.
-        backward_bytes: on the device besides from the begin of I or B until the end of W or B.
+        message_bytes: of its output; 0 for the last stage.
+        unheld_bytes: of its output, what is not among what is held: on the device until the output has been sent.
+        waiting_bytes: gradients that I leaves for W.
+        forward_bytes: most while F runs, above what there is when it has ended.
+        input_bytes: most while I runs, above what there is when it begins.
+        weight_bytes: most while W runs, the same.
+        backward_bytes: most while B runs, or the first stage's W, the same.
+        left_bytes: on the device from W or B until the step ends: a loss, say.
         hop_seconds: from the end of the stage's F until the next stage has its output, and of that one's I until this
             one has its gradient.
     """
@@ -31,8 +40,14 @@ class StageCost:
     weight_seconds: float
     held_bytes: int = 0
     movable_bytes: int = 0
+    message_bytes: int = 0
+    unheld_bytes: int = 0
+    waiting_bytes: int = 0
     forward_bytes: int = 0
+    input_bytes: int = 0
+    weight_bytes: int = 0
     backward_bytes: int = 0
+    left_bytes: int = 0
     hop_seconds: float = 0.0
 
 
@@ -98,11 +113,12 @@ class _Line:
         self.orders, self.last, self._num = schedule.orders, schedule.num_stages - 1, schedule.num_microbatches
         self.starts: list[list[float]] = [[] for _ in self.orders]
         self.ends: list[list[float]] = [[] for _ in self.orders]
+        both = [cost.input_seconds + cost.weight_seconds for cost in costs]
         self._spans = {
             "F": [cost.forward_seconds for cost in costs],
-            "I": [cost.input_seconds for cost in costs],
-            "W": [cost.weight_seconds for cost in costs],
-            "B": [cost.input_seconds + cost.weight_seconds for cost in costs],
+            "I": [0.0, *(cost.input_seconds for cost in costs[1:])],
+            "W": [both[0], *(cost.weight_seconds for cost in costs[1:])],
+            "B": both,
         }
         hops = [cost.hop_seconds if schedule.num_ranks > 1 else 0.0 for cost in costs]
         # When what a stage sends arrives, and who waits for it, by stage and microbatch: forwards, and gradients.

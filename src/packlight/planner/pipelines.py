@@ -17,6 +17,7 @@ from packlight.pipeline.schedule import ScheduleError, check_positive
 from packlight.pipeline.shapes import Rates as RankRates
 from packlight.pipeline.shapes import Shape, layers_of, parameters_of, shape_named, stage_costs
 from packlight.pipeline.simulate import StageCost
+from packlight.pipeline.whole import whole, written
 from packlight.planner.known_hardware import KNOWN, named
 from packlight.records import Bar, Choice, Estimate, Pipeline, PipelineRow, Plan
 
@@ -165,8 +166,10 @@ def plan_pipeline(
         notes.append(
             f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has: these count"
         )
-    plan = _plan(question, allowed, within(found, host_bytes), chosen, tier)
-    return PipelineAnswer(question, found, chosen, replace(plan, notes=tuple(notes)))
+    plan = record(within(found, host_bytes), chosen, budget_bytes=allowed.device_bytes, tier=tier)
+    device, hardware = ("cuda", question.hardware) if question.hardware else (plan.device, "")
+    plan = replace(plan, device=device, hardware=hardware, notes=tuple(notes))
+    return PipelineAnswer(question, found, chosen, plan)
 
 
 def _check(question: PipelineQuestion, shape: Shape) -> None:
@@ -226,13 +229,24 @@ def _compute_seconds(cost: StageCost) -> float:
     return cost.forward_seconds + cost.input_seconds + cost.weight_seconds
 
 
-def _plan(
-    question: PipelineQuestion, allowed: Budget, found: Sequence[Candidate], chosen: Candidate, tier: Tier
+def record(
+    found: Sequence[Candidate], chosen: Candidate, *, budget_bytes: int, tier: Tier | None, tier_name: str = "host"
 ) -> Plan:
-    """Write the choice as a record, with a choice for each stage."""
+    """Write a choice as a record, with a choice for each stage and the schedule to run.
+
+    Args:
+        found: what it was chosen among.
+        chosen: the choice.
+        budget_bytes: what it had to fit.
+        tier: the way to the tier; None where nothing may move.
+        tier_name: "host" or "disk".
+
+    Returns:
+        The record.
+    """
     timed, schedule = chosen.timed, chosen.timed.schedule
     plain = _plain(found)
-    moved_stages = question.num_ranks * chosen.num_moved
+    moved_stages = schedule.num_ranks * chosen.num_moved
     choices = tuple(
         Choice(
             group=f"stage {stage}",
@@ -253,19 +267,18 @@ def _plan(
         peak_by_category={"parameters": chosen.peak_bytes - held_bytes, "activations": held_bytes},
         peak_moment="backward",
     )
-    moves = bool(chosen.num_moved)
+    moves = bool(chosen.num_moved) and tier is not None
     return Plan(
-        device="cuda" if question.hardware else "any device",
-        budget_bytes=allowed.device_bytes,
+        device="any device",
+        budget_bytes=budget_bytes,
         exact=True,
         choices=choices,
         state_formats={},
         estimate=estimate,
         smallest_budget_bytes=min(each.peak_bytes for each in found),
-        tier="host" if moves else "",
-        out_bytes_per_second=tier.out_bytes_per_second * moves,
-        in_bytes_per_second=tier.in_bytes_per_second * moves,
-        hardware=question.hardware or "",
+        tier=tier_name if moves else "",
+        out_bytes_per_second=tier.out_bytes_per_second if moves and tier is not None else 0.0,
+        in_bytes_per_second=tier.in_bytes_per_second if moves and tier is not None else 0.0,
         pipeline=Pipeline(
             schedule=schedule.name,
             num_ranks=schedule.num_ranks,
@@ -275,6 +288,7 @@ def _plan(
             bubble=timed.bubble,
             peaks_bytes=chosen.peaks_bytes,
             hosts_bytes=tuple(each.stored_bytes for each in chosen.copies),
+            orders=written(whole(timed, chosen.copies)),
         ),
     )
 
@@ -293,7 +307,7 @@ def _notes(
     hop = f"at {format_bytes(rates.hop_bytes_per_second)}/s" if is_known else "in no time"
     notes = [
         f"{shape.name} by its shape, {question.sequence_length} tokens a sequence, attention to all of them: bytes and "
-        "operations are arithmetic, nothing was measured; receive buffers, outputs that wait to be sent and what "
+        "operations are arithmetic, nothing was measured; a gradient of a matrix before it is added to others and what "
         "libraries take are not counted, nor is the optimiser's step; gradients and states stand under parameters",
         f"k is {k:.2f}: the time to move a layer's activations out and back, over that of its forward and backward; "
         f"activations go from rank to rank {hop}",

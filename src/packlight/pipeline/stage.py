@@ -1,0 +1,275 @@
+"""A stage of torch.distributed.pipelining that has on its device what the schedule says, and nothing besides.
+
+torch makes a receive buffer for each microbatch of a step, keeps every input and output until backward, and keeps what
+was sent until the step ends; so a chunk whose activations are away still has bytes for each microbatch. The idea: torch
+needs those tensors' shapes and histories, not their bytes, and bytes are there for as long as somebody uses them.
+
+    receive buffers   made when a message is asked for, not when training begins
+    inputs            the module gets an alias; when its forward has ended, torch's own has its data taken away
+    outputs           torch gets an alias; its data is taken away when it has been sent
+    what is saved     is in a parcel of the microbatch (`parcels.py`), by the engine
+
+What the module or a function of its own keeps besides is theirs, and stays.
+"""
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.utils._pytree import tree_map_only
+
+from packlight.activations.engine import MIN_BYTES, Engine
+from packlight.activations.offload import Tier
+from packlight.pipeline.parcels import Parcel, Parcels
+from packlight.pipeline.schedule import Action
+
+EVERYTHING = {"*": "offload"}
+
+
+class Stage(PipelineStage):
+    """A `torch.distributed.pipelining.PipelineStage`, to be run by `Runtime`.
+
+    Args:
+        submodule: of the stage, on its device.
+        stage_index: of `num_stages`; stages of a rank are its number plus multiples of the number of ranks.
+        num_stages: of the whole pipeline.
+        device: of the stage.
+        choices: what is done with what a microbatch saves while it is to be away: see `Engine`. The default moves all.
+        min_bytes: smaller storages stay.
+        options: torch's own: `input_args`, `output_args`, `group`, `dw_builder` and the like.
+
+    Raises:
+        ValueError: choices that the engine refuses (when a `Runtime` takes the stage).
+    """
+
+    def __init__(
+        self,
+        submodule: nn.Module,
+        stage_index: int,
+        num_stages: int,
+        device: torch.device,
+        *,
+        choices: Mapping[str, str] | None = None,
+        min_bytes: int = MIN_BYTES,
+        **options: Any,
+    ) -> None:
+        super().__init__(submodule, stage_index, num_stages, device, **options)
+        self._choices, self._min_bytes = dict(EVERYTHING if choices is None else choices), min_bytes
+        self._open: _Open | None = None
+
+    def open(
+        self, tier: Tier | None, moving: Collection[int], *, begins: Callable[[Action], None]
+    ) -> Callable[[], None]:
+        """Put the engine on the module; `Runtime` does.
+
+        Args:
+            tier: where parcels go.
+            moving: the microbatches whose parcels are ever away.
+            begins: is called with each action of compute, when what it needs from others is there.
+
+        Returns:
+            What takes it off.
+
+        Raises:
+            RuntimeError: another `Runtime` has the stage.
+            ValueError: choices that the engine refuses.
+        """
+        if self._open is not None:
+            raise RuntimeError(f"stage {self.stage_index} is run by another Runtime; close that one first")
+        parcels = Parcels(tier, torch.device(self.device))
+        engine_type = Engine if self.is_first else _TakesInputs
+        engine = engine_type(self.submod, self._choices, tier=parcels, min_bytes=self._min_bytes)
+        self._open = _Open(parcels, frozenset(moving), begins)
+
+        def close() -> None:
+            engine.remove()
+            self.forget()
+            self.args_recv_info.clear()
+            self.grad_recv_info.clear()
+            self._open = None
+
+        return close
+
+    # What the schedule tells it
+
+    def ask(self, kind: str, microbatch: int) -> None:
+        """Make the buffers that a message is received in: "F" its inputs, "B" the gradients of its outputs."""
+        for info, template in self._received(kind, microbatch):
+            made = torch.empty_strided(template.size(), template.stride(), dtype=template.dtype, device=self.device)
+            info.buffer = made.requires_grad_(template.requires_grad)
+
+    def sent(self, microbatch: int) -> None:
+        """Take the data away from outputs that have been sent."""
+        if not self.has_backward:
+            self.fwd_cache.pop(microbatch, None)
+        for output in self.fwd_cache[microbatch][0] if microbatch in self.fwd_cache else ():
+            if isinstance(output, Tensor) and type(output.grad_fn) is _HANDED:
+                _take_data(output)
+
+    def parcel(self, microbatch: int) -> Parcel:
+        """Return what a microbatch holds."""
+        assert self._open is not None
+        return self._open.parcels_by_microbatch[microbatch]
+
+    def release(self, microbatch: int) -> None:
+        """Give up what a microbatch holds; autograd has let go of it, unless somebody else keeps its graph."""
+        assert self._open is not None
+        self._open.parcels_by_microbatch.pop(microbatch).give_up()
+
+    def forget(self) -> None:
+        """Give up what a step that failed has left."""
+        assert self._open is not None
+        for parcel in self._open.parcels_by_microbatch.values():
+            parcel.give_up()
+        self._open.parcels_by_microbatch.clear()
+        for microbatch in range(len(self.args_recv_info)):
+            self._let_go("F", microbatch)
+            self._let_go("B", microbatch)
+        self.clear_runtime_states()
+        for cache in (self.bwd_cache, self.backward_state, self.dw_runner):
+            cache.clear()
+
+    # What torch calls
+
+    def _prepare_forward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> Any:
+        if self._open is None:
+            return super()._prepare_forward_infra(num_microbatches, *args, **kwargs)
+        result = super()._prepare_forward_infra(1, *args, **kwargs)
+        first = self.args_recv_info[0]
+        self._open.templates["F"] = tuple(_template(getattr(info, "buffer", None)) for info in first)
+        for microbatch in range(num_microbatches):
+            self.args_recv_info[microbatch] = tuple(copy.copy(info) for info in first)
+            self._let_go("F", microbatch)
+        return result
+
+    def _create_grad_recv_info(self, act_send_info: dict[int, Any]) -> tuple[Any, ...]:
+        if self._open is None:
+            return super()._create_grad_recv_info(act_send_info)
+        device, self.device = self.device, torch.device("meta")
+        try:
+            infos: tuple[Any, ...] = super()._create_grad_recv_info(act_send_info)
+        finally:
+            self.device = device
+        self._open.templates["B"] = tuple(_template(info.buffer) for info in infos)
+        return infos
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on aliases of its inputs, and return aliases of its outputs."""
+        if self._open is None or not torch.is_grad_enabled():
+            return super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if not self.is_first:
+            args = tree_map_only(Tensor, lambda each: each.view_as(each) if each.requires_grad else each, args)
+        outputs = super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return tree_map_only(Tensor, _handed, outputs)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run a microbatch forward, what it saves in a parcel of its own."""
+        if self._open is None:
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        self._open.begins(Action("F", self.stage_index, fwd_chunk_id))
+        parcel = Parcel(moves=self.has_backward and fwd_chunk_id in self._open.moving)
+        self._open.parcels_by_microbatch[fwd_chunk_id] = self._open.parcels.open = parcel
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        self._open.parcels.open = Parcel(moves=False)
+        for info, _ in self._received("F", fwd_chunk_id):
+            if type(info.buffer) is Tensor and info.buffer.requires_grad:
+                _take_data(info.buffer)
+        self._let_go("F", fwd_chunk_id)
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """Run a microbatch backward, or for the gradients of its inputs alone."""
+        if self._open is None:
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            return
+        is_full = kwargs.get("full_backward", True)
+        self._open.begins(Action("B" if is_full else "I", self.stage_index, bwd_chunk_id))
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._let_go("B", bwd_chunk_id)
+        if is_full:
+            self._open.end(bwd_chunk_id)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """Run a microbatch backward for the gradients of weights."""
+        if self._open is None:
+            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+            return
+        self._open.begins(Action("W", self.stage_index, bwd_chunk_id))
+        super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._open.end(bwd_chunk_id)
+
+    def _received(self, kind: str, microbatch: int) -> list[tuple[Any, Tensor]]:
+        """Return each message's record and its form."""
+        assert self._open is not None
+        infos = (self.args_recv_info if kind == "F" else self.grad_recv_info).get(microbatch, ())
+        pairs = zip(infos, self._open.templates.get(kind, ()), strict=True)
+        return [(info, template) for info, template in pairs if template is not None]
+
+    def _let_go(self, kind: str, microbatch: int) -> None:
+        for info, template in self._received(kind, microbatch):
+            info.buffer = template
+
+
+class _TakesInputs(Engine):
+    """An engine that may move the inputs of a stage, too: they came in a message, and nobody else has them."""
+
+    def lasting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        return (kwargs,)
+
+
+class _Open:
+    """What a stage has while a `Runtime` runs it."""
+
+    def __init__(self, parcels: Parcels, moving: frozenset[int], begins: Callable[[Action], None]) -> None:
+        self.parcels, self.moving, self.begins = parcels, moving, begins
+        self.parcels_by_microbatch: dict[int, Parcel] = {}
+        self.templates: dict[str, tuple[Tensor | None, ...]] = {}
+
+    def end(self, microbatch: int) -> None:
+        """Forget a parcel that needs no release: autograd has let go of it."""
+        if microbatch in self.parcels_by_microbatch and not self.parcels_by_microbatch[microbatch].moves:
+            del self.parcels_by_microbatch[microbatch]
+
+
+class _Handed(torch.autograd.Function):
+    """The same tensor as an object of its own, which nothing refers to as its base."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+_HANDED = _Handed._backward_cls
+
+
+def _handed(tensor: Tensor) -> Tensor:
+    if type(tensor) is not Tensor or not tensor.requires_grad:
+        return tensor
+    made: Tensor = _Handed.apply(tensor)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _take_data(tensor: Tensor) -> None:
+    """Let a tensor keep its shape and history, and a single element for all its bytes."""
+    key = tensor.dtype, tensor.device
+    if key not in _ONE:
+        _ONE[key] = tensor.new_empty(1)
+    tensor.data = _ONE[key].expand(tensor.shape)
+
+
+_ONE: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+"""An element for all tensors without data."""
+
+
+def _template(buffer: Tensor | None) -> Tensor | None:
+    if buffer is None:
+        return None
+    made = torch.empty_strided(buffer.size(), buffer.stride(), dtype=buffer.dtype, device="meta")
+    return made.requires_grad_(buffer.requires_grad)
