@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 from torch.distributed.pipelining import schedules
 
-from packlight.activations.offload import Tier
+from packlight.activations.offload import Tier, Traffic
 from packlight.pipeline.schedule import COMPUTE, Action, Schedule, ScheduleError
 from packlight.pipeline.stage import Stage
 from packlight.pipeline.whole import check_messages, whole_of
@@ -87,6 +87,7 @@ class Runtime(schedules._PipelineScheduleRuntime):
         self._have_agreed = False
         self._put_in_order()
         self._comp_type_to_function_map.update(dict.fromkeys((*_Kind, *_MESSAGES), self._perform))
+        self._comp_type_to_function_map[schedules.REDUCE_GRAD] = self._reduce
         with ExitStack() as undo:
             if tier is not None:
                 undo.callback(tier.close)
@@ -98,6 +99,10 @@ class Runtime(schedules._PipelineScheduleRuntime):
     def close(self) -> None:
         """Give the stages and the tier up; calling it again does nothing."""
         self._undo.close()
+
+    def tier_traffic(self) -> Traffic:
+        """Return what the tier has moved and stores; nothing where there is none."""
+        return Traffic(0, 0, 0.0, 0.0, 0, 0) if self._tier is None else self._tier.traffic()
 
     def __enter__(self) -> Self:
         """Return the runtime itself."""
@@ -183,6 +188,12 @@ class Runtime(schedules._PipelineScheduleRuntime):
             self._copy(kind, stage, microbatch)
         if self._watch is not None:
             self._watch.ends(_ours(action))
+
+    def _reduce(self, action: Any, _context: Any) -> None:
+        """Reduce and scale gradients, where there was a backward; torch's own divides them after `eval` too."""
+        stage = self._by_index[action.stage_index]
+        if stage.has_backward:
+            stage.perform_reduce_grad(self._n_microbatches if self.scale_grads else 1)
 
     def _begins(self, action: Action) -> None:
         """An action of compute begins; where a gradient has come back, the output that it is of was received."""

@@ -1,0 +1,180 @@
+"""Pipelines of real processes over gloo: gradients, bytes at every event, 50 steps, failures."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from packlight.pipeline import Runtime, ScheduleError, Stage, grouped, uniform
+
+SCRIPT = Path(__file__).parent / "real.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+Found = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipeline")
+
+
+@cache
+def run(what: str, num_ranks: int, folder: Path) -> list[Found]:
+    """Start a process for each rank by torchrun, and return what each found."""
+    own = folder / f"{what}-{num_ranks}"
+    own.mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+    done = subprocess.run(
+        [*torchrun, "--master-port", str(free_port()), str(SCRIPT), what, str(own)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not list((own / "spilled").iterdir())
+    return [json.loads((own / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_gradients_losses_and_outputs_are_those_of_the_model_alone(num_ranks: int, folder: Path) -> None:
+    for found in run("gradients", num_ranks, folder):
+        assert len(found) == 14 and sum(each["num_offloads"] > 0 for each in found) > 4
+        for each in found:
+            assert each["worst"] <= 1e-6, each
+            assert each["losses_are_equal"] and each["outputs_are_equal"], each
+            assert (each["moved_bytes"] > 0) == (each["num_offloads"] > 0) and not each["left_bytes"]
+
+
+def test_where_microbatches_are_added_up_in_one_order_gradients_are_equal_bit_for_bit(folder: Path) -> None:
+    found = [each for rank in run("gradients", 2, folder) for each in rank]
+    assert all(each["are_equal"] for each in found)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_bytes_after_each_action_are_those_of_the_simulation(num_ranks: int, folder: Path) -> None:
+    for found in run("bytes", num_ranks, folder):
+        assert sum(each["num_offloads"] > 0 for each in found) > 4
+        for each in found:
+            assert each["follows"] and each["wrong"] == 0, each
+            assert each["left"] == 0, each
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_peaks_are_as_planned_and_lower_with_copies_by_what_was_planned(num_ranks: int, folder: Path) -> None:
+    for found in run("bytes", num_ranks, folder):
+        for each in found:
+            assert each["recounted"] == each["predicted"]
+            assert each["peak"] == each["predicted"], each
+    peaks = {each["name"]: each for each in run("bytes", num_ranks, folder)[0]}
+    assert peaks["GIS + 2/2"]["peak"] < 0.8 * peaks["GIS"]["peak"]
+
+
+def test_fifty_steps_leave_no_tensor_thread_file_or_place_behind(folder: Path) -> None:
+    for (found,) in run("steps", 2, folder):
+        first, *others = found["counts"]
+        assert len(others) == 5 and len(found["losses"]) == 50
+        assert all(count[name] <= first[name] for count in others for name in first)
+        assert first["stored"] == 0
+        assert found["forwards_are_back"] and not found["hooks"] and found["threads_after"] == 1
+    losses = found["losses"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_step_that_fails_gives_up_what_it_has(folder: Path) -> None:
+    first, last = (found[0] for found in run("failing", 2, folder))
+    assert last["error"] == "ArithmeticError: the loss failed"
+    assert first["error"].startswith("RuntimeError")
+    for found in (first, last):
+        assert found["stored"] == 0 and found["left"] == 0
+
+
+def test_ranks_with_different_schedules_are_told_before_they_wait_for_each_other(folder: Path) -> None:
+    for (found,) in run("disagreeing", 2, folder):
+        assert found["error"].startswith("ranks have different schedules")
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_an_error_and_leaves_no_file(tmp_path: Path) -> None:
+    """Without torchrun, which would end them by itself."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "4"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), "killed", str(tmp_path)],
+            env={**ENVIRONMENT, **place, "RANK": str(rank)},
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(4)
+    ]
+    try:
+        codes = [each.wait(timeout=120) for each in started]
+    finally:
+        for each in started:
+            each.kill()
+    assert codes[1] == -9
+    assert not list((tmp_path / "spilled").iterdir())
+    for rank in (0, 2, 3):
+        (found,) = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["error"] and found["seconds"] < 30 + 5  # the group's timeout
+        assert found["stored"] == 0
+
+
+@pytest.fixture
+def alone() -> Any:
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())  # type: ignore[attr-defined]
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_on_one_rank_stages_hand_over_what_they_make() -> None:
+    torch.manual_seed(3)
+    modules = [nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)]
+    stages = [Stage(module, at, 3, torch.device("cpu"), min_bytes=0) for at, module in enumerate(modules)]
+    x = torch.randn(8, 8)
+    with Runtime(stages, uniform(1, 3, 4), loss_fn=lambda out, target: (out - target).square().mean()) as runtime:
+        runtime.step(x, target=x, return_outputs=False)
+    gradients = [parameter.grad for module in modules for parameter in module.parameters()]
+    for module in modules:
+        module.zero_grad()
+    for part in x.split(2):
+        (nn.Sequential(*modules)(part) - part).square().mean().backward()
+    for module in modules:
+        for parameter in module.parameters():
+            assert parameter.grad is not None
+            wanted = gradients.pop(0)
+            assert wanted is not None and torch.equal(wanted, parameter.grad / 4)
+
+
+@pytest.mark.usefixtures("alone")
+def test_stages_that_a_schedule_is_not_for_are_refused_and_left_as_they_were() -> None:
+    modules = [nn.Linear(4, 4) for _ in range(2)]
+    stages = [Stage(module, at, 2, torch.device("cpu")) for at, module in enumerate(modules)]
+    for given, schedule, said in (
+        ([], uniform(1, 2, 2), "no stage came"),
+        (stages, uniform(2, 1, 2), "stages of a pipeline of 2 on 1 ranks came for a schedule of 2 stages on 2 ranks"),
+        (stages[::-1], uniform(1, 2, 2), r"rank 0 has the stages \[1, 0\]; wanted \[0, 1\]"),
+    ):
+        with pytest.raises(ScheduleError, match=said):
+            Runtime(given, schedule)
+    compiled = [Stage(torch.compile(module), at, 2, torch.device("cpu")) for at, module in enumerate(modules)]  # type: ignore[arg-type]
+    with pytest.raises(ScheduleError, match="GIS splits backward, which a compiled stage cannot"):
+        Runtime(compiled, grouped(1, 2, 2, group_size=1))
+    with Runtime(stages, uniform(1, 2, 2)), pytest.raises(RuntimeError, match="is run by another Runtime"):
+        Runtime(stages, uniform(1, 2, 2))
+    assert all("forward" not in vars(module) for module in modules)
