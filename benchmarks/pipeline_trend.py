@@ -22,7 +22,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from packlight.pipeline.copies import Line, Tier, place
+from packlight.pipeline.copies import Tier, place
+from packlight.pipeline.line import Lines
 from packlight.pipeline.schedule import Schedule, grouped, interleaved, one_f_one_b, uniform
 from packlight.pipeline.shapes import Rates, Shape, stage_costs
 from packlight.pipeline.simulate import StageCost, simulate
@@ -98,9 +99,9 @@ def run(name: str, length: int) -> Row:
     make, num_moved = SCHEDULES[name]
     schedule = make()
     timed = simulate(schedule, costs_of(schedule.num_stages, length))
-    tier = Tier(COPY_RATE, COPY_RATE)
+    tier, lines = Tier(COPY_RATE, COPY_RATE), Lines(timed)
     moved = [range(rank, num_moved * NUM_RANKS, NUM_RANKS) for rank in range(NUM_RANKS)]
-    peak = max(place(Line(timed, rank), moved[rank], tier).peak_bytes for rank in range(NUM_RANKS))
+    peak = max(place(lines.line(rank), moved[rank], tier).peak_bytes for rank in range(NUM_RANKS))
     tokens = NUM_MICROBATCHES * length
     flops = 3 * tokens * (NUM_LAYERS * SHAPE.layer_flops(length) + 2 * SHAPE.embedding_parameters)
     parameters = NUM_LAYERS * SHAPE.layer_parameters + 2 * SHAPE.embedding_parameters

@@ -69,7 +69,7 @@ def test_where_microbatches_are_added_up_in_one_order_gradients_are_equal_bit_fo
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_the_bytes_after_each_action_are_those_of_the_simulation(num_ranks: int, folder: Path) -> None:
     for found in run("bytes", num_ranks, folder):
-        assert sum(each["num_offloads"] > 0 for each in found) > 4
+        assert any(each["num_offloads"] for each in found)
         for each in found:
             assert each["follows"] and each["wrong"] == 0, each
             assert each["left"] == 0, each

@@ -27,12 +27,14 @@ class Candidate:
         num_moved: chunks that are to move, from the first on: these are held longest.
         copies: by rank.
         peaks_bytes: by rank, the most that it holds, with what it holds anyway.
+        busy_seconds: what copies take from compute, on the rank where that is most.
     """
 
     timed: Timed
     num_moved: int
     copies: tuple[Copies, ...]
     peaks_bytes: tuple[int, ...]
+    busy_seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -53,7 +55,7 @@ class Candidate:
     @property
     def seconds(self) -> float:
         """Of a step."""
-        return self.timed.seconds
+        return self.timed.seconds + self.busy_seconds
 
 
 def candidates(
@@ -93,7 +95,10 @@ def candidates(
                 place(line, range(rank, num_moved * num_ranks, num_ranks), tier) for rank, line in enumerate(lines)
             )
             peaks = tuple(each.peak_bytes + beside for each, beside in zip(copies, resident, strict=True))
-            yield Candidate(timed, num_moved, copies, peaks)
+            busy = (
+                2 * max(each.moved_bytes for each in copies) * (tier.busy_seconds_per_byte if tier is not None else 0.0)
+            )
+            yield Candidate(timed, num_moved, copies, peaks, busy)
 
 
 def _makers(num_ranks: int, num_chunks: int, num_microbatches: int) -> Iterator[Callable[[], Schedule]]:

@@ -31,11 +31,13 @@ class Tier:
     Attributes:
         out_bytes_per_second, in_bytes_per_second: while both directions are busy.
         margin: how long before its use something is back, in durations of that use.
+        busy_seconds_per_byte: what a copy, either way, takes from compute.
     """
 
     out_bytes_per_second: float
     in_bytes_per_second: float
     margin: float = 1.0
+    busy_seconds_per_byte: float = 0.0
 
 
 class Copies:
@@ -45,6 +47,7 @@ class Copies:
         kept: those that were to move and stay.
         peak_bytes: most that the rank has on its device, of what a schedule counts.
         stored_bytes: most that is on the tier.
+        moved_bytes: all that goes there in a step, and comes back.
     """
 
     def __init__(self, line: "Line", moved: Places, kept: Places, times: Floats) -> None:
@@ -57,7 +60,7 @@ class Copies:
             times: (2, number of moved, 2): out and back, begin and end.
         """
         self._line, self._moved, self._times = line, moved, times
-        self.kept = line.keys_of(kept)
+        self.kept, self.moved_bytes = line.keys_of(kept), int(line.movable[moved].sum())
         self.peak_bytes, self.stored_bytes = line.most_bytes(moved, *_gaps(line, moved, times))
 
     @functools.cached_property

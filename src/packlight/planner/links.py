@@ -101,9 +101,11 @@ def _disk_link(device_type: str, folder: str) -> Link:
 def _share_taken() -> float:
     """Return what of the copying threads' time compute loses: all of it, but for cores that it leaves idle.
 
-    A parallel loop ends with its slowest thread, so a core that is taken from one of them is lost to all.
+    A parallel loop ends with its slowest thread, so a core that is taken from one of them is lost to all. Ranks that
+    torchrun starts on one machine share its cores.
     """
-    num_idle = max(0, len(os.sched_getaffinity(0)) - torch.get_num_threads())
+    num_busy = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_idle = max(0, len(os.sched_getaffinity(0)) - num_busy)
     return max(0.0, 1 - num_idle / NUM_THREADS)
 
 

@@ -97,7 +97,8 @@ def plan_stages(
     tier = None
     if len(links) == num_ranks:
         rates = [(each.out_bytes_per_second, each.in_bytes_per_second) for each in links]
-        tier = Tier(min(out for out, _ in rates), min(back for _, back in rates))
+        busy = max(each.busy_seconds_per_byte for each in links)
+        tier = Tier(min(out for out, _ in rates), min(back for _, back in rates), busy_seconds_per_byte=busy)
     shape = num_ranks, len(training.stages), training.num_microbatches
     found = list(candidates(shape, costs, resident_bytes=[resident for resident, _ in told], tier=tier))
     capacity = min((each.capacity_bytes for each in links), default=None)
