@@ -4,6 +4,7 @@ A schedule is a list of a few hundred actions for each rank; what is wrong with 
 copies to the host and copies back have a lane each, so that one sees what copies hide behind.
 """
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,19 @@ NAMES = {
 LANES = ("compute", "out", "back")
 MAX_BARS = 20000
 """A browser draws so many in a second or two; of a longer step the beginning is drawn."""
+FEW_BARS = 2000
+"""Of more, edges would hide the bars."""
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<body style="font-family: sans-serif">
+<p>{title}</p>
+{drawing}
+</body>
+</html>
+"""
 
 
 def candidates(rows: Sequence[PipelineRow]) -> RenderableType:
@@ -103,23 +117,28 @@ def write_page(path: Path, plan: Plan, bars: Sequence[Bar]) -> None:
                 "%{customdata[2]:.4g} to %{customdata[3]:.4g} s",
                 name=name,
                 orientation="h",
-                marker={"color": COLOURS[kind], "line": {"width": 0.5, "color": "white"}},
+                marker={
+                    "color": COLOURS[kind],
+                    "line": {"width": 0.5 if len(drawn) < FEW_BARS else 0, "color": "white"},
+                },
             )
         )
     used = {_lane(bar.rank, bar.lane) for bar in drawn}
     num_ranks = 1 + max((bar.rank for bar in drawn), default=0)
     order = [lane for rank in range(num_ranks) for each in LANES if (lane := _lane(rank, each)) in used]
     figure.update_layout(
-        title={"text": f"{plan.pipeline}{note}", "font": {"size": 14}},
         barmode="overlay",
         bargap=0.15,
-        height=140 + 22 * len(order),
+        height=200 + 22 * len(order),
+        margin={"l": 70, "r": 10, "t": 30, "b": 160},
         xaxis={"title": "seconds"},
         yaxis={"categoryorder": "array", "categoryarray": order, "autorange": "reversed"},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         template="plotly_white",
     )
-    path.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
+    title = html.escape(f"{plan.pipeline}{note}")
+    drawing = figure.to_html(include_plotlyjs=True, full_html=False)
+    path.write_text(PAGE.format(title=title, drawing=drawing), encoding="utf-8")
 
 
 def _lane(rank: int, lane: str) -> str:
