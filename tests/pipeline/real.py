@@ -24,7 +24,17 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from packlight.activations.offload import Tier, make_tier
-from packlight.pipeline import Runtime, Schedule, Stage, grouped, interleaved, one_f_one_b, uniform
+from packlight.budget import BudgetError
+from packlight.pipeline import (
+    Runtime,
+    Schedule,
+    Stage,
+    grouped,
+    interleaved,
+    one_f_one_b,
+    read,
+    uniform,
+)
 from packlight.pipeline.choose import Candidate, candidates
 from packlight.pipeline.copies import Tier as Way
 from packlight.pipeline.copies import place
@@ -36,6 +46,7 @@ from packlight.pipeline.whole import whole
 from packlight.planner.meter import Meter, meter
 from packlight.planner.stage_costs import UNBOUNDED_BYTES, Training
 from packlight.planner.staged import StagesAnswer, plan_stages
+from packlight.records import Plan
 
 WIDTH, NUM_HEADS, VOCABULARY, LENGTH, BATCH = 48, 3, 128, 24, 2
 CPU = torch.device("cpu")
@@ -164,6 +175,14 @@ def gradients_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [each for each in found if each is not None]
 
 
+def gradients_alone(chunks: nn.ModuleList, job: Job) -> list[list[Tensor]]:
+    """The unpipelined model's, of each chunk."""
+    chunks.zero_grad()
+    for ids, target in zip(job.ids.split(BATCH), job.target.split(BATCH), strict=True):
+        loss_fn(nn.Sequential(*chunks)(ids), target).backward()
+    return [[gradient / job.num_microbatches for gradient in gradients_of([chunk])] for chunk in chunks]
+
+
 def gradients(job_of: Callable[[int, int], Job]) -> Iterator[dict[str, Any]]:
     """Hold each gradient against the unpipelined model's, for every rule and numbers of chunks that move."""
     for num_chunks, num in ((1, 6), (2, 8), (3, 12)):
@@ -277,6 +296,84 @@ def count(runtime: Runtime) -> dict[str, int]:
     }
 
 
+def count_call(module: nn.Module, _: object) -> None:
+    """Change a buffer, as a batch norm does."""
+    module.get_buffer("calls").add_(1)
+
+
+def planned(job_of: Callable[[int, int], Job]) -> Iterator[dict[str, Any]]:
+    """Plan for an ample, a tight and an impossible budget; save, load and carry out what was planned."""
+    job = job_of(2, 8)
+    modules = nn.ModuleList(job.chunks)
+    job.chunks[0].register_buffer("calls", torch.zeros(()))
+    handle = job.chunks[0].register_forward_pre_hook(count_call)
+    before = copy.deepcopy(modules.state_dict()), torch.get_rng_state()
+    ample = plan_stages(job.training(), budget="100%", disk=str(job.folder), beside_bytes=1000)
+    assert ample.plan.estimate is not None
+    least = min(each.peak_bytes for each in ample.found)
+    tight = plan_stages(
+        job.training(), budget=(least + ample.plan.estimate.device_peak_bytes) // 2, disk=str(job.folder)
+    )
+    error = ""
+    try:
+        plan_stages(job.training(), budget=1000, disk=str(job.folder))
+    except BudgetError as refused:
+        error = str(refused)
+    is_unchanged = all(torch.equal(each, before[0][name]) for name, each in modules.state_dict().items())
+    is_unchanged = is_unchanged and torch.equal(torch.get_rng_state(), before[1])
+    is_unchanged = is_unchanged and all(parameter.grad is None for parameter in modules.parameters())
+    handle.remove()
+    path = job.folder.parent / f"plan-{job.rank}.json"
+    tight.plan.save(path)
+    loaded = Plan.load(path)
+    path.unlink()
+    assert loaded.pipeline is not None and loaded.estimate is not None
+    resident = sum(2 * parameter.nbytes for parameter in modules.parameters()) + 4
+    watcher = Watcher()
+    tier = job.tier() if loaded.tier else None
+    with Runtime(job.stages, read(loaded.pipeline), loss_fn=loss_fn, tier=tier, watch=watcher) as runtime:
+        job.step(runtime)
+        with meter(CPU) as watcher.meter:
+            start = watcher.meter.level()
+            job.step(runtime)
+            watcher.most = max(watcher.most, watcher.meter.most())
+        stored = runtime.tier_traffic().most_stored_bytes
+    yield {
+        "is_unchanged": is_unchanged,
+        "error": error,
+        "ample": ample.plan.pipeline.schedule if ample.plan.pipeline is not None else "",
+        "name": loaded.pipeline.schedule,
+        "orders": [*loaded.pipeline.orders],
+        "budget": loaded.budget_bytes,
+        "predicted": loaded.pipeline.peaks_bytes[job.rank],
+        "peak": resident + watcher.most - start,
+        "stored": stored,
+        "predicted_stored": loaded.pipeline.hosts_bytes[job.rank],
+    }
+
+
+def compiled(job_of: Callable[[int, int], Job]) -> Iterator[dict[str, Any]]:
+    """Compile the stages; backward is not split then."""
+    job = job_of(2, 4)
+    alone = copy.deepcopy(job.all_chunks)
+    compiled_ones = [torch.compile(chunk, backend="aot_eager") for chunk in job.chunks]
+    own = range(job.rank, job.num_stages, job.num_ranks)
+    job.stages = [
+        Stage(chunk, index, job.num_stages, CPU, min_bytes=0)  # type: ignore[arg-type]
+        for chunk, index in zip(compiled_ones, own, strict=True)
+    ]
+    answer = plan_stages(job.training(), budget="100%", disk=str(job.folder))
+    with answer.runtime() as runtime:
+        job.step(runtime)
+    expected = gradients_alone(alone, job)
+    pairs = zip(gradients_of(job.chunks), (each for index in own for each in expected[index]), strict=True)
+    assert answer.plan.pipeline is not None
+    yield {
+        "schedule": answer.plan.pipeline.schedule,
+        "worst": max(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs),
+    }
+
+
 def steps(job_of: Callable[[int, int], Job]) -> Iterator[dict[str, Any]]:
     """Train for 50 steps with everything moved, and count what there is."""
     job = job_of(2, 6)
@@ -386,6 +483,8 @@ def group() -> Iterator[None]:
 WHAT: dict[str, Callable[[Callable[[int, int], Job]], Iterator[dict[str, Any]]]] = {
     "gradients": gradients,
     "bytes": bytes_,
+    "planned": planned,
+    "compiled": compiled,
     "steps": steps,
     "killed": killed,
     "failing": failing,

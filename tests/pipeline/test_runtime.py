@@ -85,6 +85,22 @@ def test_peaks_are_as_planned_and_lower_with_copies_by_what_was_planned(num_rank
     assert peaks["GIS + 2/2"]["peak"] < 0.8 * peaks["GIS"]["peak"]
 
 
+def test_a_plan_for_a_tight_budget_is_saved_loaded_and_fits_as_predicted(folder: Path) -> None:
+    told = [found[0] for found in run("planned", 2, folder)]
+    for found in told:
+        assert found["is_unchanged"]
+        assert found["error"].startswith("no schedule fits 1000 B on every rank; the smallest budget that fits is ")
+        assert found["peak"] == found["predicted"] <= found["budget"]
+        assert found["stored"] >= found["predicted_stored"]  # the disk rounds each tensor up to a block
+        assert bool(found["stored"]) == bool(found["predicted_stored"])
+    assert told[0]["orders"] == told[1]["orders"] and told[0]["error"] == told[1]["error"]
+
+
+def test_compiled_stages_run_by_schedules_that_do_not_split_backward(folder: Path) -> None:
+    for (found,) in run("compiled", 2, folder):
+        assert found["schedule"] == "1F1B-I" and found["worst"] <= 1e-6
+
+
 def test_fifty_steps_leave_no_tensor_thread_file_or_place_behind(folder: Path) -> None:
     for (found,) in run("steps", 2, folder):
         first, *others = found["counts"]

@@ -52,6 +52,12 @@ class Candidate:
         """Most on the tier of a rank."""
         return max(each.stored_bytes for each in self.copies)
 
+    def link_use(self, tier: Tier) -> tuple[float, float]:
+        """Return the share of a step in which copies run out, and back, on the rank that moves most."""
+        moved_bytes = max(each.moved_bytes for each in self.copies)
+        out, back = moved_bytes / tier.out_bytes_per_second, moved_bytes / tier.in_bytes_per_second
+        return out / self.seconds, back / self.seconds
+
     @property
     def seconds(self) -> float:
         """Of a step."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.pipelining import PipelineStage
 from torch.utils._pytree import tree_map_only
 
@@ -80,8 +81,8 @@ class Stage(PipelineStage):
         if self._open is not None:
             raise RuntimeError(f"stage {self.stage_index} is run by another Runtime; close that one first")
         parcels = Parcels(tier, torch.device(self.device))
-        engine_type = Engine if self.is_first else _TakesInputs
-        engine = engine_type(self.submod, self._choices, tier=parcels, min_bytes=self._min_bytes)
+        engine = _StageEngine(self.submod, self._choices, tier=parcels, min_bytes=self._min_bytes)
+        engine.parcels, engine.takes_inputs = parcels, not self.is_first
         self._open = _Open(parcels, frozenset(moving), begins)
 
         def close() -> None:
@@ -213,11 +214,19 @@ class Stage(PipelineStage):
             info.buffer = template
 
 
-class _TakesInputs(Engine):
-    """An engine that may move the inputs of a stage, too: they came in a message, and nobody else has them."""
+class _StageEngine(Engine):
+    """An engine that looks after what moves, and leaves the rest to autograd."""
+
+    parcels: Parcels
+    takes_inputs: bool
+
+    def begin(self, arguments: object) -> saved_tensors_hooks | None:
+        """Begin a forward; where its parcel stays, nothing needs hooks."""
+        return super().begin(arguments) if self.parcels.open.moves else None
 
     def lasting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        return (kwargs,)
+        """Return what lives on: not a message, which nobody else has."""
+        return (kwargs,) if self.takes_inputs else (args, kwargs)
 
 
 class _Open:

@@ -161,7 +161,7 @@ def plan_pipeline(
             told = f"{error}; {known.name} has {format_bytes(known.device_bytes)}"
             raise BudgetError(told, smallest_bytes=error.smallest_bytes) from None
         raise
-    notes = _notes(question, shape, found, chosen, _k_of(layer, tier))
+    notes = _notes(question, shape, found, chosen, k=_k_of(layer, tier), tier=tier)
     if known is not None and wanted.device_bytes > known.device_bytes:
         notes.append(
             f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has: these count"
@@ -293,13 +293,19 @@ def record(
     )
 
 
+def told_of_link(chosen: Candidate, tier: Tier) -> str:
+    """Say how busy the way to the tier is."""
+    out, back = chosen.link_use(tier)
+    return f"copies out keep a rank's link busy for {out:.0%} of a step, copies back for {back:.0%}"
+
+
 def _plain(found: Sequence[Candidate]) -> Candidate:
     """Return what a plan is compared with: 1F1B or its interleaved form, else the first schedule that there is."""
     return next(each for each in found if not each.num_moved)
 
 
 def _notes(
-    question: PipelineQuestion, shape: Shape, found: Sequence[Candidate], chosen: Candidate, k: float
+    question: PipelineQuestion, shape: Shape, found: Sequence[Candidate], chosen: Candidate, *, k: float, tier: Tier
 ) -> list[str]:
     """Say what the numbers rest on."""
     rates = _rates(question)
@@ -323,6 +329,7 @@ def _notes(
     left = sum(len(each.kept) for each in chosen.copies)
     notes += [f"{left} of the microbatches that were to move stay: their way out would not end in time"] * bool(left)
     if chosen.num_moved:
+        notes.append(told_of_link(chosen, tier))
         together = format_bytes(sum(each.stored_bytes for each in chosen.copies))
         notes.append(f"of host memory a rank takes up to {format_bytes(chosen.host_bytes)}, all together {together}")
     return notes

@@ -128,33 +128,30 @@ def tell(mine: Any, stage: Stage) -> list[Any]:
     return found
 
 
-def _seen(training: Training) -> list[tuple[int, _Seen, _Seen]]:
-    """Send a microbatch through the pipeline; return what was seen of this rank's stages, split and whole."""
+def _seen(training: Training) -> list[tuple[int, _Seen, _Seen | None]]:
+    """Send a microbatch through the pipeline; return what was seen of this rank's stages, backward whole and split."""
     first = training.stages[0]
     device, shape = torch.device(first.device), (first.group_size, len(training.stages), 1)
-    link = Link("host" if device.type == "cuda" else "disk", 1.0, 1.0, 0.0, UNBOUNDED_BYTES)
-    schedules = {"I": uniform(*shape), "B": _unsplit(uniform(*shape))}
-    if is_compiled(training.stages):
-        del schedules["I"]
-    found: dict[str, dict[int, _Seen]] = {}
+    schedules = [_unsplit(uniform(*shape))] + [uniform(*shape)] * (not is_compiled(training.stages))
     with _unchanged(training.stages):
-        for kind, schedule in schedules.items():
-            watcher = _Watcher(device)
-            options = {"loss_fn": training.loss_fn, "watch": watcher, **training.options}
-            with Runtime(training.stages, schedule, **options) as runtime:  # copies take time from compute
-                for _ in range(NUM_TIMED):
-                    _step(runtime, training)
-            with Runtime(
-                training.stages, _all_away(whole_of(schedule)), tier=tier_of(device, link), **options
-            ) as runtime:
-                _step(runtime, training)
-                with meter(device) as watcher.meter:
-                    _step(runtime, training)
-            found[kind] = watcher.seen
-    return [
-        (stage.stage_index, found.get("I", found["B"])[stage.stage_index], found["B"][stage.stage_index])
-        for stage in training.stages
-    ]
+        full, *split = [_seen_of(training, schedule, device) for schedule in schedules]
+    indices = [stage.stage_index for stage in training.stages]
+    return [(index, full[index], split[0][index] if split else None) for index in indices]
+
+
+def _seen_of(training: Training, schedule: Schedule, device: torch.device) -> dict[int, _Seen]:
+    """Follow a schedule of one microbatch, for its seconds as it is, for its bytes with everything moved."""
+    watcher = _Watcher(device)
+    options = {"loss_fn": training.loss_fn, "watch": watcher, **training.options}
+    with Runtime(training.stages, schedule, **options) as runtime:  # copies would take time from compute
+        for _ in range(NUM_TIMED):
+            _step(runtime, training)
+    tier = tier_of(device, Link("host" if device.type == "cuda" else "disk", 1.0, 1.0, 0.0, UNBOUNDED_BYTES))
+    with Runtime(training.stages, _all_away(whole_of(schedule)), tier=tier, **options) as runtime:
+        _step(runtime, training)
+        with meter(device) as watcher.meter:
+            _step(runtime, training)
+    return watcher.seen
 
 
 def _step(runtime: Runtime, training: Training) -> None:
@@ -197,46 +194,43 @@ def _is_sent(action: Action, schedule: Schedule) -> bool:
     return schedule.num_ranks > 1 and action.stage < schedule.num_stages - 1
 
 
-def _costs(stages: Sequence[tuple[int, _Seen, _Seen]], hop_rate: float) -> tuple[StageCost, ...]:
+def _costs(stages: Sequence[tuple[int, _Seen, _Seen | None]], hop_rate: float) -> tuple[StageCost, ...]:
     """Return each stage's cost of what was seen; see `ledger.py` for what each action leaves."""
-    by_stage = {stage: (split, full) for stage, split, full in stages}
+    by_stage = {stage: (full, split) for stage, full, split in stages}
     received = [by_stage[stage][0].get("RECV_F", Seen()).change for stage in range(len(by_stage))] + [0]
     costs = []
     for stage in range(len(by_stage)):
-        split, full = by_stage[stage]
-        is_first = not stage
-        movable = split["RELOAD"].change
-        unheld = 0 if stage == len(by_stage) - 1 else -split["OFFLOAD"].change - movable
-        last, first = split.get("W", split.get("B", Seen())), split.get("I", Seen())
-        message = received[stage + 1]
-        held = split["F"].change + received[stage] - unheld
-        waiting = 0 if is_first or "I" not in split else first.change - received[stage]
-        made = 0 if "I" in split or is_first else received[stage]
-        costs.append(
-            StageCost(
-                forward_seconds=split["F"].seconds,
-                input_seconds=max(0.0, full["B"].seconds - last.seconds) if is_first else first.seconds,
-                weight_seconds=last.seconds,
-                held_bytes=held,
-                movable_bytes=movable,
-                message_bytes=message,
-                unheld_bytes=unheld,
-                waiting_bytes=waiting,
-                forward_bytes=max(0, split["F"].most - split["F"].after),
-                input_bytes=first.above,
-                weight_bytes=last.above,
-                backward_bytes=max(full["B"].above, last.above * is_first),
-                left_bytes=last.change + held + message + waiting - made,
-                hop_seconds=message / hop_rate,
-            )
+        full, split = by_stage[stage]
+        backward, message = full["B"], received[stage + 1]
+        movable = full["RELOAD"].change
+        unheld = 0 if stage == len(by_stage) - 1 else -full["OFFLOAD"].change - movable
+        held = full["F"].change + received[stage] - unheld
+        cost = StageCost(
+            forward_seconds=full["F"].seconds,
+            input_seconds=backward.seconds,
+            weight_seconds=0.0,
+            held_bytes=held,
+            movable_bytes=movable,
+            message_bytes=message,
+            unheld_bytes=unheld,
+            forward_bytes=max(0, full["F"].most - full["F"].after),
+            backward_bytes=backward.above,
+            left_bytes=backward.change + held + message - received[stage],
+            hop_seconds=message / hop_rate,
         )
+        if split is not None and stage:
+            weight_seconds, waiting = split["W"].seconds, split["I"].change - received[stage]
+            cost = replace(cost, input_seconds=split["I"].seconds, weight_seconds=weight_seconds)
+            most = {"input_bytes": split["I"].above, "weight_bytes": split["W"].above}
+            cost = replace(cost, waiting_bytes=waiting, **most)
+        costs.append(cost)
     return tuple(costs)
 
 
-def _hop_rate(training: Training, stages: Sequence[tuple[int, _Seen, _Seen]]) -> float:
+def _hop_rate(training: Training, stages: Sequence[tuple[int, _Seen, _Seen | None]]) -> float:
     """Return how fast bytes go from this rank to the next, while each sends; infinite where nothing is sent."""
     first = training.stages[0]
-    sizes = tell(max(split.get("RECV_F", Seen()).change for _, split, _ in stages), first)
+    sizes = tell(max(full.get("RECV_F", Seen()).change for _, full, _ in stages), first)
     num_bytes = max(sizes)
     if first.group_size == 1 or not num_bytes:
         return math.inf

@@ -4,6 +4,7 @@ Every rank measures its own stages, tells the others, and makes the same choice 
 rank that decides. What is chosen is what `Runtime` carries out, and its bytes are those of that list of actions.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +16,12 @@ from packlight.budget import Budget
 from packlight.pipeline.choose import Candidate, candidates, fastest, within
 from packlight.pipeline.copies import Tier
 from packlight.pipeline.runtime import Runtime
-from packlight.pipeline.schedule import Schedule
+from packlight.pipeline.schedule import Schedule, ScheduleError
 from packlight.pipeline.simulate import StageCost
 from packlight.pipeline.stage import Stage
 from packlight.pipeline.whole import whole
 from packlight.planner.links import find_link
-from packlight.planner.pipelines import record
+from packlight.planner.pipelines import record, told_of_link
 from packlight.planner.plan import memory_bytes
 from packlight.planner.stage_costs import Training, is_compiled, measure, tell, tier_of
 from packlight.records import Plan
@@ -58,7 +59,12 @@ class StagesAnswer:
         if self.plan.tier and self.link is not None:
             tier = tier_of(torch.device(training.stages[0].device), self.link)
         made = {"loss_fn": training.loss_fn, "tier": tier, **training.options, **options}
-        return Runtime(training.stages, self.schedule, **made)
+        try:
+            return Runtime(training.stages, self.schedule, **made)
+        except BaseException:
+            if tier is not None:
+                tier.close()
+            raise
 
 
 def plan_stages(
@@ -84,7 +90,7 @@ def plan_stages(
 
     Raises:
         BudgetError: nothing fits; it names the smallest budget that something does.
-        ScheduleError: no schedule runs so many microbatches on such ranks.
+        ScheduleError: no schedule runs so many microbatches on such ranks, or on compiled stages.
         ValueError: the budget cannot be read, or no file can be made in the folder.
     """
     first = training.stages[0]
@@ -101,8 +107,8 @@ def plan_stages(
         tier = Tier(min(out for out, _ in rates), min(back for _, back in rates), busy_seconds_per_byte=busy)
     shape = num_ranks, len(training.stages), training.num_microbatches
     found = list(candidates(shape, costs, resident_bytes=[resident for resident, _ in told], tier=tier))
-    capacity = min((each.capacity_bytes for each in links), default=None)
-    fitting = [each for each in found if not _splits(each) or not is_compiled(training.stages)]
+    capacity = min((_share(each) for each in links), default=None)
+    fitting = runnable(found, is_split=not is_compiled(training.stages))
     chosen = fastest(fitting, allowed.device_bytes, capacity)
     plan = record(
         within(fitting, capacity),
@@ -111,11 +117,13 @@ def plan_stages(
         tier=tier,
         tier_name=links[0].tier if links else "host",
     )
-    notes = (
+    notes = [
         "bytes and seconds of each stage are measured, with one microbatch; parameters' gradients are counted whole, "
-        "the optimiser's step is not; outputs of the last stage are not kept (return_outputs=False)",
-    )
-    plan = replace(plan, device=device.type, notes=notes)
+        "the optimiser's step is not; outputs of the last stage are not kept (return_outputs=False)"
+    ]
+    if tier is not None and chosen.num_moved:
+        notes.append(told_of_link(chosen, tier))
+    plan = replace(plan, device=device.type, notes=tuple(notes))
     return StagesAnswer(training, costs, found, chosen, plan, link)
 
 
@@ -131,6 +139,33 @@ def _local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
+
+
+def _share(link: Link) -> int:
+    """Return what a rank may store: ranks of a machine share its disk; of host memory each has its own budget."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if link.tier == "disk" else 1
+    return link.capacity_bytes // ranks_here
+
+
+def runnable(found: Sequence[Candidate], *, is_split: bool) -> list[Candidate]:
+    """Return the candidates that stages can run.
+
+    Args:
+        found: all of them.
+        is_split: whether backward can be split; not that of a compiled stage.
+
+    Raises:
+        ScheduleError: there is none.
+    """
+    made = [each for each in found if is_split or not _splits(each)]
+    if not made:
+        schedule = found[0].timed.schedule
+        raise ScheduleError(
+            "a stage is compiled, so that its backward cannot be split, and schedules that do not split it cannot run "
+            f"{schedule.num_microbatches} microbatches; compile parts of the stage, or take {schedule.num_ranks} or a "
+            "multiple"
+        )
+    return made
 
 
 def _splits(candidate: Candidate) -> bool:
