@@ -21,6 +21,12 @@ from packlight.numerics import FORMATS
 from packlight.numerics.groups import GROUP_FORMATS
 from packlight.optim import AdamW, adopt
 from packlight.optim.early import update_early
+from packlight.pipeline import Runtime, Stage, uniform
+from packlight.pipeline.copies import Tier as Way
+from packlight.pipeline.copies import place
+from packlight.pipeline.line import Lines
+from packlight.pipeline.simulate import StageCost, simulate
+from packlight.pipeline.whole import whole
 from packlight.planner.operators import Operators
 from packlight.planner.plan import plan
 from tests.activations.cases import EXACT, MODELS, NUM_STEPS, assert_equal, bf16, engine, train
@@ -310,3 +316,41 @@ def _larger(batch: Any) -> Any:
 def _own_loss_or_mean_square(output: Any, _: object) -> Tensor:
     found: Tensor = output.loss if hasattr(output, "loss") else output.float().square().mean()
     return found
+
+
+def test_a_pipeline_of_one_rank_moves_parcels_to_the_host_and_gives_the_same_gradients(repeatable: None) -> None:
+    torch.manual_seed(11)
+    blocks = [nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True) for _ in range(6)]
+    modules = [nn.Sequential(*blocks[at : at + 2]).to(DEVICE) for at in (0, 2, 4)]
+    x = torch.randn(16, 64, 256, device=DEVICE)
+
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        return (out - target).square().mean()
+
+    timed = simulate(uniform(1, 3, 8), [StageCost(1.0, 1.0, 1.0, held_bytes=1, movable_bytes=1)])
+    schedule = whole(timed, [place(Lines(timed).line(0), range(3), Way(1e3, 1e3, margin=0.0))])
+    assert any(action.kind == "OFFLOAD" for action in schedule.orders[0])
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())  # type: ignore[attr-defined]
+    try:
+        found = {}
+        for name in ("plain", "moved"):
+            for module in modules:
+                module.zero_grad()
+            stages = [Stage(module, at, 3, torch.device(DEVICE)) for at, module in enumerate(modules)]
+            tier = make_tier("host", device=torch.device(DEVICE), max_in_flight_bytes=2**40)
+            order = schedule if name == "moved" else uniform(1, 3, 8)
+            with Runtime(stages, order, loss_fn=loss, tier=tier) as runtime:
+                for _ in range(2):
+                    torch.cuda.synchronize()
+                    before = torch.cuda.memory_allocated()
+                    torch.cuda.reset_peak_memory_stats()
+                    runtime.step(x, target=x, return_outputs=False)
+                most = torch.cuda.max_memory_allocated() - before
+                moved_bytes = runtime.tier_traffic().bytes_out
+            gradients = [p.grad.clone() for module in modules for p in module.parameters() if p.grad is not None]
+            found[name] = most, moved_bytes, gradients
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found["moved"][1] > 0 and found["plain"][1] == 0
+    assert found["moved"][0] < found["plain"][0]
+    assert all(torch.equal(a, b) for a, b in zip(found["plain"][2], found["moved"][2], strict=True))

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from packlight.activations.offload import HostTier
 from packlight.pipeline import Runtime, ScheduleError, Stage, grouped, uniform
+from tests.pipeline.real import with_copies
 
 SCRIPT = Path(__file__).parent / "real.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -158,18 +160,22 @@ def alone() -> Any:
 
 
 @pytest.mark.usefixtures("alone")
-def test_on_one_rank_stages_hand_over_what_they_make() -> None:
+@pytest.mark.parametrize("num_moved", [0, 3])
+def test_on_one_rank_stages_hand_over_what_they_make(num_moved: int) -> None:
     torch.manual_seed(3)
     modules = [nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)]
     stages = [Stage(module, at, 3, torch.device("cpu"), min_bytes=0) for at, module in enumerate(modules)]
     x = torch.randn(8, 8)
-    with Runtime(stages, uniform(1, 3, 4), loss_fn=lambda out, target: (out - target).square().mean()) as runtime:
+    schedule, tier = with_copies(uniform(1, 3, 4), num_moved), HostTier(device=torch.device("cpu"))
+    loss_fn = nn.functional.mse_loss
+    with Runtime(stages, schedule, loss_fn=loss_fn, tier=tier) as runtime:
         runtime.step(x, target=x, return_outputs=False)
+        assert (runtime.tier_traffic().bytes_out > 0) == (num_moved > 0)
     gradients = [parameter.grad for module in modules for parameter in module.parameters()]
     for module in modules:
         module.zero_grad()
     for part in x.split(2):
-        (nn.Sequential(*modules)(part) - part).square().mean().backward()
+        loss_fn(nn.Sequential(*modules)(part), part).backward()
     for module in modules:
         for parameter in module.parameters():
             assert parameter.grad is not None

@@ -67,8 +67,8 @@ class Schedule:
 
     @property
     def is_whole(self) -> bool:
-        """Whether messages are among the actions; else it says what is computed, and nothing else."""
-        return any(action.kind in MESSAGES for order in self.orders for action in order)
+        """Whether it has its messages, or needs none; else it says what is computed, and nothing else."""
+        return self.num_ranks == 1 or any(action.kind not in COMPUTE for order in self.orders for action in order)
 
     def computing(self, rank: int) -> list[Action]:
         """Return a rank's compute actions, in their order."""
