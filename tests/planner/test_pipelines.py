@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from packlight import BudgetError, Plan
+from packlight.budget import format_bytes
 from packlight.cli import main
-from packlight.pipeline import shapes
+from packlight.pipeline import read, shapes
 from packlight.pipeline.schedule import ScheduleError
 from packlight.pipeline.shapes import Shape, parameters_of, shape_named
 from packlight.planner.known_hardware import KNOWN
@@ -137,7 +138,12 @@ def test_a_plan_is_a_record_and_says_what_the_ranks_do(tmp_path: Path) -> None:
     )
     assert str(plan.pipeline) in str(plan)
     shown = CliRunner().invoke(main, ["explain", str(tmp_path / "plan.json")])
-    assert shown.exit_code == 0 and "stage 0" in shown.output
+    assert shown.exit_code == 0 and f"0 to {8 * plan.pipeline.num_moved - 1}" in shown.output
+    assert all(format_bytes(each) in shown.output for each in plan.pipeline.peaks_bytes)
+    assert read(plan.pipeline).name == plan.pipeline.schedule
+    assert any(
+        re.match(r"copies out keep a rank's link busy for \d+% of a step, copies back", each) for each in plan.notes
+    )
 
 
 @pytest.mark.parametrize(

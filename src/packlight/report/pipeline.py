@@ -7,12 +7,13 @@ copies to the host and copies back have a lane each, so that one sees what copie
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from packlight.budget import format_bytes
-from packlight.records import Bar, PipelineRow, Plan
+from packlight.records import Bar, Choice, Pipeline, PipelineRow, Plan
 
 COLOURS = {
     "F": "#4c78a8",
@@ -85,6 +86,44 @@ def show(plan: Plan, rows: Sequence[PipelineRow], *, console: Console | None = N
     out = console or Console(emoji=False)
     out.print(candidates(rows), markup=False)
     out.print(str(plan), highlight=False, markup=False, soft_wrap=True)
+
+
+def details(pipeline: Pipeline, choices: Sequence[Choice]) -> RenderableType:
+    """Return tables of what stages hold and of what ranks take at most.
+
+    Args:
+        pipeline: of a plan.
+        choices: the plan's, one for each stage.
+    """
+    stages = Table(title="stages", title_justify="left")
+    stages.add_column("stages")
+    stages.add_column("what a microbatch holds")
+    stages.add_column("bytes", justify="right")
+    for first, last, each in _runs([(choice.choice, choice.bytes) for choice in choices]):
+        moved = "goes to the tier" if each[0] == "offload" else "stays"
+        stages.add_row(_from_to(first, last), moved, format_bytes(each[1]))
+    ranks = Table(title="ranks", title_justify="left")
+    ranks.add_column("ranks")
+    for title in ("most on the device", "on the tier"):
+        ranks.add_column(title, justify="right")
+    for first, last, each in _runs(list(zip(pipeline.peaks_bytes, pipeline.hosts_bytes, strict=True))):
+        ranks.add_row(_from_to(first, last), format_bytes(each[0]), format_bytes(each[1]) if each[1] else "-")
+    return Group(stages, ranks)
+
+
+def _runs(values: Sequence[Any]) -> list[tuple[int, int, Any]]:
+    """Gather equal neighbours: place of the first, of the last, and the value."""
+    found = list[tuple[int, int, Any]]()
+    for place, value in enumerate(values):
+        if found and found[-1][2] == value:
+            found[-1] = (found[-1][0], place, value)
+        else:
+            found.append((place, place, value))
+    return found
+
+
+def _from_to(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
 
 
 def write_page(path: Path, plan: Plan, bars: Sequence[Bar]) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from packlight.budget import format_bytes
 from packlight.records import CATEGORIES, Choice, CurvePoint, Estimate, Measurement, Plan, Run
+from packlight.report.pipeline import details
 from packlight.serial import read_json
 
 
@@ -41,7 +42,8 @@ def show(record: Plan | Run, *, console: Console | None = None) -> None:
         _print_plain(out, f"run of {shlex.join(run.script)}")
     if plan is not None:
         _print_plain(out, str(plan))
-        out.print(_choices(plan), markup=False)
+        told = _choices(plan) if plan.pipeline is None else details(plan.pipeline, plan.choices)
+        out.print(told, markup=False)
         if plan.curve:
             out.print(_curve(plan.curve), markup=False)
     out.print(_peaks(plan.estimate if plan else None, run.measurement if run else None), markup=False)
