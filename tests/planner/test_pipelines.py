@@ -138,7 +138,7 @@ def test_a_plan_is_a_record_and_says_what_the_ranks_do(tmp_path: Path) -> None:
     )
     assert str(plan.pipeline) in str(plan)
     shown = CliRunner().invoke(main, ["explain", str(tmp_path / "plan.json")])
-    assert shown.exit_code == 0 and f"0 to {8 * plan.pipeline.num_moved - 1}" in shown.output
+    assert shown.exit_code == 0 and "goes to the tier" in shown.output
     assert all(format_bytes(each) in shown.output for each in plan.pipeline.peaks_bytes)
     assert read(plan.pipeline).name == plan.pipeline.schedule
     assert any(
@@ -223,4 +223,4 @@ def test_of_a_long_step_the_beginning_is_drawn(tmp_path: Path) -> None:
     plan = plan_pipeline(QUESTION, budget="60GiB").plan
     write_page(tmp_path / "page.html", plan, bars)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert '; the first 20 s of 40.5"' in page
+    assert "; the first 20 s of 40.5</p>" in page
