@@ -92,6 +92,7 @@ EXEMPT = {
 }
 #: Methods that override torch's, whose signature they keep.
 TORCH_METHODS = {"train", "requires_grad_", "zero_grad", "_load_from_state_dict"}
+TORCH_METHODS |= {"backward_one_chunk", "backward_weight_one_chunk"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

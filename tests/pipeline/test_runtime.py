@@ -160,10 +160,12 @@ def alone() -> Any:
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["", "first stage frozen"])
 @pytest.mark.parametrize("num_moved", [0, 3])
-def test_on_one_rank_stages_hand_over_what_they_make(num_moved: int) -> None:
+def test_on_one_rank_stages_hand_over_what_they_make(num_moved: int, is_frozen: bool) -> None:
     torch.manual_seed(3)
     modules = [nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)]
+    modules[0].requires_grad_(not is_frozen)
     stages = [Stage(module, at, 3, torch.device("cpu"), min_bytes=0) for at, module in enumerate(modules)]
     x = torch.randn(8, 8)
     schedule, tier = with_copies(uniform(1, 3, 4), num_moved), HostTier(device=torch.device("cpu"))
@@ -176,11 +178,10 @@ def test_on_one_rank_stages_hand_over_what_they_make(num_moved: int) -> None:
         module.zero_grad()
     for part in x.split(2):
         loss_fn(nn.Sequential(*modules)(part), part).backward()
-    for module in modules:
-        for parameter in module.parameters():
-            assert parameter.grad is not None
-            wanted = gradients.pop(0)
-            assert wanted is not None and torch.equal(wanted, parameter.grad / 4)
+    for parameter in (each for module in modules for each in module.parameters()):
+        found = gradients.pop(0)
+        assert (found is None) == (parameter.grad is None) == (not parameter.requires_grad)
+        assert found is None or (parameter.grad is not None and torch.equal(found, parameter.grad / 4))
 
 
 @pytest.mark.usefixtures("alone")

@@ -126,6 +126,7 @@ class Stage(PipelineStage):
         for parcel in self._open.parcels_by_microbatch.values():
             parcel.give_up()
         self._open.parcels_by_microbatch.clear()
+        self._open.postponed.clear()
         for microbatch in range(len(self.args_recv_info)):
             self._let_go("F", microbatch)
             self._let_go("B", microbatch)
@@ -181,26 +182,44 @@ class Stage(PipelineStage):
         self._let_go("F", fwd_chunk_id)
         return output
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
         """Run a microbatch backward, or for the gradients of its inputs alone."""
         if self._open is None:
-            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
             return
-        is_full = kwargs.get("full_backward", True)
-        self._open.begins(Action("B" if is_full else "I", self.stage_index, bwd_chunk_id))
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._open.begins(Action("B" if full_backward else "I", self.stage_index, bwd_chunk_id))
+        if not (full_backward or self._needs_input_gradients(bwd_chunk_id)):
+            self._open.postponed[bwd_chunk_id] = loss
+            self.bwd_cache[bwd_chunk_id] = (None,) * len(self.args_recv_info[bwd_chunk_id])
+            return
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self._let_go("B", bwd_chunk_id)
-        if is_full:
+        if full_backward:
             self._open.end(bwd_chunk_id)
 
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Run a microbatch backward for the gradients of weights."""
         if self._open is None:
-            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
             return
         self._open.begins(Action("W", self.stage_index, bwd_chunk_id))
-        super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+        if bwd_chunk_id in self._open.postponed:
+            loss = self._open.postponed.pop(bwd_chunk_id)
+            super().backward_one_chunk(bwd_chunk_id, loss, True, last_backward)
+            self.bwd_cache.pop(bwd_chunk_id)
+            self._let_go("B", bwd_chunk_id)
+        else:
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self._open.end(bwd_chunk_id)
+
+    def _needs_input_gradients(self, microbatch: int) -> bool:
+        """Tell whether I has anything to do; where stages before are frozen, torch's finds no way to the weights."""
+        if self.is_first or microbatch not in self.fwd_cache:  # it is not there in `eval`
+            return True
+        inputs: list[Any] = self.fwd_cache[microbatch][1]
+        return any(isinstance(each, Tensor) and each.requires_grad for each in inputs)
 
     def _received(self, kind: str, microbatch: int) -> list[tuple[Any, Tensor]]:
         """Return each message's record and its form."""
@@ -235,6 +254,7 @@ class _Open:
     def __init__(self, parcels: Parcels, moving: frozenset[int], begins: Callable[[Action], None]) -> None:
         self.parcels, self.moving, self.begins = parcels, moving, begins
         self.parcels_by_microbatch: dict[int, Parcel] = {}
+        self.postponed: dict[int, Any] = {}  # microbatches whose W does all, and their losses
         self.templates: dict[str, tuple[Tensor | None, ...]] = {}
 
     def end(self, microbatch: int) -> None:
