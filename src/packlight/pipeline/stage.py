@@ -214,6 +214,12 @@ class Stage(PipelineStage):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self._open.end(bwd_chunk_id)
 
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        """Take gradients from the next stage on the same rank; where there is none, torch fills a buffer with zeros."""
+        if self._open is not None and any(each is None for each in next_stage_bwd_outputs):
+            self.ask("B", mb_index)
+        super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
     def _needs_input_gradients(self, microbatch: int) -> bool:
         """Tell whether I has anything to do; where stages before are frozen, torch's finds no way to the weights."""
         if self.is_first or microbatch not in self.fwd_cache:  # it is not there in `eval`
