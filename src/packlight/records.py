@@ -93,9 +93,9 @@ class Pipeline:
     Attributes:
         schedule: the name of the rule that orders each rank's actions.
         num_ranks, num_chunks, num_microbatches: ranks, stages of each, microbatches of a step.
-        num_moved: chunks of each rank whose microbatches go to the host, from the first on.
+        num_moved: chunks of each rank whose microbatches go to the plan's tier, from the first on.
         bubble: share of the step in which the busiest rank has nothing to do.
-        peaks_bytes, hosts_bytes: most on each rank's device, and of its host's memory.
+        peaks_bytes, hosts_bytes: most on each rank's device, and on its tier.
         orders: what each rank does, as `Runtime` carries it out: "0F0 0SEND_F0 ..." (stage, action, microbatch).
     """
 
@@ -109,9 +109,10 @@ class Pipeline:
     hosts_bytes: tuple[int, ...]
     orders: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        """Say in a line how the ranks work."""
-        moved = f", {self.num_moved} of {self.num_chunks} chunks of each rank moved to the host" * bool(self.num_moved)
+    def told(self, tier: str, folder: str = "") -> str:
+        """Say in a line how the ranks work, and what is on their tier: the name of one, and its folder."""
+        at = f"the {tier}{f' in {folder}' if folder else ''}, up to {format_bytes(max(self.hosts_bytes))} of a rank"
+        moved = f", {self.num_moved} of {self.num_chunks} chunks of each rank moved to {at}" * bool(self.num_moved)
         ranks = f"{self.num_ranks} rank{'s' * (self.num_ranks != 1)}"
         chunks = f"{self.num_chunks} chunk{'s' * (self.num_chunks != 1)}"
         microbatches = f"{self.num_microbatches} microbatch{'es' * (self.num_microbatches != 1)}"
@@ -230,7 +231,7 @@ class Plan(JsonRecord):
             f"predicted peak {format_bytes(estimate.device_peak_bytes)} "
             f"({format_bytes(estimate.plain_peak_bytes)} if nothing is changed), "
             f"{estimate.step_seconds:.3g} s a step ({estimate.slowdown:.2f}x)",
-            f"  pipeline: {self.pipeline}"
+            f"  pipeline: {self.pipeline.told(self.tier, self.folder)}"
             if self.pipeline
             else f"  blocks: {len(recomputed)} of {num_blocks} recomputed{_shorten(recomputed, self.choices)}",
             *self._treated_lines(),

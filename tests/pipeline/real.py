@@ -459,14 +459,56 @@ def failing(job_of: Callable[[int, int], Job]) -> Iterator[dict[str, Any]]:
 
 
 def disagreeing(job_of: Callable[[int, int], Job]) -> Iterator[dict[str, Any]]:
-    """Give ranks different schedules."""
+    """Let ranks do different things, or one of them something wrong; all are told."""
     job = job_of(2, 6)
-    rule = uniform(job.num_ranks, 2, 6) if job.rank else grouped(job.num_ranks, 2, 6, group_size=job.num_ranks)
-    with Runtime(job.stages, rule, loss_fn=loss_fn) as runtime:
+    one, other = uniform(job.num_ranks, 2, 6), grouped(job.num_ranks, 2, 6, group_size=job.num_ranks)
+    is_last = job.rank == job.num_ranks - 1
+
+    def step(schedule: Schedule = one, *, loss: Callable[..., Tensor] | None = loss_fn, num_rows: int = 999) -> None:
+        with Runtime(job.stages, schedule, loss_fn=loss) as runtime:
+            args = tuple(each[:num_rows] for each in job.args)
+            runtime.step(*args, target=job.target if loss else None, losses=[] if loss else None, return_outputs=False)
+
+    few = replace(job.training(), num_microbatches=10**6)
+    for act in (
+        lambda: step(one if job.rank else other),
+        lambda: step(loss=loss_fn if is_last else None),
+        lambda: step(num_rows=5),
+        lambda: plan_stages(few, budget="4GiB"),
+        lambda: plan_stages(job.training(), budget="4GiB", disk=None if job.rank else "/no/such/folder"),
+    ):
         try:
-            job.step(runtime)
+            act()
         except ValueError as error:
             yield {"error": str(error)}
+
+
+def replicated(job_of: Callable[[int, int], Job]) -> Iterator[dict[str, Any]]:
+    """Two replicas of a pipeline of one rank and two stages, in DistributedDataParallel."""
+    rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
+    groups = [distributed.new_group([each]) for each in range(num_ranks)]
+    torch.manual_seed(3)
+    modules = [nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2)]
+    batches = torch.randn(num_ranks, 8, 8)
+    alone = copy.deepcopy(nn.Sequential(*modules))
+    for part in batches.flatten(0, 1).split(2):
+        (functional.mse_loss(alone(part), part) / (4 * num_ranks)).backward()
+    stages = [
+        Stage(nn.parallel.DistributedDataParallel(module), at, 2, CPU, group=groups[rank])
+        for at, module in enumerate(modules)
+    ]
+    refused = ""
+    try:
+        Runtime(stages, uniform(1, 2, 4), loss_fn=functional.mse_loss)
+    except ValueError as error:
+        refused = str(error)
+    training = Training(stages, functional.mse_loss, 4, (batches[rank],), target=batches[rank])
+    answer = plan_stages(training, budget="4GiB")
+    with answer.runtime() as runtime:
+        runtime.step(batches[rank], target=batches[rank], return_outputs=False)
+    found = [each.grad for module in modules for each in module.parameters()]
+    errors = [float((a - b.grad).abs().max()) for a, b in zip(found, alone.parameters(), strict=True)]  # type: ignore[operator]
+    yield {"refused": refused, "schedule": answer.schedule.name, "error": max(errors)}
 
 
 @contextmanager
@@ -489,6 +531,7 @@ WHAT: dict[str, Callable[[Callable[[int, int], Job]], Iterator[dict[str, Any]]]]
     "killed": killed,
     "failing": failing,
     "disagreeing": disagreeing,
+    "replicated": replicated,
 }
 
 

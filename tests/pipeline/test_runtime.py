@@ -53,6 +53,24 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def test_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    example = readme[readme.index("# pipeline.py, a whole example") :].partition("```")[0]
+    (tmp_path / "pipeline.py").write_text(example)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--master-port", str(free_port()), "pipeline.py"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "8 microbatches" in done.stdout
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_gradients_losses_and_outputs_are_those_of_the_model_alone(num_ranks: int, folder: Path) -> None:
     for found in run("gradients", num_ranks, folder):
@@ -122,9 +140,27 @@ def test_a_step_that_fails_gives_up_what_it_has(folder: Path) -> None:
         assert found["stored"] == 0 and found["left"] == 0
 
 
-def test_ranks_with_different_schedules_are_told_before_they_wait_for_each_other(folder: Path) -> None:
-    for (found,) in run("disagreeing", 2, folder):
-        assert found["error"].startswith("ranks have different schedules")
+def test_what_one_rank_does_differently_or_wrong_all_are_told_before_they_wait_for_each_other(folder: Path) -> None:
+    for found in run("disagreeing", 2, folder):
+        schedules, losses, rows, planned, disk = (each["error"] for each in found)
+        assert schedules.startswith("ranks have different schedules")
+        assert losses.startswith("some ranks go backward and others do not; pass loss_fn on every rank")
+        assert rows == (
+            "rank 0: 6 microbatches came for a batch of 5 rows; make the batch larger, or the schedule for fewer "
+            "microbatches"
+        )
+        assert planned.startswith("1000000 microbatches came for a batch of 12 rows")
+        assert "there is no folder '/no/such/folder'" in disk
+
+
+def test_replicated_stages_get_no_split_backward_and_the_mean_of_all_replicas_gradients(folder: Path) -> None:
+    for (found,) in run("replicated", 2, folder):
+        assert found["refused"] == (
+            "PO splits backward, and a stage is replicated by DistributedDataParallel, which would not see the "
+            "gradients of its weights; take 1F1B or its interleaved form"
+        )
+        assert found["schedule"] == "1F1B-I"
+        assert found["error"] < 1e-6
 
 
 def test_a_rank_that_is_killed_ends_the_others_with_an_error_and_leaves_no_file(tmp_path: Path) -> None:
@@ -196,8 +232,56 @@ def test_stages_that_a_schedule_is_not_for_are_refused_and_left_as_they_were() -
         with pytest.raises(ScheduleError, match=said):
             Runtime(given, schedule)
     compiled = [Stage(torch.compile(module), at, 2, torch.device("cpu")) for at, module in enumerate(modules)]  # type: ignore[arg-type]
-    with pytest.raises(ScheduleError, match="GIS splits backward, which a compiled stage cannot"):
+    with pytest.raises(ScheduleError, match="GIS splits backward, and a stage is compiled"):
         Runtime(compiled, grouped(1, 2, 2, group_size=1))
     with Runtime(stages, uniform(1, 2, 2)), pytest.raises(RuntimeError, match="is run by another Runtime"):
         Runtime(stages, uniform(1, 2, 2))
     assert all("forward" not in vars(module) for module in modules)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_closed_runtime_and_batches_of_uneven_microbatches_are_refused() -> None:
+    stages = [Stage(nn.Linear(4, 4), at, 2, torch.device("cpu")) for at in range(2)]
+    data = torch.randn(8, 4)
+    with Runtime(stages, uniform(1, 2, 4), loss_fn=nn.functional.mse_loss) as runtime:
+        runtime.step(data, target=data, return_outputs=False)
+        for call in (runtime.step, runtime.eval):
+            with pytest.raises(
+                ValueError, match=r"microbatch 3 gives stage 0 outputs of shapes \[\(1, 4\)\], and the pipe"
+            ):
+                call(data[:7], target=data[:7])
+        with torch.no_grad():
+            assert torch.equal(
+                runtime.eval(data, target=data), nn.Sequential(*[stage.submod for stage in stages])(data)
+            )
+        runtime.step(data, target=data, return_outputs=False)
+    runtime.close()
+    with pytest.raises(RuntimeError, match="this Runtime is closed; make a new one"):
+        runtime.step(data, target=data)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_forward_that_fails_leaves_no_parcel_open_and_the_tier_is_closed_with_a_runtime_that_is_not_made() -> None:
+    class Fails(nn.Linear):
+        fails = True
+
+        def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+            result = super().forward(tensor).tanh()
+            if self.fails:
+                raise KeyboardInterrupt
+            return result
+
+    module, data, tier = Fails(64, 64), torch.randn(8, 64), HostTier(device=torch.device("cpu"))
+    stage = Stage(module, 0, 1, torch.device("cpu"), min_bytes=0)
+    with Runtime([stage], with_copies(uniform(1, 1, 4), 1), loss_fn=nn.functional.mse_loss, tier=tier) as runtime:
+        with pytest.raises(KeyboardInterrupt):
+            runtime.step(data, target=data)
+        module.fails = False
+        module(data)
+        assert tier.traffic().stored_bytes == 0
+        runtime.step(data, target=data, return_outputs=False)
+    unused = HostTier(device=torch.device("cpu"))
+    with pytest.raises(ScheduleError, match="no stage came"):
+        Runtime([], uniform(1, 1, 4), tier=unused)
+    with pytest.raises(RuntimeError, match="closed"):
+        unused.put(data.view(-1))

@@ -1,7 +1,9 @@
 """Messages and copies in a schedule: valid for any costs, in one order on both sides, with the bytes of the search."""
 
+import itertools
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,8 @@ from packlight.pipeline.copies import Copies, Tier, place
 from packlight.pipeline.ledger import levels, peak
 from packlight.pipeline.line import Lines
 from packlight.pipeline.schedule import (
+    COMPUTE,
+    MESSAGES,
     Action,
     Schedule,
     ScheduleError,
@@ -103,12 +107,12 @@ def test_the_bytes_of_a_small_pipeline_worked_by_hand() -> None:
     made = whole_of(one_f_one_b(2, 2))
     assert written(made) == (
         "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1",
-        "1RECV_F0 1F0 1RECV_F1 1B0 1SEND_B0 1F1 1B1 1SEND_B1",
+        "1RECV_F0 1RECV_F1 1F0 1B0 1SEND_B0 1F1 1B1 1SEND_B1",
     )
     # F holds 10 and makes an output of 2; the first output goes when the second is sent, that one when it comes back
     assert levels(made, 0, costs) == [12, 12, 24, 22, 24, 12 - 2 + 2, 14, 0]
     # B leaves the gradient of its input (2) and a loss (1); a gradient goes when the next is sent
-    assert levels(made, 1, costs) == [2, 20, 22, 5, 5, 23, 6, 4]
+    assert levels(made, 1, costs) == [2, 4, 22, 5, 5, 23, 6, 4]
     assert peak(made, 1, costs) == 23 + 7
 
 
@@ -145,6 +149,33 @@ def messages_swapped(schedule: Schedule) -> Schedule:
     return replace(schedule, orders=tuple(map(tuple, orders)))
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_messages_of_one_moment_have_one_order_on_both_ranks(num_ranks: int) -> None:
+    """NCCL has one queue for both ways: two ranks that both send first would wait for each other."""
+    made = [one_f_one_b(num_ranks, 2 * num_ranks), uniform(num_ranks, 2, 2 * num_ranks)]
+    made += [interleaved(num_ranks, 2, 2 * num_ranks), grouped(num_ranks, 2, 2 * num_ranks, group_size=num_ranks)]
+    for schedule in map(whole_of, made):
+        check_messages(schedule)
+        swapped = 0
+        for rank, order in enumerate(schedule.orders):
+            for at, (one, two) in enumerate(itertools.pairwise(order)):
+                if (
+                    one.kind.startswith("SEND")
+                    and two.kind.startswith("RECV")
+                    and peer(one, num_ranks) == peer(two, num_ranks)
+                ):
+                    orders = list(schedule.orders)
+                    orders[rank] = (*order[:at], two, one, *order[at + 2 :])
+                    with pytest.raises(ScheduleError, match="in different orders"):
+                        check_messages(replace(schedule, orders=tuple(orders)))
+                    swapped += 1
+        assert swapped or num_ranks > 2
+
+
+def peer(message: Action, num_ranks: int) -> int:
+    return (message.stage + (1 if message.kind in ("SEND_F", "RECV_B") else -1)) % num_ranks
+
+
 def test_messages_that_are_lost_or_in_another_order_are_found() -> None:
     for _ in range(50):
         timed, copies = random.choice(random_ones())
@@ -153,16 +184,41 @@ def test_messages_that_are_lost_or_in_another_order_are_found() -> None:
                 check_messages(messages_swapped(whole(timed, copies)))
 
 
-def test_a_send_that_waits_for_one_that_nobody_asks_for_is_found() -> None:
-    made = whole_of(one_f_one_b(2, 2))
-    first, second = made.orders
-    late = [action for action in second if action != Action("RECV_F", 1, 0)]
-    late.insert(late.index(Action("F", 1, 0)), Action("RECV_F", 1, 0))
-    check_messages(replace(made, orders=(first, tuple(late))))
-    waiting = (*first[:2], Action("F", 0, 1), Action("SEND_F", 0, 1), *first[4:])
-    stuck = ("1RECV_F1 1RECV_F0 1F0 1B0 1SEND_B0 1F1 1B1 1SEND_B1",)
-    pipeline = Pipeline("by hand", 2, 1, 2, 0, 0.0, (), (), (" ".join(map(str, waiting)), *stuck))
-    with pytest.raises(ScheduleError, match="in another order"):
+def late(order: tuple[Action, ...], num_ranks: int) -> tuple[Action, ...]:
+    """An order whose messages are awaited as late as can be: before they are used, or the next with that rank."""
+    made = list(order)
+    for at in reversed(range(len(made))):
+        message = made[at]
+        if message.kind.startswith("RECV"):
+            end = at + 1
+            while not (made[end].kind in MESSAGES and peer(made[end], num_ranks) == peer(message, num_ranks)) and not (
+                made[end].kind in COMPUTE and made[end][1:] == message[1:]
+            ):
+                end += 1
+            made.insert(end, message)
+            del made[at]
+    return tuple(made)
+
+
+def test_a_send_that_waits_for_one_that_is_asked_for_too_late_is_found() -> None:
+    """Rank 1 runs two forwards ahead of a backward, and rank 2 asks for the first only behind what hangs on that."""
+    rule = grouped(3, 2, 6, group_size=3)
+    for ahead, waits in ((13, False), (9, True)):
+        order = list(rule.orders[1])
+        order.insert(ahead, order.pop(13))
+        made = whole_of(replace(rule, orders=(rule.orders[0], tuple(order), rule.orders[2])))
+        check_messages(made)
+        delayed = replace(made, orders=tuple(late(each, 3) for each in made.orders))
+        with pytest.raises(ScheduleError, match="ranks wait for each other for ever") if waits else nullcontext():
+            check_messages(delayed)
+
+
+def test_orders_of_messages_that_ranks_do_not_share_are_refused_when_read() -> None:
+    first = "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1"
+    pipeline = Pipeline(
+        "by hand", 2, 1, 2, 0, 0.0, (), (), (first, "1RECV_F1 1RECV_F0 1F0 1B0 1SEND_B0 1F1 1B1 1SEND_B1")
+    )
+    with pytest.raises(ScheduleError, match="in different orders"):
         read(pipeline)
 
 

@@ -12,7 +12,7 @@ UNIT = StageCost(1.0, 1.0, 1.0, held_bytes=1, movable_bytes=1)
 
 def test_compiled_stages_are_given_schedules_whose_backward_is_whole() -> None:
     found = list(candidates((4, 2, 8), [UNIT]))
-    assert [each.name for each in runnable(found, is_split=False)] == ["1F1B-I"]
-    assert runnable(found, is_split=True) == found
-    with pytest.raises(ScheduleError, match="cannot run 5 microbatches; compile parts of the stage, or take 4 or a"):
-        runnable(list(candidates((4, 3, 5), [UNIT])), is_split=False)
+    assert [each.name for each in runnable(found, reason="compiled")] == ["1F1B-I"]
+    assert runnable(found, reason=None) == found
+    with pytest.raises(ScheduleError, match=r"a stage is compiled: .* cannot run 5 microbatches; take 4 or a"):
+        runnable(list(candidates((4, 3, 5), [UNIT])), reason="compiled")

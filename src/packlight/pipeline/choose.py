@@ -133,12 +133,18 @@ def fastest(found: Sequence[Candidate], budget_bytes: int, host_budget_bytes: in
     fitting = [each for each in allowed if each.peak_bytes <= budget_bytes]
     if not fitting:
         least = min(allowed, key=lambda each: each.peak_bytes)
-        raise BudgetError(
+        told = (
             f"no schedule fits {format_bytes(budget_bytes)} on every rank; the smallest budget that fits is "
             f"{least.peak_bytes} bytes ({format_bytes(least.peak_bytes)}), by {least.name}; "
-            "or make microbatches smaller",
-            smallest_bytes=least.peak_bytes,
+            "or make microbatches smaller"
         )
+        freer = min(found, key=lambda each: (each.peak_bytes, each.host_bytes))
+        if freer.peak_bytes < least.peak_bytes and host_budget_bytes is not None:
+            told += (
+                f"; {format_bytes(host_budget_bytes)} on the tier of a rank are what binds: with "
+                f"{format_bytes(freer.host_bytes)} there, {freer.name} takes {format_bytes(freer.peak_bytes)}"
+            )
+        raise BudgetError(told, smallest_bytes=least.peak_bytes)
     return min(fitting, key=lambda each: (each.seconds, each.num_moved, each.peak_bytes))
 
 

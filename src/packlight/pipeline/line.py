@@ -94,8 +94,9 @@ class Line:
             lines.forward_end[self.stages - 1, self.microbatches],
             lines.used_end[(self.stages + 1) % schedule.num_stages, self.microbatches],
         )
-        self.asked = numpy.minimum(self.gap_from(self.sent_to), self.forward)
-        self.asked_back = numpy.minimum(self.gap_from(self.sent_back), self.used)
+        before, behind = (rank - 1) % schedule.num_ranks, (rank + 1) % schedule.num_ranks
+        self.asked = numpy.minimum(self._gap_asked(self.sent_to, is_first=before < rank), self.forward)
+        self.asked_back = numpy.minimum(self._gap_asked(self.sent_back, is_first=behind < rank), self.used)
 
     @property
     def awaits(self) -> Places:
@@ -112,6 +113,14 @@ class Line:
     def keys_of(self, places: Places) -> tuple[Key, ...]:
         """Return stage and microbatch of some."""
         return tuple(zip(self.stages[places].tolist(), self.microbatches[places].tolist(), strict=True))
+
+    def _gap_asked(self, times: Floats, *, is_first: bool) -> Places:
+        """Return the gaps in which messages sent at those times are awaited: in front of what runs then, or comes next.
+
+        Where an action ends at that very time, and so may send, both ranks have to know which message is first: then
+        a message that `is_first` is awaited in front of that action.
+        """
+        return numpy.searchsorted(self._ends, times, side="left") if is_first else self.gap_from(times)
 
     def gap_by(self, times: Floats) -> Places:
         """Return the first gap that compute comes to at a time or later."""

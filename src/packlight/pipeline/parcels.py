@@ -31,14 +31,19 @@ class Held:
     def __init__(self, flat: Tensor, stored: Stored | None) -> None:
         self.num_bytes = flat.nbytes
         self._tensor: Tensor | None = flat
-        self._stored, self._witness = stored, Witness(flat)
+        self._stored, self._witnesses = stored, [Witness(flat)]
 
     def get(self) -> Tensor:
-        """Return it; it stays on the device as long as autograd has use for it."""
+        """Return it; it stays on the device as long as autograd has use for it.
+
+        It is the same one each time, so what a backward writes to it is refused when it is wanted again.
+        """
         if self._tensor is None:
             assert self._stored is not None
             self._tensor = self._stored.get()
-        self._witness.check()
+            self._witnesses.append(Witness(self._tensor))
+        for witness in self._witnesses:
+            witness.check()
         return self._tensor
 
     def prefetch(self) -> bool:

@@ -7,13 +7,14 @@ stay torch's. The list is the one whose bytes were counted (`whole.py`), with wh
     RECV_F  make the buffer, begin to receive        SEND_F  wait for the send before, take its data away, begin to send
     OFFLOAD wait for the copies, let go of bytes     RELOAD  begin to copy back        RELEASE  give up the place
 
-A step that fails gives up what it has: buffers, parcels, places on the tier.
+A step that fails gives up what it has: buffers, parcels, places on the tier. What it sent may still be on its way, and
+would be taken for the next step's; so where there are several ranks, it was the last one.
 """
 
 import enum
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, Protocol, Self
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributed.pipelining import schedules
 
 from packlight.activations.offload import Tier, Traffic
 from packlight.pipeline.schedule import COMPUTE, Action, Schedule, ScheduleError
-from packlight.pipeline.stage import Stage
+from packlight.pipeline.stage import Stage, cannot_split
 from packlight.pipeline.whole import check_messages, whole_of
 
 _Works = list[distributed.Work]
@@ -61,10 +62,12 @@ class Runtime(schedules._PipelineScheduleRuntime):
 
     Raises:
         ScheduleError: the schedule breaks a rule, is for other stages or ranks, moves parcels without a tier, or splits
-            backward where a stage is compiled.
+            backward where a stage is compiled or in DistributedDataParallel.
 
     `step` takes torch's arguments. With `return_outputs=True`, torch's default, the last stage's outputs stay until the
-    step ends; plans count on False.
+    step ends; plans count on False. As torch's, `scale_grads=True` divides all that is in `.grad` by the number of
+    microbatches at the end of each step: to accumulate gradients over steps, pass `scale_grads=False` and divide the
+    loss. A stage that the loss does not hang on gets gradients of 0 from another rank, where it alone has none.
     """
 
     def __init__(
@@ -77,20 +80,21 @@ class Runtime(schedules._PipelineScheduleRuntime):
         watch: Watch | None = None,
         **options: Any,
     ) -> None:
-        self.schedule = whole_of(schedule)
-        check_messages(self.schedule)
-        _check_stages(stages, self.schedule, tier)
-        super().__init__(list(stages), schedule.num_microbatches, loss_fn, **options)  # type: ignore[no-untyped-call]
-        self._by_index = {stage.stage_index: stage for stage in stages}
-        self._tier, self._watch = tier, watch
-        self._sent: dict[str, tuple[Stage, int, _Works]] = {}
-        self._have_agreed = False
-        self._put_in_order()
-        self._comp_type_to_function_map.update(dict.fromkeys((*_Kind, *_MESSAGES), self._perform))
-        self._comp_type_to_function_map[schedules.REDUCE_GRAD] = self._reduce
         with ExitStack() as undo:
             if tier is not None:
                 undo.callback(tier.close)
+            self.schedule = whole_of(schedule)
+            check_messages(self.schedule)
+            _check_stages(stages, self.schedule, tier)
+            super().__init__(list(stages), schedule.num_microbatches, loss_fn, **options)  # type: ignore[no-untyped-call]
+            self._by_index = {stage.stage_index: stage for stage in stages}
+            self._tier, self._watch = tier, watch
+            self._sent: dict[str, tuple[Stage, int, _Works]] = {}
+            self._agreed: bool | None = None
+            self._ended = ""
+            self._put_in_order()
+            self._comp_type_to_function_map.update(dict.fromkeys((*_Kind, *_MESSAGES), self._perform))
+            self._comp_type_to_function_map[schedules.REDUCE_GRAD] = self._reduce
             for stage in stages:
                 moving = {at for kind, index, at in self._order() if (kind, index) == ("OFFLOAD", stage.stage_index)}
                 undo.callback(stage.open(tier, moving, begins=self._begins))
@@ -98,6 +102,7 @@ class Runtime(schedules._PipelineScheduleRuntime):
 
     def close(self) -> None:
         """Give the stages and the tier up; calling it again does nothing."""
+        self._ended = self._ended or "this Runtime is closed; make a new one"
         self._undo.close()
 
     def tier_traffic(self) -> Traffic:
@@ -137,29 +142,67 @@ class Runtime(schedules._PipelineScheduleRuntime):
                     made.append(action._replace(computation_type=_Kind.ENDED, sub_actions=(action,)))
             self.pipeline_order_with_comms[rank] = [*made, *waiting]
 
+    def step(self, *args: Any, target: Any = None, losses: list[Any] | None = None, **kwargs: Any) -> Any:
+        """Run a step, or what `eval` wants of one, on a whole batch; arguments are torch's.
+
+        Returns:
+            The last stage's outputs, if they are asked for.
+
+        Raises:
+            RuntimeError: the Runtime is closed, or a step has failed.
+            ScheduleError: ranks have different schedules or losses, or the batch has fewer rows than microbatches.
+            ValueError: a microbatch has another shape than the others.
+        """
+        if self._ended:
+            raise RuntimeError(self._ended)
+        problem = self._too_few_rows(args, target)
+        if self._agreed is not self._has_backward:
+            self._agree(problem)
+        if problem:
+            raise ScheduleError(problem)
+        return super().step(*args, target=target, losses=losses, **kwargs)
+
+    def _too_few_rows(self, args: tuple[Any, ...], target: Any) -> str:
+        given = [target, *(args if self._args_chunk_spec is None else ())]
+        rows = min((each.shape[0] for each in given if isinstance(each, torch.Tensor) and each.dim()), default=None)
+        if rows is None or rows >= self._n_microbatches:
+            return ""
+        return (
+            f"{self._n_microbatches} microbatches came for a batch of {rows} rows; make the batch larger, or the "
+            "schedule for fewer microbatches"
+        )
+
     def _step_microbatches(self, *args: Any, **kwargs: Any) -> Any:
-        self._agree()
         try:
             result = super()._step_microbatches(*args, **kwargs)
             for kind in tuple(self._sent):
                 self._finish(kind)
         except BaseException:
             self._give_up()
+            if self.schedule.num_ranks > 1:
+                self._ended = (
+                    "a step of this Runtime has failed, and its messages may still come to the next one; end all ranks "
+                    "and start again from a checkpoint, or make a new process group, stages and Runtime"
+                )
             raise
         return result
 
-    def _agree(self) -> None:
-        """Raise on every rank where ranks have different schedules: they would wait for each other for ever."""
-        if self._have_agreed:
-            return
-        mine = zlib.crc32(repr(self.schedule.orders).encode())
-        found: list[Any] = [None] * self.schedule.num_ranks
-        distributed.all_gather_object(found, mine, group=self._stages[0].group)
-        if len(set(found)) > 1:
-            raise ScheduleError(
+    def _agree(self, problem: str) -> None:
+        """Raise on every rank what is wrong on any: else some would wait for the others for ever."""
+        mine = zlib.crc32(repr(self.schedule.orders).encode()), self._has_backward, problem
+        found = told(mine, next(iter(self._by_index.values())))
+        problems = {f"rank {rank}: {each}" for rank, (_, _, each) in enumerate(found) if each}
+        if len({orders for orders, _, _ in found}) > 1:
+            problems.add(
                 "ranks have different schedules; make it from the same numbers on each, or make it on one and send it"
             )
-        self._have_agreed = True
+        if len({backward for _, backward, _ in found}) > 1:
+            problems.add(
+                "some ranks go backward and others do not; pass loss_fn on every rank, and call step or eval on all"
+            )
+        if problems:
+            raise ScheduleError("; ".join(sorted(problems)))
+        self._agreed = self._has_backward
 
     def _give_up(self) -> None:
         """Let go of what a step that failed had: nobody will ask for it."""
@@ -167,6 +210,9 @@ class Runtime(schedules._PipelineScheduleRuntime):
         self.fwd_recv_ops.clear()
         self.bwd_recv_ops.clear()
         self._internal_losses.clear()
+        for name in ("unshard_ops", "unsharded_stages"):  # FSDP's
+            if hasattr(self, name):
+                getattr(self, name).clear()
         for stage in self._by_index.values():
             stage.forget()
 
@@ -267,11 +313,26 @@ def _check_stages(stages: Sequence[Stage], schedule: Schedule, tier: Tier | None
     found = [stage.stage_index for stage in stages]
     if found != wanted:
         raise ScheduleError(f"rank {first.group_rank} has the stages {found}; wanted {wanted} for {shape}")
+    if first.group_size == 1 and not hasattr(schedules.PipelineScheduleMulti, "_initialize_pp_stages"):
+        raise ScheduleError(
+            f"torch {torch.__version__} sends messages to itself on one rank; take 2 ranks, or torch 2.13"
+        )
     kinds = {action.kind for action in schedule.orders[first.group_rank]}
     if "OFFLOAD" in kinds and tier is None:
         raise ScheduleError("the schedule moves activations, but no tier came; pass tier=make_tier(...)")
-    if "I" in kinds and any(isinstance(stage.submod, torch._dynamo.OptimizedModule) for stage in stages):
+    reason = next((reason for stage in stages if (reason := cannot_split(stage))), None)
+    if "I" in kinds and reason:
         raise ScheduleError(
-            f"{schedule.name} splits backward, which a compiled stage cannot; compile parts of the stage, or take "
-            "1F1B or its interleaved form"
+            f"{schedule.name} splits backward, and a stage is {reason}; take 1F1B or its interleaved form"
         )
+
+
+def told(mine: Any, stage: Stage) -> list[Any]:
+    """Return what every rank of a stage's pipeline says, in the order of ranks; every rank calls it."""
+    if stage.group_size == 1:
+        return [mine]
+    found: list[Any] = [None] * stage.group_size
+    device = torch.device(stage.device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # NCCL sends from the current one
+        distributed.all_gather_object(found, mine, group=stage.group)
+    return found

@@ -271,8 +271,9 @@ def check(schedule: Schedule) -> None:
     """Hold a schedule against the rules of every schedule.
 
     Each stage and microbatch has one F, then one B or one I and one W, on the rank that the stage lives on. OFFLOAD
-    comes after F, RELOAD after OFFLOAD and before I or B, RELEASE after W or B, each once or none of them. No rank
-    waits for ever. Messages have rules of their own (`whole.check_messages`).
+    comes after F, RELOAD after OFFLOAD and before I or B, RELEASE after W or B, each once or none of them. The last
+    stage's forwards are in the order of microbatches, as torch's losses are. No rank waits for ever. Messages have
+    rules of their own (`whole.check_messages`).
 
     Raises:
         ScheduleError: a rule is broken; the message names the rank and the action.
@@ -288,6 +289,9 @@ def check(schedule: Schedule) -> None:
         for (stage, at), seen in places.items():
             if not _in_order(seen):
                 raise ScheduleError(f"rank {rank} does {' '.join(seen)} for stage {stage}, microbatch {at}")
+        last = [each.microbatch for each in order if (each.kind, each.stage) == ("F", schedule.num_stages - 1)]
+        if last != sorted(last):
+            raise ScheduleError(f"rank {rank} does the last stage's forwards in the order {last[:8]}; wanted 0, 1, ...")
         if len(places) != schedule.num_chunks * schedule.num_microbatches:
             raise ScheduleError(
                 f"rank {rank} has {len(places)} of {schedule.num_chunks * schedule.num_microbatches} forwards"

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.pipelining import PipelineStage
-from torch.utils._pytree import tree_map_only
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from packlight.activations.engine import MIN_BYTES, Engine
 from packlight.activations.offload import Tier
+from packlight.pipeline.aliases import HANDED, handed, take_data
 from packlight.pipeline.parcels import Parcel, Parcels
 from packlight.pipeline.schedule import Action
 
@@ -107,8 +109,8 @@ class Stage(PipelineStage):
         if not self.has_backward:
             self.fwd_cache.pop(microbatch, None)
         for output in self.fwd_cache[microbatch][0] if microbatch in self.fwd_cache else ():
-            if isinstance(output, Tensor) and type(output.grad_fn) is _HANDED:
-                _take_data(output)
+            if isinstance(output, Tensor) and type(output.grad_fn) is HANDED:
+                take_data(output)
 
     def parcel(self, microbatch: int) -> Parcel:
         """Return what a microbatch holds."""
@@ -140,7 +142,7 @@ class Stage(PipelineStage):
         if self._open is None:
             return super()._prepare_forward_infra(num_microbatches, *args, **kwargs)
         result = super()._prepare_forward_infra(1, *args, **kwargs)
-        first = self.args_recv_info[0]
+        first, self._open.shapes = self.args_recv_info[0], None
         self._open.templates["F"] = tuple(_template(getattr(info, "buffer", None)) for info in first)
         for microbatch in range(num_microbatches):
             self.args_recv_info[microbatch] = tuple(copy.copy(info) for info in first)
@@ -160,12 +162,12 @@ class Stage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module on aliases of its inputs, and return aliases of its outputs."""
-        if self._open is None or not torch.is_grad_enabled():
+        if not self._has_aliases():
             return super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
         if not self.is_first:
             args = tree_map_only(Tensor, lambda each: each.view_as(each) if each.requires_grad else each, args)
         outputs = super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return tree_map_only(Tensor, _handed, outputs)
+        return tree_map_only(Tensor, handed, outputs)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run a microbatch forward, what it saves in a parcel of its own."""
@@ -174,11 +176,14 @@ class Stage(PipelineStage):
         self._open.begins(Action("F", self.stage_index, fwd_chunk_id))
         parcel = Parcel(moves=self.has_backward and fwd_chunk_id in self._open.moving)
         self._open.parcels_by_microbatch[fwd_chunk_id] = self._open.parcels.open = parcel
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        self._open.parcels.open = Parcel(moves=False)
-        for info, _ in self._received("F", fwd_chunk_id):
+        try:
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        finally:
+            self._open.parcels.open = Parcel(moves=False)
+        self._check_shapes(fwd_chunk_id, output)
+        for info, _ in self._received("F", fwd_chunk_id) if self._has_aliases() else ():
             if type(info.buffer) is Tensor and info.buffer.requires_grad:
-                _take_data(info.buffer)
+                take_data(info.buffer)
         self._let_go("F", fwd_chunk_id)
         return output
 
@@ -195,6 +200,7 @@ class Stage(PipelineStage):
             self.bwd_cache[bwd_chunk_id] = (None,) * len(self.args_recv_info[bwd_chunk_id])
             return
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        self._lay_out(bwd_chunk_id)
         self._let_go("B", bwd_chunk_id)
         if full_backward:
             self._open.end(bwd_chunk_id)
@@ -216,9 +222,57 @@ class Stage(PipelineStage):
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
         """Take gradients from the next stage on the same rank; where there is none, torch fills a buffer with zeros."""
+        if not self.has_backward:
+            return  # torch's own refuses what its `eval` does
         if self._open is not None and any(each is None for each in next_stage_bwd_outputs):
             self.ask("B", mb_index)
         super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        """Return gradients for the stage before on the same rank; none in `eval`."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()  # type: ignore[no-untyped-call]
+
+    def _has_aliases(self) -> bool:
+        """Whether modules get and return aliases, so that what they stand for can be taken away."""
+        return self._open is not None and self.has_backward and torch.is_grad_enabled()
+
+    def _check_shapes(self, microbatch: int, output: Any) -> None:
+        """Refuse outputs of other shapes than the first one's, whose messages would have what was in memory before.
+
+        Raises:
+            ValueError: a microbatch is smaller or larger than others.
+        """
+        assert self._open is not None
+        shapes = [tuple(each.shape) for each in tree_leaves(output) if isinstance(each, Tensor)]
+        if self._open.shapes is None:
+            self._open.shapes = shapes
+        if shapes != self._open.shapes:
+            raise ValueError(
+                f"microbatch {microbatch} gives stage {self.stage_index} outputs of shapes {shapes}, and the pipeline "
+                f"was set up for {self._open.shapes}: all microbatches of all steps have one shape. Pad the batch, "
+                "drop the last one (drop_last=True), or make a new Runtime for batches of another size"
+            )
+
+    def _lay_out(self, microbatch: int) -> None:
+        """Give gradients that are to be sent the strides that were announced; autograd chose them without the data."""
+        assert self._open is not None
+        made: list[Any] = list(self.bwd_cache.get(microbatch, ()))
+        for at, (gradient, template) in enumerate(zip(made, self._open.templates.get("F", ()), strict=False)):
+            if type(gradient) is Tensor and template is not None:
+                strides = self._announced(at, template)
+                if gradient.stride() != strides and gradient.shape == template.shape:
+                    made[at] = torch.empty_strided(
+                        gradient.shape, strides, dtype=gradient.dtype, device=gradient.device
+                    )
+                    made[at].copy_(gradient)
+        if made:
+            self.bwd_cache[microbatch] = tuple(made)
+
+    def _announced(self, at: int, template: Tensor) -> tuple[int, ...]:
+        """Return the strides of an input's gradient that the stage before was told; torch 2.11 takes the input's."""
+        known = getattr(getattr(self, "_stage_meta", None), "input_grads", None)
+        found = known[at] if known and at < len(known) else None
+        return tuple(getattr(found, "stride", template.stride()))
 
     def _needs_input_gradients(self, microbatch: int) -> bool:
         """Tell whether I has anything to do; where stages before are frozen, torch's finds no way to the weights."""
@@ -237,6 +291,16 @@ class Stage(PipelineStage):
     def _let_go(self, kind: str, microbatch: int) -> None:
         for info, template in self._received(kind, microbatch):
             info.buffer = template
+
+
+def cannot_split(stage: Stage) -> str | None:
+    """Tell why a stage's backward cannot be split into that of inputs and that of weights; None if it can."""
+    if any(isinstance(each, DistributedDataParallel) for each in stage.submod.modules()):
+        return "replicated by DistributedDataParallel, which would not see the gradients of its weights"
+    for each in stage.submod.modules():
+        if isinstance(each, torch._dynamo.OptimizedModule) or getattr(each, "_compiled_call_impl", None) is not None:
+            return "compiled, and a compiled backward is one piece"
+    return None
 
 
 class _StageEngine(Engine):
@@ -262,45 +326,12 @@ class _Open:
         self.parcels_by_microbatch: dict[int, Parcel] = {}
         self.postponed: dict[int, Any] = {}  # microbatches whose W does all, and their losses
         self.templates: dict[str, tuple[Tensor | None, ...]] = {}
+        self.shapes: list[tuple[int, ...]] | None = None  # of outputs
 
     def end(self, microbatch: int) -> None:
         """Forget a parcel that needs no release: autograd has let go of it."""
         if microbatch in self.parcels_by_microbatch and not self.parcels_by_microbatch[microbatch].moves:
             del self.parcels_by_microbatch[microbatch]
-
-
-class _Handed(torch.autograd.Function):
-    """The same tensor as an object of its own, which nothing refers to as its base."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-_HANDED = _Handed._backward_cls
-
-
-def _handed(tensor: Tensor) -> Tensor:
-    if type(tensor) is not Tensor or not tensor.requires_grad:
-        return tensor
-    made: Tensor = _Handed.apply(tensor)  # type: ignore[no-untyped-call]
-    return made
-
-
-def _take_data(tensor: Tensor) -> None:
-    """Let a tensor keep its shape and history, and a single element for all its bytes."""
-    key = tensor.dtype, tensor.device
-    if key not in _ONE:
-        _ONE[key] = tensor.new_empty(1)
-    tensor.data = _ONE[key].expand(tensor.shape)
-
-
-_ONE: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-"""An element for all tensors without data."""
 
 
 def _template(buffer: Tensor | None) -> Tensor | None:

@@ -9,10 +9,12 @@ a copy is put where the simulation says that it is due:
     RELOAD   in front of the action in which the way back begins; RELEASE behind the last use
 
 Between two actions of compute, what frees bytes comes first. No order of this kind can make ranks wait for each other:
-times are one order of all actions of all ranks, and each waits for earlier ones alone.
+times are one order of all actions of all ranks, and each waits for earlier ones alone. NCCL has one queue for both ways
+between two ranks, so messages of the same moment have an order, too: the lower rank's is first (`Line.asked`).
 """
 
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -106,9 +108,9 @@ def _messages(line: Line, order: Sequence[Action], schedule: Schedule) -> Iterat
 def check_messages(schedule: Schedule) -> None:
     """Hold a whole schedule against the rules of messages.
 
-    What one stage makes for another on another rank is sent once and received once. Two ranks send and receive in the
-    same order. A send waits for the one before it of its kind until that one has been asked for; nobody may wait for
-    ever.
+    What one stage makes for another on another rank is sent once and received once. Two ranks have their messages to
+    and from each other in one order: NCCL has one queue for both ways. A send waits for the one before it of its kind;
+    nobody may wait for ever.
 
     Raises:
         ScheduleError: a rule is broken, of these or of every schedule (`schedule.check`).
@@ -131,14 +133,11 @@ def check_messages(schedule: Schedule) -> None:
         if sorted(found) != sorted(wanted[rank]):
             odd = sorted(set(found) ^ set(wanted[rank]))
             raise ScheduleError(f"rank {rank} has messages that nobody sends or awaits, or lacks some: {odd[:4]}")
-        for other in range(schedule.num_ranks):
-            sent = [received(each) for each in found if _peer(each, schedule) == other and each.kind.startswith("SEND")]
-            awaited = [
-                each for each in schedule.orders[other] if _peer(each, schedule) == rank and each.kind[:4] == "RECV"
-            ]
-            if sent != awaited:
-                raise ScheduleError(f"rank {rank} sends to rank {other} in another order than that awaits them")
-    refuse_waits(_waiting(schedule))
+    queues = _queues(schedule)
+    for (rank, other), queue in queues.items():
+        if queue != queues[other, rank]:
+            raise ScheduleError(f"rank {rank} and rank {other} have their messages to each other in different orders")
+    refuse_waits(_Messages(schedule, queues).waiting())
 
 
 def received(sent: Action) -> Action:
@@ -147,37 +146,70 @@ def received(sent: Action) -> Action:
     return Action(f"RECV_{kind}", sent.stage + (1 if kind == "F" else -1), sent.microbatch)
 
 
-def _peer(action: Action, schedule: Schedule) -> int | None:
-    """Return the rank that a message goes to or comes from; None for other actions."""
-    if action.kind not in MESSAGES:
-        return None
-    return (action.stage + (1 if action.kind in ("SEND_F", "RECV_B") else -1)) % schedule.num_ranks
+def _sent(message: Action) -> Action:
+    """Return the action that sends a message, of that or of the one that awaits it."""
+    if message.kind.startswith("SEND"):
+        return message
+    kind = message.kind[-1]
+    return Action(f"SEND_{kind}", message.stage - (1 if kind == "F" else -1), message.microbatch)
 
 
-def _waiting(schedule: Schedule) -> list[Action]:
-    """Return the actions at which ranks wait for ever; ranks go round until nothing changes."""
-    at, done = [0] * schedule.num_ranks, set[Action]()
-    last: list[dict[str, Action]] = [{} for _ in schedule.orders]
-    goes_on = True
-    while goes_on:
-        goes_on = False
-        for rank, order in enumerate(schedule.orders):
-            while at[rank] < len(order) and _is_ready(order[at[rank]], schedule, done, last[rank]):
-                done.add(order[at[rank]])
-                at[rank] += 1
-                goes_on = True
-    return [order[place] for order, place in zip(schedule.orders, at, strict=True) if place < len(order)]
+def _peer(message: Action, num_ranks: int) -> int:
+    """Return the rank that a message goes to or comes from."""
+    return (message.stage + (1 if message.kind in ("SEND_F", "RECV_B") else -1)) % num_ranks
 
 
-def _is_ready(action: Action, schedule: Schedule, done: set[Action], last: dict[str, Action]) -> bool:
-    if action.kind in ("SEND_F", "SEND_B"):
-        before = last.get(action.kind)
-        if before is not None and received(before) not in done:
-            return False
-        last[action.kind] = action
+_Queues = dict[tuple[int, int], list[Action]]
+
+
+def _queues(schedule: Schedule) -> _Queues:
+    """Return what each rank has to do with each other one, in its order: the actions that send."""
+    found: _Queues = {(a, b): [] for a in range(schedule.num_ranks) for b in range(schedule.num_ranks) if a != b}
+    for rank, order in enumerate(schedule.orders):
+        for action in order:
+            if action.kind in MESSAGES:
+                found[rank, _peer(action, schedule.num_ranks)].append(_sent(action))
+    return found
+
+
+class _Messages:
+    """Follows a schedule's messages: one arrives when both ranks have come to it, and all before it between them."""
+
+    def __init__(self, schedule: Schedule, queues: _Queues) -> None:
+        self._schedule, self._come = schedule, set[Action]()
+        self._arrived = set[Action]()
+        self._queues = {tuple(sorted(ranks)): deque(queue) for ranks, queue in queues.items()}
+        self._last: list[dict[str, Action]] = [{} for _ in schedule.orders]
+
+    def waiting(self) -> list[Action]:
+        """Return the actions at which ranks wait for ever; ranks go round until nothing changes."""
+        orders = self._schedule.orders
+        at, goes_on = [0] * len(orders), True
+        while goes_on:
+            goes_on = False
+            for rank, order in enumerate(orders):
+                while at[rank] < len(order) and self._is_done(rank, order[at[rank]]):
+                    at[rank] += 1
+                    goes_on = True
+        return [order[place] for order, place in zip(orders, at, strict=True) if place < len(order)]
+
+    def _is_done(self, rank: int, action: Action) -> bool:
+        if action.kind in MESSAGES:
+            return self._comes_to(rank, action)
+        needed = needs(action, self._schedule.num_stages)
+        if needed is None or self._schedule.num_ranks == 1:
+            return True
+        kind = "F" if action.kind == "F" else "B"
+        return Action(f"SEND_{kind}", needed.stage, needed.microbatch) in self._arrived
+
+    def _comes_to(self, rank: int, message: Action) -> bool:
+        if message.kind.startswith("SEND"):
+            before = self._last[rank].get(message.kind)
+            if before is not None and before not in self._arrived:
+                return False
+            self._last[rank][message.kind] = message
+        self._come.add(message)
+        queue = self._queues[tuple(sorted((rank, _peer(message, self._schedule.num_ranks))))]
+        while queue and {queue[0], received(queue[0])} <= self._come:
+            self._arrived.add(queue.popleft())
         return True
-    needed = needs(action, schedule.num_stages)
-    if needed is None or schedule.num_ranks == 1:
-        return True
-    kind = "F" if action.kind == "F" else "B"
-    return Action(f"SEND_{kind}", needed.stage, needed.microbatch) in done

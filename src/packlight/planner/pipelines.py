@@ -191,11 +191,11 @@ def _check(question: PipelineQuestion, shape: Shape) -> None:
 def _rates(question: PipelineQuestion) -> RankRates:
     known = named(question.hardware)
     if known is None and (question.k is None or question.flops_per_second is None):
-        missing = "k and the rank's rate are" if question.k is None else "the rank's rate is"
+        missing = "k (--k)" if question.k is None else "flops_per_second (--tflops)"
         raise ValueError(
-            f"{missing} not known: without hardware both k (time to move a layer's activations out and back over that "
-            "of its forward and backward) and the rate of a rank are wanted; or name hardware, one of "
-            f"{', '.join(KNOWN)}"
+            f"{missing} is not known: without hardware both k (--k: time to move a layer's activations out and back "
+            "over that of its forward and backward) and a rank's operations a second (--tflops) are wanted; or name "
+            f"hardware (--hardware), one of {', '.join(KNOWN)}"
         )
     if question.k is not None and not 0 < question.k < MOST_K:
         raise ValueError(
@@ -230,7 +230,13 @@ def _compute_seconds(cost: StageCost) -> float:
 
 
 def record(
-    found: Sequence[Candidate], chosen: Candidate, *, budget_bytes: int, tier: Tier | None, tier_name: str = "host"
+    found: Sequence[Candidate],
+    chosen: Candidate,
+    *,
+    budget_bytes: int,
+    tier: Tier | None,
+    tier_name: str = "host",
+    folder: str = "",
 ) -> Plan:
     """Write a choice as a record, with a choice for each stage and the schedule to run.
 
@@ -240,12 +246,13 @@ def record(
         budget_bytes: what it had to fit.
         tier: the way to the tier; None where nothing may move.
         tier_name: "host" or "disk".
+        folder: of the disk.
 
     Returns:
         The record.
     """
     timed, schedule = chosen.timed, chosen.timed.schedule
-    plain = _plain(found)
+    plain = plain_of(found)
     moved_stages = schedule.num_ranks * chosen.num_moved
     choices = tuple(
         Choice(
@@ -260,7 +267,7 @@ def record(
     held_bytes = chosen.copies[fullest].peak_bytes
     estimate = Estimate(
         device_peak_bytes=chosen.peak_bytes,
-        host_peak_bytes=chosen.host_bytes,
+        host_peak_bytes=chosen.host_bytes if tier_name == "host" else 0,
         step_seconds=chosen.seconds,
         slowdown=chosen.seconds / plain.seconds,
         plain_peak_bytes=plain.peak_bytes,
@@ -277,6 +284,7 @@ def record(
         estimate=estimate,
         smallest_budget_bytes=min(each.peak_bytes for each in found),
         tier=tier_name if moves else "",
+        folder=folder if moves else "",
         out_bytes_per_second=tier.out_bytes_per_second if moves and tier is not None else 0.0,
         in_bytes_per_second=tier.in_bytes_per_second if moves and tier is not None else 0.0,
         pipeline=Pipeline(
@@ -299,7 +307,7 @@ def told_of_link(chosen: Candidate, tier: Tier) -> str:
     return f"copies out keep a rank's link busy for {out:.0%} of a step, copies back for {back:.0%}"
 
 
-def _plain(found: Sequence[Candidate]) -> Candidate:
+def plain_of(found: Sequence[Candidate]) -> Candidate:
     """Return what a plan is compared with: 1F1B or its interleaved form, else the first schedule that there is."""
     return next(each for each in found if not each.num_moved)
 
@@ -317,7 +325,7 @@ def _notes(
         "libraries take are not counted, nor is the optimiser's step; gradients and states stand under parameters",
         f"k is {k:.2f}: the time to move a layer's activations out and back, over that of its forward and backward; "
         f"activations go from rank to rank {hop}",
-        f"slowdown and what nothing changed would take are those of {_plain(found).name}",
+        f"slowdown and what nothing changed would take are those of {plain_of(found).name}",
     ]
     layers = sorted(set(layers_of(shape, question.num_ranks * question.num_chunks)))
     if len(layers) > 1:

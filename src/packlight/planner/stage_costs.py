@@ -4,9 +4,11 @@ One microbatch goes through the pipeline a few times before training begins, by 
 everything moved to a tier and brought back. So each action's bytes are those that it will have: what F leaves, what
 OFFLOAD takes away, what I adds. Ranks tell each other what they measured, and so know the costs of all stages.
 
-Nothing is changed by that: gradients, buffers and the state of random numbers are put back.
+Gradients, buffers and the state of torch's random numbers are put back; parameters are not touched, so that hooks which
+step them inside backward are refused. On CUDA the allocator's peak statistics begin anew.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +21,10 @@ from torch import Tensor, distributed
 from torch.distributed.pipelining.microbatch import split_args_kwargs_into_chunks
 
 from packlight.activations.offload import Tier, make_tier
-from packlight.pipeline.runtime import Runtime
+from packlight.pipeline.runtime import Runtime, told
 from packlight.pipeline.schedule import Action, Schedule, uniform
 from packlight.pipeline.simulate import StageCost
-from packlight.pipeline.stage import Stage
+from packlight.pipeline.stage import Stage, cannot_split
 from packlight.pipeline.whole import whole_of
 from packlight.planner.meter import Meter, meter
 from packlight.step import Link
@@ -42,6 +44,7 @@ class Training:
         num_microbatches: of a step.
         args, kwargs: as they are passed to `step` on this rank.
         target: the same.
+        loss_kwargs: what the loss takes besides.
         options: torch's own, of the schedule: `scale_grads`, `args_chunk_spec` and the like.
     """
 
@@ -51,6 +54,7 @@ class Training:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     target: Tensor | None = None
+    loss_kwargs: Mapping[str, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -107,47 +111,45 @@ class _Watcher:
         return time.perf_counter()
 
 
-def measure(training: Training) -> tuple[StageCost, ...]:
+def measure(training: Training, link: Link | None) -> tuple[StageCost, ...]:
     """Measure all stages of a pipeline; every rank calls it.
+
+    Args:
+        training: the stages, and a batch.
+        link: the way to the tier, where a microbatch goes meanwhile; None: host memory, or on a CPU a file in the
+            default temporary folder.
 
     Returns:
         By stage, the same on every rank.
     """
-    seen = _seen(training)
+    seen = _seen(training, link)
     first = training.stages[0]
-    hop_rate = min(tell(_hop_rate(training, seen), first))
-    return _costs([each for stages in tell(seen, first) for each in stages], hop_rate)
+    hop_rate = min(told(_hop_rate(training, seen), first))
+    return _costs([each for stages in told(seen, first) for each in stages], hop_rate)
 
 
-def tell(mine: Any, stage: Stage) -> list[Any]:
-    """Return what every rank says, in the order of ranks; every rank calls it."""
-    if stage.group_size == 1:
-        return [mine]
-    found: list[Any] = [None] * stage.group_size
-    distributed.all_gather_object(found, mine, group=stage.group)
-    return found
-
-
-def _seen(training: Training) -> list[tuple[int, _Seen, _Seen | None]]:
+def _seen(training: Training, link: Link | None) -> list[tuple[int, _Seen, _Seen | None]]:
     """Send a microbatch through the pipeline; return what was seen of this rank's stages, backward whole and split."""
     first = training.stages[0]
     device, shape = torch.device(first.device), (first.group_size, len(training.stages), 1)
-    schedules = [_unsplit(uniform(*shape))] + [uniform(*shape)] * (not is_compiled(training.stages))
+    can_split = not any(itertools.chain(*told([cannot_split(stage) for stage in training.stages], first)))
+    schedules = [_unsplit(uniform(*shape))] + [uniform(*shape)] * can_split
     with _unchanged(training.stages):
-        full, *split = [_seen_of(training, schedule, device) for schedule in schedules]
+        full, *split = [_seen_of(training, schedule, device, link) for schedule in schedules]
     indices = [stage.stage_index for stage in training.stages]
     return [(index, full[index], split[0][index] if split else None) for index in indices]
 
 
-def _seen_of(training: Training, schedule: Schedule, device: torch.device) -> dict[int, _Seen]:
+def _seen_of(training: Training, schedule: Schedule, device: torch.device, link: Link | None) -> dict[int, _Seen]:
     """Follow a schedule of one microbatch, for its seconds as it is, for its bytes with everything moved."""
     watcher = _Watcher(device)
     options = {"loss_fn": training.loss_fn, "watch": watcher, **training.options}
     with Runtime(training.stages, schedule, **options) as runtime:  # copies would take time from compute
         for _ in range(NUM_TIMED):
             _step(runtime, training)
-    tier = tier_of(device, Link("host" if device.type == "cuda" else "disk", 1.0, 1.0, 0.0, UNBOUNDED_BYTES))
-    with Runtime(training.stages, _all_away(whole_of(schedule)), tier=tier, **options) as runtime:
+    kind = link.tier if link is not None else "host" if device.type == "cuda" else "disk"
+    place = Link(kind, 1.0, 1.0, 0.0, UNBOUNDED_BYTES, folder=link.folder if link is not None else "")
+    with Runtime(training.stages, _all_away(whole_of(schedule)), tier=tier_of(device, place), **options) as runtime:
         _step(runtime, training)
         with meter(device) as watcher.meter:
             _step(runtime, training)
@@ -161,6 +163,8 @@ def _step(runtime: Runtime, training: Training) -> None:
         each_args, each_kwargs = split_args_kwargs_into_chunks(args, kwargs, training.num_microbatches, *specs)
         args, kwargs = each_args[0], each_kwargs[0]
     target = None if training.target is None else training.target.tensor_split(training.num_microbatches)[0]
+    if training.loss_kwargs:
+        kwargs["loss_kwargs"] = training.loss_kwargs
     runtime.step(*args, target=target, losses=[], return_outputs=False, **kwargs)
 
 
@@ -230,7 +234,7 @@ def _costs(stages: Sequence[tuple[int, _Seen, _Seen | None]], hop_rate: float) -
 def _hop_rate(training: Training, stages: Sequence[tuple[int, _Seen, _Seen | None]]) -> float:
     """Return how fast bytes go from this rank to the next, while each sends; infinite where nothing is sent."""
     first = training.stages[0]
-    sizes = tell(max(full.get("RECV_F", Seen()).change for _, full, _ in stages), first)
+    sizes = told(max(full.get("RECV_F", Seen()).change for _, full, _ in stages), first)
     num_bytes = max(sizes)
     if first.group_size == 1 or not num_bytes:
         return math.inf
@@ -260,17 +264,27 @@ def tier_of(device: torch.device, link: Link) -> Tier:
     return make_tier(link.tier, device=device, folder=folder, max_bytes=host_bytes, max_in_flight_bytes=UNBOUNDED_BYTES)
 
 
-def is_compiled(stages: Sequence[Stage]) -> bool:
-    """Tell whether a stage is compiled as a whole: its backward cannot be split then."""
-    return any(isinstance(stage.submod, torch._dynamo.OptimizedModule) for stage in stages)
-
-
 @contextmanager
 def _unchanged(stages: Sequence[Stage]) -> Iterator[None]:
-    """Put back gradients, buffers and the state of random numbers."""
+    """Put back gradients, buffers and the state of random numbers.
+
+    Raises:
+        ValueError: a parameter has a hook that runs when its gradient is there: it may step the parameter.
+    """
     parameters = [each for stage in stages for each in stage.submod.parameters()]
+    if any(getattr(each, "_post_accumulate_grad_hooks", None) for each in parameters):
+        raise ValueError(
+            "a parameter has a hook that runs as soon as its gradient is there, as an optimiser inside backward has: "
+            "measuring would train it; plan first, then register the hooks"
+        )
     gradients = [each.grad for each in parameters]
-    buffers = [(each, each.detach().clone()) for stage in stages for each in stage.submod.buffers()]
+    buffers = [
+        (module, name, each, each.detach().clone())
+        for stage in stages
+        for module in stage.submod.modules()
+        for name, each in module._buffers.items()
+        if each is not None
+    ]
     devices = {torch.device(stage.device) for stage in stages if torch.device(stage.device).type == "cuda"}
     for parameter in parameters:
         parameter.grad = None
@@ -281,5 +295,6 @@ def _unchanged(stages: Sequence[Stage]) -> Iterator[None]:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
                 buffer.copy_(before)
+                module._buffers[name] = buffer

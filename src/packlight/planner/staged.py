@@ -4,28 +4,32 @@ Every rank measures its own stages, tells the others, and makes the same choice 
 rank that decides. What is chosen is what `Runtime` carries out, and its bytes are those of that list of actions.
 """
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from packlight.budget import Budget
+from packlight.budget import Budget, BudgetError
 from packlight.pipeline.choose import Candidate, candidates, fastest, within
 from packlight.pipeline.copies import Tier
-from packlight.pipeline.runtime import Runtime
-from packlight.pipeline.schedule import Schedule, ScheduleError
+from packlight.pipeline.runtime import Runtime, told
+from packlight.pipeline.schedule import Schedule, ScheduleError, check_positive
 from packlight.pipeline.simulate import StageCost
-from packlight.pipeline.stage import Stage
+from packlight.pipeline.stage import Stage, cannot_split
 from packlight.pipeline.whole import whole
-from packlight.planner.links import find_link
-from packlight.planner.pipelines import record, told_of_link
+from packlight.planner.links import find_link, unused
+from packlight.planner.pipelines import plain_of, record, told_of_link
 from packlight.planner.plan import memory_bytes
-from packlight.planner.stage_costs import Training, is_compiled, measure, tell, tier_of
+from packlight.planner.stage_costs import Training, measure, tier_of
 from packlight.records import Plan
 from packlight.step import Link
+
+_Here = tuple[int, int, Link | None]
+"""Of a rank: the bytes allowed, those that are there anyway, and the way to the tier."""
 
 
 @dataclass(frozen=True)
@@ -90,41 +94,82 @@ def plan_stages(
 
     Raises:
         BudgetError: nothing fits; it names the smallest budget that something does.
-        ScheduleError: no schedule runs so many microbatches on such ranks, or on compiled stages.
-        ValueError: the budget cannot be read, or no file can be made in the folder.
+        ScheduleError: no schedule runs so many microbatches on such ranks, or on stages whose backward is one piece.
+        ValueError: on any rank: the budget cannot be read, no file can be made in the folder, there are more
+            microbatches than rows in the batch, or parameters are stepped inside backward.
     """
+    if not training.stages:
+        raise ScheduleError("no stage came; wanted those of this rank")
+    check_positive(training.stages[0].group_size, len(training.stages), training.num_microbatches)
     first = training.stages[0]
     device, num_ranks = torch.device(first.device), first.group_size
-    allowed = Budget.of(budget, total_bytes=memory_bytes(device, None))
-    link = find_link(device, host_budget=host_budget, disk=disk)
-    costs = measure(training)
-    told = tell((_resident_bytes(training.stages) + beside_bytes, link), first)
-    links = [link for _, link in told if link is not None]
+
+    def here() -> tuple[int, int, Link | None]:
+        allowed = Budget.of(budget, total_bytes=memory_bytes(device, None))
+        resident = _resident_bytes(training.stages) + beside_bytes
+        return allowed.device_bytes, resident, find_link(device, host_budget=host_budget, disk=disk)
+
+    ranks = _agreed(here, first)
+    _check_rows(training)
+    link, budget_bytes = ranks[first.group_rank][2], min(allowed for allowed, _, _ in ranks)
+    costs = measure(training, link)
+    links = [link for _, _, link in ranks if link is not None]
     tier = None
     if len(links) == num_ranks:
         rates = [(each.out_bytes_per_second, each.in_bytes_per_second) for each in links]
         busy = max(each.busy_seconds_per_byte for each in links)
         tier = Tier(min(out for out, _ in rates), min(back for _, back in rates), busy_seconds_per_byte=busy)
     shape = num_ranks, len(training.stages), training.num_microbatches
-    found = list(candidates(shape, costs, resident_bytes=[resident for resident, _ in told], tier=tier))
+    found = list(candidates(shape, costs, resident_bytes=[resident for _, resident, _ in ranks], tier=tier))
     capacity = min((_share(each) for each in links), default=None)
-    fitting = runnable(found, is_split=not is_compiled(training.stages))
-    chosen = fastest(fitting, allowed.device_bytes, capacity)
+    reasons = itertools.chain(*told([cannot_split(stage) for stage in training.stages], first))
+    fitting = runnable(found, reason=next(filter(None, reasons), None))
+    try:
+        chosen = fastest(fitting, budget_bytes, capacity)
+    except BudgetError as error:
+        way = "host_budget=..." if device.type == "cuda" else "disk=..."
+        said = [*unused(device, host_budget=host_budget, disk=disk), f"{way} would let activations move"]
+        message = "; ".join([str(error), *said]) if link is None else str(error)
+        raise BudgetError(message, smallest_bytes=error.smallest_bytes) from None
     plan = record(
         within(fitting, capacity),
         chosen,
-        budget_bytes=allowed.device_bytes,
+        budget_bytes=budget_bytes,
         tier=tier,
         tier_name=links[0].tier if links else "host",
+        folder=link.folder if link is not None else "",
     )
     notes = [
         "bytes and seconds of each stage are measured, with one microbatch; parameters' gradients are counted whole, "
-        "the optimiser's step is not; outputs of the last stage are not kept (return_outputs=False)"
+        "the optimiser's step is not; outputs of the last stage are not kept (return_outputs=False)",
+        "messages are in the order that measured seconds give, so another run's peak may be some messages away; "
+        f"slowdown and what nothing changed would take are those of {plain_of(found).name}",
+        *unused(device, host_budget=host_budget, disk=disk),
     ]
+    if len({allowed for allowed, _, _ in ranks}) > 1:
+        notes.append("ranks came with different budgets: the smallest counts")
+    if 0 < len(links) < num_ranks:
+        without = [rank for rank, (_, _, each) in enumerate(ranks) if each is None]
+        notes.append(f"nothing moves, as ranks {without} came without a tier: pass host_budget or disk on every rank")
     if tier is not None and chosen.num_moved:
         notes.append(told_of_link(chosen, tier))
     plan = replace(plan, device=device.type, notes=tuple(notes))
     return StagesAnswer(training, costs, found, chosen, plan, link)
+
+
+def _check_rows(training: Training) -> None:
+    """Refuse, on every rank, more microbatches than the batch has rows on any; torch's error comes on one alone."""
+    chosen = {name for name in ("args_chunk_spec", "kwargs_chunk_spec") if training.options.get(name)}
+    given = [training.target]
+    given += [] if "args_chunk_spec" in chosen else training.args
+    given += [] if "kwargs_chunk_spec" in chosen else training.kwargs.values()
+    rows = [each.shape[0] for each in given if isinstance(each, Tensor) and each.dim()]
+    least = min(told(min(rows, default=training.num_microbatches), training.stages[0]))
+    if least < training.num_microbatches:
+        raise ValueError(
+            f"{training.num_microbatches} microbatches came for a batch of {least} rows; wanted at most as many: make "
+            "the batch larger, or num_microbatches smaller"
+        )
 
 
 def _resident_bytes(stages: Sequence[Stage]) -> int:
@@ -147,23 +192,37 @@ def _share(link: Link) -> int:
     return link.capacity_bytes // ranks_here
 
 
-def runnable(found: Sequence[Candidate], *, is_split: bool) -> list[Candidate]:
+def _agreed(make: Callable[[], _Here], stage: Stage) -> list[_Here]:
+    """Return what every rank makes; where one cannot, its error is raised on all, as they would wait for it."""
+    mine: _Here | None = None
+    problem: ValueError | None = None
+    try:
+        mine = make()
+    except ValueError as error:
+        problem = error
+    found = told((mine, str(problem or "")), stage)
+    for rank, (_, said) in enumerate(found):
+        if said:
+            raise problem or ValueError(f"rank {rank}: {said}")
+    return [each for each, _ in found]
+
+
+def runnable(found: Sequence[Candidate], *, reason: str | None) -> list[Candidate]:
     """Return the candidates that stages can run.
 
     Args:
         found: all of them.
-        is_split: whether backward can be split; not that of a compiled stage.
+        reason: why the backward of a stage cannot be split; None if it can.
 
     Raises:
         ScheduleError: there is none.
     """
-    made = [each for each in found if is_split or not _splits(each)]
+    made = [each for each in found if reason is None or not _splits(each)]
     if not made:
         schedule = found[0].timed.schedule
         raise ScheduleError(
-            "a stage is compiled, so that its backward cannot be split, and schedules that do not split it cannot run "
-            f"{schedule.num_microbatches} microbatches; compile parts of the stage, or take {schedule.num_ranks} or a "
-            "multiple"
+            f"a stage is {reason}: its backward cannot be split, and schedules that do not split it cannot run "
+            f"{schedule.num_microbatches} microbatches; take {schedule.num_ranks} or a multiple"
         )
     return made
 
