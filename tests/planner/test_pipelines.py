@@ -136,7 +136,7 @@ def test_a_plan_is_a_record_and_says_what_the_ranks_do(tmp_path: Path) -> None:
         == plan.estimate.device_peak_bytes
         == sum(plan.estimate.peak_by_category.values())
     )
-    assert str(plan.pipeline) in str(plan)
+    assert plan.pipeline.told(plan.tier) in str(plan)
     shown = CliRunner().invoke(main, ["explain", str(tmp_path / "plan.json")])
     assert shown.exit_code == 0 and "goes to the tier" in shown.output
     assert all(format_bytes(each) in shown.output for each in plan.pipeline.peaks_bytes)
@@ -155,8 +155,8 @@ def test_a_plan_is_a_record_and_says_what_the_ranks_do(tmp_path: Path) -> None:
         ({"num_ranks": 0}, ScheduleError, "0 ranks came; wanted 1 or more"),
         ({"num_chunks": 0}, ScheduleError, "0 chunks came"),
         ({"num_microbatches": 0}, ScheduleError, "0 microbatches came"),
-        ({"hardware": None}, ValueError, "k and the rank's rate are not known.*one of a100-40g"),
-        ({"hardware": None, "k": 1.0}, ValueError, "the rank's rate is not known"),
+        ({"hardware": None}, ValueError, "k \(--k\) is not known.*one of a100-40g"),
+        ({"hardware": None, "k": 1.0}, ValueError, r"flops_per_second \(--tflops\) is not known"),
         ({"k": -1.0}, ValueError, "k=-1.0 came; wanted more than 0"),
         ({"flops_per_second": 0.0}, ValueError, "a rate of 0.0 operations a second came"),
         ({"hardware": "a100"}, ValueError, "'a100' is not known; wanted one of a100-40g"),
