@@ -155,7 +155,7 @@ def test_a_plan_is_a_record_and_says_what_the_ranks_do(tmp_path: Path) -> None:
         ({"num_ranks": 0}, ScheduleError, "0 ranks came; wanted 1 or more"),
         ({"num_chunks": 0}, ScheduleError, "0 chunks came"),
         ({"num_microbatches": 0}, ScheduleError, "0 microbatches came"),
-        ({"hardware": None}, ValueError, "k \(--k\) is not known.*one of a100-40g"),
+        ({"hardware": None}, ValueError, r"k \(--k\) is not known.*one of a100-40g"),
         ({"hardware": None, "k": 1.0}, ValueError, r"flops_per_second \(--tflops\) is not known"),
         ({"k": -1.0}, ValueError, "k=-1.0 came; wanted more than 0"),
         ({"flops_per_second": 0.0}, ValueError, "a rate of 0.0 operations a second came"),
