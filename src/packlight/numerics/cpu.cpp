@@ -7,7 +7,7 @@
 //   step(items)  ->  tasks of some blocks, handed out to threads
 //     task  ->  for each block:  1 load gradient, codes   2 new moments, new parameter   3 scales   4 new codes
 //     matrix format, besides:    5 maxima of the rows and columns of the task into the parameter's
-//   last task of a matrix  ->  maxima of this step become the divisors of the next
+//   last task of a matrix  ->  maxima of this step become the divisors of the next; a piece's are left as found
 //
 // Dividing and taking roots keep one unit of the processor busy, coding all the others. So a block is coded while the
 // next one is stepped (`step_whole`), vector by vector.
@@ -108,7 +108,9 @@ struct Item {
     uint8_t* exp_avg[3];     // fp32: values; else codes, scale, power
     uint8_t* exp_avg_sq[3];  // fp32: values; else codes, scale, power
     float *rows, *cols;      // matrix: (2, rows) and (2, cols)
-    int64_t numel, columns, key, spare[2];
+    int64_t numel, columns;
+    uint32_t key, shift;     // of random bits; what a piece's place in its parameter adds to their offsets
+    int64_t deferred, spare; // matrix: leave maxima as they were found
 };
 
 struct Tables {
@@ -478,7 +480,7 @@ struct Step {
     Table book;
     Planes planes;
     Borders borders;
-    uint32_t key;
+    uint32_t key, shift;
     int64_t rows;                // of a matrix
 };
 
@@ -794,8 +796,8 @@ template <bool EDGE, bool BEFORE> INLINE void step_block(Work& work, const Work&
     const Worth worth(at, step, EDGE);
     uint32_t m_most[GROUPS], s_most[GROUPS];
     Most low = {}, high = {};
-    const uint32_t first = first_word(at.offset, step.key ^ PARAMETER_STREAM);
-    work.first_word = first_word(at.offset, step.key);
+    const uint32_t first = first_word(at.offset, step.key ^ PARAMETER_STREAM) + step.shift;
+    work.first_word = first_word(at.offset, step.key) + step.shift;
     #pragma GCC unroll 2
     for (int j = 0; j < HALF; j += GROUP) {
         if (KIND == BITS8) low = high = Most{};
@@ -960,8 +962,13 @@ struct Matrix {
         uint32_t tail = 0;
         for (int64_t i = 0; is_whole() && i < num_tasks; tail = tasks[i++].tail)
             row_most[tasks[i].first] = tail > tasks[i].head ? tail : tasks[i].head;
-        rotate(item->rows, row_most, rows, UNKNOWN_ROW);
-        rotate(item->cols, column_most, columns, UNKNOWN_COLUMN);
+        if (item->deferred) {
+            memmove(item->rows, row_most, (size_t)rows * 4);
+            memcpy(item->cols, column_most, (size_t)columns * 4);
+        } else {
+            rotate(item->rows, row_most, rows, UNKNOWN_ROW);
+            rotate(item->cols, column_most, columns, UNKNOWN_COLUMN);
+        }
         delete[] column_most;
     }
     // `most` may be where `maxima` are.
@@ -1100,7 +1107,7 @@ void packlight_step(const Item* items, int64_t num_items, const float* numbers, 
     for (int64_t i = 0; i < num_items; i++) matrices.push_back(cut(items, i, tasks));
     Task* first = tasks.data();
     for (Matrix& matrix : matrices) matrix.tasks = first, first += matrix.num_tasks;
-    Step common{{}, *tables, table_of(tables->values), planes_of(tables->values), borders_of(tables->cells), 0, 0};
+    Step common{{}, *tables, table_of(tables->values), planes_of(tables->values), borders_of(tables->cells), 0, 0, 0};
     memcpy(&common.numbers, numbers, sizeof common.numbers);
     const int64_t num_tasks = (int64_t)tasks.size();
     #pragma omp parallel num_threads(threads)
@@ -1113,7 +1120,7 @@ void packlight_step(const Item* items, int64_t num_items, const float* numbers, 
             Task& task = tasks[(size_t)t];
             const Item& item = items[task.item];
             Matrix& matrix = matrices[(size_t)task.item];
-            step.key = (uint32_t)item.key, step.rows = matrix.rows;
+            step.key = item.key, step.shift = item.shift, step.rows = matrix.rows;
             if (MATRIX) run_rows(matrix, task, line, columns);
             else run_blocks(item, task, line);
         }

@@ -26,7 +26,7 @@ from packlight.numerics.call import Call, Slot
 from packlight.numerics.compiler import CompilerFailed, CompilerMissing, load_all
 from packlight.numerics.cpu_tables import tables
 from packlight.numerics.descent import descend
-from packlight.numerics.noise import WEYL, mixed
+from packlight.numerics.noise import WEYL, mixed, signed
 from packlight.numerics.rounding import RoundingName
 from packlight.numerics.settings import AdamWNumbers, SGDNumbers
 from packlight.numerics.suitability import contiguous, is_plain, kind_of, slow_reason, suits
@@ -193,7 +193,7 @@ def _renewed(batch: Batch, call: Call, addresses: "array[int]") -> Batch:
     fields = {GRAD_FIELD: [addresses[at] for at in batch.members]}
     if batch.has_noise(stochastic=call.stochastic):
         step, seeds = int(call.step) * WEYL, call.seeds
-        fields[KEY_FIELD] = [mixed(_mixed(seeds[at]) + step) for at in batch.members]
+        fields[KEY_FIELD] = [seeds[at] >> 32 << 32 | mixed(_mixed(seeds[at]) + step) for at in batch.members]
     return batch.with_fields(fields)
 
 
@@ -342,4 +342,4 @@ def _fields(slot: Slot) -> list[int]:
         pointers += found + [0] * (3 - len(found))
     pointers += [last.tensors[suffix].data_ptr() if suffix in last.tensors else 0 for suffix in ("rows", "cols")]
     columns = last.tensors["cols"].shape[1] if "cols" in last.tensors else 0
-    return [*pointers, slot.param.numel(), columns, slot.key, 0, 0]
+    return [*pointers, slot.param.numel(), columns, signed(slot.key), bool(slot.moments) and last.format.deferred, 0]

@@ -78,6 +78,8 @@ class MomentFormat:
         book: the code values, where the coding is "book".
         scale_dtype: of block scales.
         signed: whether values below zero can be stored.
+        deferred: of the rule "matrix": after a step the maxima are left as they were found, since those of other
+            pieces of the parameter belong to them (see `second_moments`).
     """
 
     coding: Coding
@@ -87,6 +89,7 @@ class MomentFormat:
     book: CodeBook | None = None
     scale_dtype: torch.dtype = torch.float32
     signed: bool = False
+    deferred: bool = False
 
     def tensors(self, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the shape and dtype of each tensor that stores a moment, by the suffix of its name.
@@ -113,7 +116,7 @@ class MomentFormat:
         if self.coding == "expanded":
             tensors["power"] = ((num_blocks,), torch.uint8)
         if self.scale == "matrix":
-            rows, columns = matrix_view(shape) or (0, 0)
+            rows, columns = matrix_view(shape) or (math.prod(shape[:-1]), shape[-1])
             tensors |= {"rows": ((2, rows), torch.float32), "cols": ((2, columns), torch.float32)}
         return tensors
 
@@ -152,6 +155,7 @@ LINEAR_BLOCKS = MomentFormat("book", "block", book=LINEAR_WITHOUT_ZERO)
 LINEAR_RANK1 = MomentFormat("book", "rank1", book=LINEAR_WITHOUT_ZERO)
 ROOT_BLOCKS = MomentFormat("root", "block")
 ROOT_MATRIX = MomentFormat("root", "matrix")
+ROOT_MATRIX_PIECE = MomentFormat("root", "matrix", deferred=True)
 ROOT_8BIT = MomentFormat("root", "block", 8, SMALL_BLOCK_ELEMENTS, scale_dtype=torch.bfloat16)
 SOFTSIGN_8BIT = MomentFormat("softsign", "block", 8, SMALL_BLOCK_ELEMENTS, scale_dtype=torch.bfloat16, signed=True)
 EXPANDED_SIGNED = MomentFormat("expanded", "block", 8, signed=True)
@@ -171,6 +175,21 @@ FORMATS: Mapping[str, StateFormat] = MappingProxyType(
         )
     }
 )
+
+PIECE_FORMATS: Mapping[tuple[MomentFormat, MomentFormat], str] = MappingProxyType(
+    {
+        (FP32, FP32): "fp32",
+        (NORMAL_BLOCKS, ROOT_MATRIX): "4bit/matrix",
+        (NORMAL_BLOCKS, ROOT_BLOCKS): "4bit/blocks",
+        (SOFTSIGN_8BIT, ROOT_8BIT): "8bit/blocks",
+        (EXPANDED_SIGNED, EXPANDED): "fp8/blocks",
+    }
+)
+"""What a piece of a parameter is stored as that has these formats as a whole: its own shape says nothing."""
+
+_MOMENTS_OF_PIECES = {name: moments for moments, name in PIECE_FORMATS.items() if name != "fp32"} | {
+    "4bit/matrix": (NORMAL_BLOCKS, ROOT_MATRIX_PIECE)
+}
 
 
 def state_format(name: str) -> StateFormat:
@@ -250,8 +269,8 @@ def moment_formats(name: str, shape: tuple[int, ...]) -> tuple[MomentFormat, Mom
     """Return what a parameter of that shape really gets under a state format.
 
     Args:
-        name: a key of `FORMATS`.
-        shape: the logical parameter's shape (not a shard's).
+        name: a key of `FORMATS`, or a value of `PIECE_FORMATS`.
+        shape: the logical parameter's shape (not a shard's); a piece's has no say.
 
     Returns:
         The formats of exp_avg and exp_avg_sq; fp32 for both where the tensor has at most 4096 elements.
@@ -259,6 +278,8 @@ def moment_formats(name: str, shape: tuple[int, ...]) -> tuple[MomentFormat, Mom
     Raises:
         ValueError: no format has that name.
     """
+    if name in _MOMENTS_OF_PIECES:
+        return _MOMENTS_OF_PIECES[name]
     chosen = state_format(name)
     if math.prod(shape) <= MAX_FP32_ELEMENTS:
         return FP32, FP32

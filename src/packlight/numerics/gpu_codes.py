@@ -101,10 +101,10 @@ def _mixed(number: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def words(place: tl.tuple, key: tl.tensor) -> tl.tensor:
-    """Return the random words that low and high half share, uint32."""
+def words(place: tl.tuple, key: tl.tensor, shift: tl.tensor) -> tl.tensor:
+    """Return the random words that low and high half share, uint32; `shift` is what a piece's place adds."""
     start = place[0] + place[1].to(tl.int64)
-    line = start.to(tl.uint32) * _MULTIPLIER_1 + (start >> 32).to(tl.uint32) * _WEYL + key
+    line = start.to(tl.uint32) * _MULTIPLIER_1 + (start >> 32).to(tl.uint32) * _WEYL + key + shift
     weyl = line[None, :] + (place[2].to(tl.uint32) * _MULTIPLIER_1)[:, None]
     return (weyl ^ (weyl >> 15)) * _MULTIPLIER_2
 

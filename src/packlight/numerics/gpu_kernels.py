@@ -11,7 +11,7 @@ constants, step number and found_inf are read there too: nothing waits for the h
                         and columns, 15 where in `maxima` its new row maxima start; its column maxima follow
     gradients[tensor]   the gradient's address, int64; apart, because it changes when gradients are freed
     vectors[program]    int64, (4,): 0 address of row or column maxima, 1 their number, 2 where in `maxima` the new
-                        ones start, 3 whether they are columns'
+                        ones start, 3 whether they are columns' (1) and are only to be left there (2)
 
 A program is one warp, so that it never waits for another, and does up to TILES tiles one after the other. A tile
 is LINES lines of both halves (see `gpu_codes`): a line is half a block, or in a strip (see `gpu_matrices`) the
@@ -83,7 +83,8 @@ def adamw_kernel(
     row = tensors + owner.to(tl.int64) * _NUM_FIELDS
     param, grad, error = _parameter(row, gradients + owner, TYPE, ROUNDING, ALIGNMENT)
     first, second = _moment(row + 5, FIRST, WIDTH, ALIGNMENT), _moment(row + 8, SECOND, WIDTH, ALIGNMENT)
-    key, tables = key_at(tl.load(row + 3), tl.load(step)), (values, borders, limits)
+    seed, tables = tl.load(row + 3), (values, borders, limits)
+    key, shift = key_at(seed, tl.load(step)), (seed >> 32).to(tl.uint32)
     beta1, beta2, root_beta2 = tl.load(numbers), tl.load(numbers + 2), tl.load(numbers + 3)
     constants = _adamw_constants(numbers)
     line, column, num_tiles = _tiles(row, MATRIX, LINES, WIDTH, TILES)
@@ -102,9 +103,9 @@ def adamw_kernel(
             v = stored.load_moment(second, place, beta2, tables, SECOND, WIDTH)
         p_low, m_low, v_low, root_low = _adamw(p[0], g[0], m[0], v[0], constants)
         p_high, m_high, v_high, root_high = _adamw(p[1], g[1], m[1], v[1], constants)
-        _write(param, error, place, (p_low, p_high), key, ROUNDING)
+        _write(param, error, place, (p_low, p_high), key, shift, ROUNDING)
         stored.store_first(first, place, (m_low, m_high), tables, FIRST, WIDTH, WHOLE)
-        word = words(place, key) if STOCHASTIC else 0
+        word = words(place, key, shift) if STOCHASTIC else 0
         if SECOND == "root":
             root, found = (root_low, root_high), (low_found, high_found)
             low_found, high_found = matrices.gather(maxima, row, lines, place, root, found, at, MATRIX, WHOLE)
@@ -144,7 +145,8 @@ def sgd_kernel(
     row = tensors + owner.to(tl.int64) * _NUM_FIELDS
     param, grad, error = _parameter(row, gradients + owner, TYPE, ROUNDING, ALIGNMENT)
     first = _moment(row + 5, FIRST, WIDTH, ALIGNMENT)
-    key, tables = key_at(tl.load(row + 3), tl.load(step)), (values, borders, limits)
+    seed, tables = tl.load(row + 3), (values, borders, limits)
+    key, shift = key_at(seed, tl.load(step)), (seed >> 32).to(tl.uint32)
     momentum, constants = tl.load(numbers), _sgd_constants(numbers)
     line, column, num_tiles = _tiles(row, "", LINES, WIDTH, TILES)
     for tile in range(0, num_tiles):
@@ -156,7 +158,7 @@ def sgd_kernel(
             m = stored.load_moment(first, place, momentum, tables, FIRST, WIDTH)
         p_low, m_low = _sgd(p[0], g[0], m[0], constants, FIRST)
         p_high, m_high = _sgd(p[1], g[1], m[1], constants, FIRST)
-        _write(param, error, place, (p_low, p_high), key, ROUNDING)
+        _write(param, error, place, (p_low, p_high), key, shift, ROUNDING)
         if FIRST != "":
             stored.store_first(first, place, (m_low, m_high), tables, FIRST, WIDTH, WHOLE)
 
@@ -169,7 +171,8 @@ def rotate_kernel(vectors: tl.tensor, maxima: tl.tensor, found_inf: tl.tensor, S
     vector = vectors + tl.program_id(0) * _NUM_VECTOR_FIELDS
     pointer, length = tl.load(vector).to(tl.pointer_type(tl.float32)), tl.load(vector + 1)
     maxima += tl.load(vector + 2)
-    unknown = tl.where(tl.load(vector + 3) != 0, _UNKNOWN_COLUMN, _UNKNOWN_ROW)
+    kind = tl.load(vector + 3)
+    unknown, deferred = tl.where((kind & 1) != 0, _UNKNOWN_COLUMN, _UNKNOWN_ROW), (kind & 2) != 0
     num_parts = tl.cdiv(length, SIZE).to(tl.int32)
     largest = tl.zeros((SIZE,), tl.float32)
     for part in range(0, num_parts):
@@ -181,10 +184,10 @@ def rotate_kernel(vectors: tl.tensor, maxima: tl.tensor, found_inf: tl.tensor, S
         index = part * SIZE + tl.arange(0, SIZE)
         last = tl.load(pointer + length + index, index < length, other=0.0)
         new = float_of(tl.load(maxima + index, index < length, other=0))
-        tl.store(pointer + index, last, index < length)
+        tl.store(pointer + index, tl.where(deferred, new, last), index < length)
         following = tl.where(_usable(new), tl.maximum(new, least), unknown)
         changed = (following > last * _MAXIMA_SLACK) | (last > following * _MAXIMA_SLACK)
-        tl.store(pointer + length + index, tl.where(changed, following, last), index < length)
+        tl.store(pointer + length + index, tl.where(changed & (not deferred), following, last), index < length)
 
 
 @triton.jit
@@ -326,11 +329,17 @@ def _read(pointer: tl.tensor, error: tl.tensor, place: tl.tuple, ROUNDING: tl.co
 
 @triton.jit
 def _write(
-    param: tl.tensor, error: tl.tensor, place: tl.tuple, halves: tl.tuple, key: tl.tensor, ROUNDING: tl.constexpr
+    param: tl.tensor,
+    error: tl.tensor,
+    place: tl.tuple,
+    halves: tl.tuple,
+    key: tl.tensor,
+    shift: tl.tensor,
+    ROUNDING: tl.constexpr,
 ) -> None:
     start, offset, low_mask, high_mask = place[0], offsets_of(place), place[5], place[6]
     if ROUNDING == "stochastic":
-        word = words(place, key ^ _PARAMETER_STREAM)
+        word = words(place, key ^ _PARAMETER_STREAM, shift)
         low, high = (word >> 16).to(tl.int32), (word & 0xFFFF).to(tl.int32)
     else:
         low, high = 0, 0

@@ -40,6 +40,7 @@ CODINGS: dict[tuple[MomentFormat, ...], tuple[str, str, int]] = {
     (formats.NORMAL_BLOCKS,): ("book", "", 64),
     (formats.NORMAL_BLOCKS, formats.ROOT_BLOCKS): ("book", "root", 64),
     (formats.NORMAL_BLOCKS, formats.ROOT_MATRIX): ("book", "root", 64),
+    (formats.NORMAL_BLOCKS, formats.ROOT_MATRIX_PIECE): ("book", "root", 64),
     (formats.SOFTSIGN_8BIT,): ("softsign", "", 32),
     (formats.SOFTSIGN_8BIT, formats.ROOT_8BIT): ("softsign", "root", 32),
     (formats.EXPANDED_SIGNED,): ("expanded", "", 64),
@@ -55,6 +56,7 @@ class Kind(NamedTuple):
         second: coding of exp_avg_sq; "" for none.
         width: elements of half a block.
         matrix: "" for scales of blocks alone; "strips" for matrices of whole blocks a row; "blocks" for others.
+        deferred: whether the matrices' new maxima are left as they are found.
         whole: whether the last block is whole.
         aligned: whether addresses are multiples of ALIGNMENT.
     """
@@ -63,6 +65,7 @@ class Kind(NamedTuple):
     second: str
     width: int
     matrix: str
+    deferred: bool
     whole: bool
     aligned: bool
 
@@ -179,7 +182,8 @@ def _kind(moments: tuple[Moment, ...], row: list[int]) -> Kind:
     matrix = ("blocks" if num_columns % BLOCK_ELEMENTS else "strips") if num_columns else ""
     aligned = all(address % ALIGNMENT == 0 for address in addresses)
     codings = CODINGS[tuple(moment.format for moment in moments)]
-    return Kind(*codings, matrix, whole=numel % BLOCK_ELEMENTS == 0, aligned=aligned)
+    deferred = bool(moments) and moments[-1].format.deferred
+    return Kind(*codings, matrix, deferred, whole=numel % BLOCK_ELEMENTS == 0, aligned=aligned)
 
 
 def _row(call: Call, index: int, moments: tuple[Moment, ...]) -> list[int]:
@@ -207,7 +211,7 @@ def _group(kind: Kind, rows: dict[int, list[int]], device: torch.device) -> Grou
         row[4], row[15] = first_program, start
         first_program += programs
         for address, length, is_column in ((row[11], row[13], 0), (row[12], row[14], 1)) if kind.matrix else ():
-            vectors.append([address, length, start, is_column])
+            vectors.append([address, length, start, is_column + 2 * kind.deferred])
             start += length
     return Group(
         kind,

@@ -61,17 +61,38 @@ def seed_of(seed: int, index: int) -> int:
     return (mixed(seed) + (index + 1) * WEYL) & MASK
 
 
+def seed_at(seed: int, origin: int) -> int:
+    """Return the seed of a piece of a parameter: its elements get the bits that they have in the whole.
+
+    Where a piece of more than 2^32 elements is, the upper ones of it get other bits than in the whole.
+
+    Args:
+        seed: what `seed_of` gave.
+        origin: offset of the piece's first element in the parameter, a multiple of 128.
+
+    Returns:
+        The seed in the lower 32 bits, and above it what the origin adds to a Weyl sequence; from -2^63 to 2^63 - 1.
+    """
+    shift = (origin * MULTIPLIER_1 + (origin >> 32) * WEYL) & MASK
+    return signed(shift << 32 | seed & MASK)
+
+
 def key_at(seed: int, step: int) -> int:
     """Return the key of one parameter's step.
 
     Args:
-        seed: what `seed_of` gave.
+        seed: what `seed_of` or `seed_at` gave.
         step: 1 for the first.
 
     Returns:
-        The key, 0 to 2^32 - 1.
+        The key, 0 to 2^32 - 1 for a whole parameter; a piece's has its share of a Weyl sequence in the upper 32 bits.
     """
-    return mixed(mixed(seed) + step * WEYL)
+    return (seed >> 32 & MASK) << 32 | mixed(mixed(seed) + step * WEYL)
+
+
+def signed(number: int) -> int:
+    """Return the 64-bit integer that has the bits of a number from 0 to 2^64 - 1."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def words(key: int, start: int, stop: int, *, device: torch.device) -> Tensor:
@@ -87,7 +108,7 @@ def words(key: int, start: int, stop: int, *, device: torch.device) -> Tensor:
         int64, (stop - start,): numbers from 0 to 2^32 - 1.
     """
     pairs = torch.arange(start, stop, dtype=torch.int64, device=device) & ~PAIR_DISTANCE
-    weyl = ((pairs & MASK) * MULTIPLIER_1 + (pairs >> 32) * WEYL + key) & MASK
+    weyl = ((pairs & MASK) * MULTIPLIER_1 + (pairs >> 32) * WEYL + (key + (key >> 32) & MASK)) & MASK
     return ((weyl ^ (weyl >> 15)) * MULTIPLIER_2) & MASK
 
 

@@ -7,7 +7,9 @@ are known when the whole tensor is. Formats differ in how they deal with that:
     Matrix    a root is divided by the least of its row's and its column's largest root *as known one step before*,
               then by the largest quotient in its block. Old maxima only even out the block, and the block scale is
               exact, so one pass does, nothing is clipped, and each element is still coded relative to its row
-              and column. A known maximum stays for as long as it is within MAXIMA_SLACK of the true one
+              and column. A known maximum stays for as long as it is within MAXIMA_SLACK of the true one. Of a piece
+              of a parameter, the step leaves what it has found in the place of the old divisors: `rotate` takes it
+              over when the other pieces' maxima have come
     Rank1     algorithm 4 of Li et al.: maxima per axis of the new moment; two passes over gradients and codes
     Factored  means per row and column; a pass for the means, then one for the update
 
@@ -29,7 +31,6 @@ from torch.nn.functional import pad
 
 from packlight.numerics import codes as coding
 from packlight.numerics import moments
-from packlight.numerics.formats import matrix_view
 from packlight.numerics.moments import UNKNOWN_COLUMN, UNKNOWN_ROW, Moment
 
 # Row and column maxima outside of this range have no use as divisors.
@@ -147,7 +148,7 @@ class Matrix(Blocks):
     def __init__(self, moment: Moment) -> None:
         super().__init__(moment)
         self.rows, self.cols = moment.tensors["rows"], moment.tensors["cols"]
-        self.maxima = Maxima(moment, matrix_view(moment.shape) or (0, 0))
+        self.maxima = Maxima(moment, (self.rows.shape[1], self.cols.shape[1]))
 
     def units(self, start: int, stop: int, factor: float) -> Tensor:
         """Return the least of what rows and columns say a level is worth, times a factor."""
@@ -167,25 +168,47 @@ class Matrix(Blocks):
     def finish(self) -> None:
         """Take over maxima that have moved away from the divisors, and keep the divisors of this step for decoding."""
         row, column = self.maxima.of_axes()
-        for vectors, maxima, unknown in ((self.rows, row, UNKNOWN_ROW), (self.cols, column, UNKNOWN_COLUMN)):
-            used, following = vectors[1].clone(), _usable(maxima, unknown)
-            changed = (following > used * MAXIMA_SLACK) | (used > following * MAXIMA_SLACK)
-            vectors[0], vectors[1] = used, torch.where(changed, following, used)
+        if self.moment.format.deferred:
+            self.rows[0], self.cols[0] = row, column
+            return
+        rotate(self.rows, row, largest_of(row), unknown=UNKNOWN_ROW)
+        rotate(self.cols, column, largest_of(column), unknown=UNKNOWN_COLUMN)
 
-    def use(self, row: Tensor, column: Tensor) -> None:
-        """Take maxima for the next time that something is stored."""
-        self.rows[1] = _usable(row, UNKNOWN_ROW)
-        self.cols[1] = _usable(column, UNKNOWN_COLUMN)
+    def use(self, row: Tensor, column: Tensor, *, largest_row: Tensor | None = None) -> None:
+        """Take maxima for the next time that something is stored; `largest_row` is of all pieces' rows."""
+        self.rows[1] = _usable(row, largest_of(row) if largest_row is None else largest_row, UNKNOWN_ROW)
+        self.cols[1] = _usable(column, largest_of(column), UNKNOWN_COLUMN)
 
     def _at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         offsets = torch.arange(start, stop, device=self.rows.device)
         return offsets // self.cols.shape[1], offsets % self.cols.shape[1]
 
 
-def _usable(maxima: Tensor, otherwise: float) -> Tensor:
-    usable = (maxima >= SMALLEST_MAXIMUM) & (maxima <= LARGEST_MAXIMUM)
-    least = torch.where(usable, maxima, 0.0).amax() / MAXIMA_RANGE
-    return torch.where(usable, torch.maximum(maxima, least), otherwise)
+def rotate(vectors: Tensor, maxima: Tensor, largest: Tensor, *, unknown: float | Tensor) -> None:
+    """Keep the divisors of the step that was done, for decoding, and take over maxima that have moved from them.
+
+    Args:
+        vectors: fp32, (2, n): divisors of the step before and of this one; changed in place.
+        maxima: fp32, (n,): what this step has found.
+        largest: fp32, 0-dim or (n,): `largest_of` all maxima of the parameter's rows, or columns.
+        unknown: what takes the place of maxima that are no use.
+    """
+    used, following = vectors[1].clone(), _usable(maxima, largest, unknown)
+    changed = (following > used * MAXIMA_SLACK) | (used > following * MAXIMA_SLACK)
+    vectors[0], vectors[1] = used, torch.where(changed, following, used)
+
+
+def largest_of(maxima: Tensor) -> Tensor:
+    """Return the largest of the maxima that are of use, 0 where none is; fp32, 0-dim."""
+    return torch.where(_is_usable(maxima), maxima, 0.0).amax() if maxima.numel() else maxima.new_zeros(())
+
+
+def _is_usable(maxima: Tensor) -> Tensor:
+    return (maxima >= SMALLEST_MAXIMUM) & (maxima <= LARGEST_MAXIMUM)
+
+
+def _usable(maxima: Tensor, largest: Tensor, otherwise: float | Tensor) -> Tensor:
+    return torch.where(_is_usable(maxima), torch.maximum(maxima, largest / MAXIMA_RANGE), otherwise)
 
 
 class Rank1:
