@@ -187,8 +187,11 @@ PIECE_FORMATS: Mapping[tuple[MomentFormat, MomentFormat], str] = MappingProxyTyp
 )
 """What a piece of a parameter is stored as that has these formats as a whole: its own shape says nothing."""
 
+MATRIX_PIECE = PIECE_FORMATS[NORMAL_BLOCKS, ROOT_MATRIX]
+"""The one of these whose maxima are of all pieces."""
+
 _MOMENTS_OF_PIECES = {name: moments for moments, name in PIECE_FORMATS.items() if name != "fp32"} | {
-    "4bit/matrix": (NORMAL_BLOCKS, ROOT_MATRIX_PIECE)
+    MATRIX_PIECE: (NORMAL_BLOCKS, ROOT_MATRIX_PIECE)
 }
 
 

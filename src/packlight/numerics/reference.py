@@ -16,7 +16,7 @@ algorithms 1, 2 and 3.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -142,13 +142,21 @@ def sgd_step(
 
 
 @torch.no_grad()
-def encode(values: Tensor, moment_format: MomentFormat, *, device: torch.device | str | None = None) -> Moment:
+def encode(
+    values: Tensor,
+    moment_format: MomentFormat,
+    *,
+    device: torch.device | str | None = None,
+    gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Moment:
     """Store a tensor in a moment format, each element rounded to the nearest code.
 
     Args:
         values: floating point, any shape: the values to store.
         moment_format: how to store them.
         device: where to store them; None: where they are.
+        gather: of a piece of a matrix: gets its row and column maxima, returns the largest of all pieces' row maxima
+            and the column maxima of all pieces.
 
     Returns:
         The moment; its tensors are new.
@@ -169,10 +177,15 @@ def encode(values: Tensor, moment_format: MomentFormat, *, device: torch.device 
         maxima = second.maxima if isinstance(second, Matrix) else Maxima(moment, moment.shape)
         for start, part in ranges():
             maxima.add(square_root(part) if by_root else part, start)
-        second.use(*maxima.of_axes()) if isinstance(second, Matrix) else second.use(maxima)
+        if isinstance(second, Matrix):
+            row, column = maxima.of_axes()
+            largest_row, column = (None, column) if gather is None else gather(row, column)
+            second.use(row, column, largest_row=largest_row)
+        else:
+            second.use(maxima)
     for start, part in ranges():
         second.store(start, part, part if moment_format.signed else square_root(part), key=None)
-    second.finish()
+    second.keep() if isinstance(second, Matrix) else second.finish()
     return moment
 
 

@@ -179,6 +179,10 @@ class Matrix(Blocks):
         self.rows[1] = _usable(row, largest_of(row) if largest_row is None else largest_row, UNKNOWN_ROW)
         self.cols[1] = _usable(column, largest_of(column), UNKNOWN_COLUMN)
 
+    def keep(self) -> None:
+        """Decode by the divisors that were stored with."""
+        self.rows[0], self.cols[0] = self.rows[1], self.cols[1]
+
     def _at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         offsets = torch.arange(start, stop, device=self.rows.device)
         return offsets // self.cols.shape[1], offsets % self.cols.shape[1]
@@ -200,15 +204,16 @@ def rotate(vectors: Tensor, maxima: Tensor, largest: Tensor, *, unknown: float |
 
 def largest_of(maxima: Tensor) -> Tensor:
     """Return the largest of the maxima that are of use, 0 where none is; fp32, 0-dim."""
-    return torch.where(_is_usable(maxima), maxima, 0.0).amax() if maxima.numel() else maxima.new_zeros(())
+    return torch.where(is_usable(maxima), maxima, 0.0).amax() if maxima.numel() else maxima.new_zeros(())
 
 
-def _is_usable(maxima: Tensor) -> Tensor:
+def is_usable(maxima: Tensor) -> Tensor:
+    """Tell which maxima can be divided by."""
     return (maxima >= SMALLEST_MAXIMUM) & (maxima <= LARGEST_MAXIMUM)
 
 
 def _usable(maxima: Tensor, largest: Tensor, otherwise: float | Tensor) -> Tensor:
-    return torch.where(_is_usable(maxima), torch.maximum(maxima, largest / MAXIMA_RANGE), otherwise)
+    return torch.where(is_usable(maxima), torch.maximum(maxima, largest / MAXIMA_RANGE), otherwise)
 
 
 class Rank1:

@@ -40,18 +40,17 @@ from packlight.numerics.noise import seed_of
 from packlight.optim.adoptable import group_refusal, raise_if
 from packlight.optim.adopted_state import CompactState, moments_of, own_state, show_portable
 from packlight.optim.hosted import HostStep, placed
+from packlight.optim.layout import Layout, layout_of
+from packlight.optim.piece import is_dtensor, local_of
 from packlight.optim.state import (
     MOMENTS,
     State,
     check_dtype,
-    from_portable,
     group_settings,
-    init_state,
     nbytes,
-    state_bytes,
     step_device,
 )
-from packlight.optim.stepping import Entry, Scalars, check_dense, run, tensors_of
+from packlight.optim.stepping import Entry, Scalars, check_dense, run
 
 _adopted: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
@@ -193,26 +192,30 @@ class Adoption:
         state = self._state_of(param)
         history = self._history[param] if param in self._history else int(state["step"])
         self._history[param] = history = hash((history, num_calls))
-        tensors = tensors_of(state, state.state_format, param.shape)
-        seed = seed_of(0, self._places[param])
-        return Entry(param, grad, state, tensors, state.state_format, "nearest", seed, history)
+        layout = state.layout
+        seed, tensors = layout.seed(seed_of(0, self._places[param])), layout.tensors(state, layout.keys())
+        own, slope = layout.view(param), layout.view(grad)
+        return Entry(own, slope, state, tensors, layout.state_format, "nearest", seed, history, layout.if_piece())
 
     def _state_of(self, param: Tensor) -> CompactState:
         state = self._optimizer.state.get(param)
         if isinstance(state, CompactState):
             return state
-        return self._adopt_state(param, init_state(param, self._formats[param], device=self._place(param)))
+        return self._adopt_state(param, self._layout(param).init_state(param, device=self._place(param)))
 
     def _place(self, param: Tensor) -> torch.device:
-        return torch.device("cpu") if param in self._host.params else param.device
+        return torch.device("cpu") if param in self._host.params else local_of(param).device
 
     def _encode(self, param: Tensor, state: Mapping[str, Any]) -> State:
-        return from_portable(moments_of(state), state_format=self._formats[param], device=self._place(param))
+        return self._layout(param).from_portable(moments_of(state), device=self._place(param))
+
+    def _layout(self, param: Tensor) -> Layout:
+        return layout_of(param, self._formats[param])
 
     def _adopt_state(self, param: Tensor, state: State) -> CompactState:
         state["step"] = state["step"].to(step_device(self._place(param)))
         self._history.pop(param, None)
-        self._optimizer.state[param] = compact = CompactState(state, param, self._formats[param])
+        self._optimizer.state[param] = compact = CompactState(state, param, self._layout(param))
         return compact
 
     def _bytes_of(self, param: Tensor) -> int:
@@ -222,8 +225,8 @@ class Adoption:
         if not param.requires_grad:
             return 0
         if param in self._formats:
-            return state_bytes(param.shape, param.dtype, self._formats[param])
-        return 4 + len(MOMENTS) * param.numel() * param.element_size()
+            return self._layout(param).state_bytes(param.dtype)
+        return 4 + len(MOMENTS) * local_of(param).nbytes
 
     def _hide_gradients(self, params: Iterable[Tensor]) -> None:
         for param in params:
@@ -300,6 +303,11 @@ def adopt(optimizer: Optimizer, state_formats: Mapping[Tensor, str]) -> Adoption
                 "wanted only parameters of its param_groups. Call adopt after add_param_group."
             )
         name, on_host = placed(chosen)
+        if on_host and is_dtensor(param):
+            raise ValueError(
+                f"{chosen!r} came for a parameter of shape {tuple(param.shape)} that is a DTensor; its state can be in "
+                "host memory if the parameter is, too: shard it with CPUOffloadPolicy"
+            )
         if format_named(name).name != "fp32" or on_host:
             check_dtype(param.dtype)
     handle = Adoption(optimizer, state_formats)

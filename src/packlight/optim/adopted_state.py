@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packlight.optim.state import MOMENTS, State, to_portable
+from packlight.optim.layout import Layout
+from packlight.optim.state import MOMENTS, State
 
 
 class CompactState(dict[str, Tensor]):
     """A managed parameter's state; copies and pickles of it are plain dicts in torch's own form.
 
     Attributes:
-        shape: the parameter's shape.
-        state_format: the name of the format that the state has.
+        layout: how the state lies.
         device: the parameter's; the state may be in host memory.
     """
 
-    def __init__(self, state: State, param: Tensor, state_format: str) -> None:
+    def __init__(self, state: State, param: Tensor, layout: Layout) -> None:
         super().__init__(state)
-        self.shape, self.state_format, self.device = param.shape, state_format, param.device
+        self.layout, self.device = layout, param.device
 
     def portable(self, device: torch.device | str | None = None) -> State:
         """Return step, exp_avg and exp_avg_sq, the moments in fp32 on `device` (None: the parameter's)."""
-        return to_portable(self, shape=self.shape, state_format=self.state_format, device=device or self.device)
+        return self.layout.to_portable(self, device=device or self.device)
 
     def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[State]]:
         """Copy and pickle as a plain dict that torch's own step understands."""

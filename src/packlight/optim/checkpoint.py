@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 
 from packlight.numerics.rounding import ERROR_DTYPES, LARGEST_ERROR_8BIT
-from packlight.optim.state import (
-    MOMENTS,
-    State,
-    error_dtype,
-    from_portable,
-    step_device,
-    step_tensor,
-    stored_moments,
-    to_portable,
-)
+from packlight.optim.layout import Layout, gathered_layout, layout_of
+from packlight.optim.piece import is_dtensor, local_of
+from packlight.optim.state import MOMENTS, State, error_dtype, step_device, step_tensor
 
 
 @dataclass(frozen=True)
@@ -42,8 +35,11 @@ class Converter:
     read_group: Callable[[Mapping[str, Any]], dict[str, Any]]
 
     def portable(self, state: State, param: Tensor, state_format: str, moments: tuple[str, ...]) -> State:
-        """Return a compact state as torch's optimiser holds it, in fp32, on the CPU; its SGD counts no steps."""
-        state = to_portable(state, shape=param.shape, state_format=state_format, moments=moments, device="cpu")
+        """Return a compact state as torch's optimiser holds it, in fp32; its SGD counts no steps.
+
+        Plain moments come on the CPU, DTensors where they are.
+        """
+        state = layout_of(param, state_format).to_portable(state, moments=moments, device="cpu")
         return {key: value for key, value in state.items() if key != "step" or self.moments == MOMENTS}
 
     def portable_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,31 +78,42 @@ class Converter:
             ValueError: the state does not fit the parameter, or is another kind of optimiser's.
         """
         moments = self.moments if set(state) - {"step", "param_error"} else ()
+        layout, device = layout_of(param, state_format), local_of(param).device
         if saved_format is None:
             # torch and bitsandbytes count no steps of SGD: it has had one at least.
             portable: dict[str, Any] = {"step": 1.0, **self.read_state(state, shape=param.shape)}
-            compact: State = from_portable(
-                portable, state_format=state_format, moments=self.moments, device=param.device
-            )
-        elif saved_format == state_format or not moments:
-            stored_moments(state, param.shape, saved_format, moments=moments)
-            compact = {key: value.to(param.device, copy=True) for key, value in state.items()}
+            compact: State = layout.from_portable(portable, moments=self.moments, device=device)
         else:
-            portable = to_portable(state, shape=param.shape, state_format=saved_format, moments=moments)
-            compact = from_portable(portable, state_format=state_format, moments=moments, device=param.device)
+            saved = _saved_layout(state, param, saved_format)
+            saved.stored(state, moments=moments)
+            if (saved_format == state_format and saved.has_tensors_of(layout)) or not moments:
+                compact = layout.copied_state(saved.bare(state) if saved.piece != layout.piece else state, device)
+            else:
+                portable = saved.to_portable(state, moments=moments)
+                compact = layout.from_portable(portable, moments=moments, device=device)
         step = state.get("step", compact["step"])
         step = step if isinstance(step, Tensor) else step_tensor(step)
-        compact["step"] = step.to(step_device(param.device), torch.float32, copy=True)
-        return _with_error(compact, state.get("param_error"), param, group["bf16_rounding"])
+        compact["step"] = step.to(step_device(device), torch.float32, copy=True)
+        return _with_error(compact, state.get("param_error"), param, layout, group["bf16_rounding"])
 
 
-def _with_error(compact: State, error: Any, param: Tensor, rounding: str) -> State:
-    wanted = error_dtype(param.dtype, rounding)
+def _saved_layout(state: Mapping[str, Any], param: Tensor, saved_format: str) -> Layout:
+    """Return the layout that a saved state has: a plain parameter's may have been cut, and put together to be saved."""
+    gathered = any(key.endswith("_codes") and value.dim() > 1 for key, value in state.items())
+    if gathered and not is_dtensor(param):
+        return gathered_layout(tuple(param.shape), saved_format)
+    return layout_of(param, saved_format)
+
+
+def _with_error(compact: State, error: Any, param: Tensor, layout: Layout, rounding: str) -> State:
     compact.pop("param_error", None)
-    if wanted is not None:
-        came = isinstance(error, Tensor) and error.dtype in ERROR_DTYPES.values() and error.numel() == param.numel()
-        zeros = torch.zeros(param.numel(), dtype=wanted, device=param.device)
-        compact["param_error"] = _as_error(error, wanted).to(param.device, copy=True) if came else zeros
+    if error_dtype(param.dtype, rounding) is not None:
+        made = layout.init_state(param, moments=(), rounding=rounding)["param_error"]
+        came = local_of(error).view(-1) if isinstance(error, Tensor) and error.dtype in ERROR_DTYPES.values() else None
+        here = local_of(made).view(-1)
+        if came is not None and came.numel() == here.numel():
+            here.copy_(_as_error(came, here.dtype))
+        compact["param_error"] = made
     return compact
 
 

@@ -26,6 +26,8 @@ from torch.optim.optimizer import ParamsT
 
 from packlight.numerics.settings import AdamWSettings, SGDSettings
 from packlight.optim.checkpoint import Converter
+from packlight.optim.layout import layout_of
+from packlight.optim.piece import local_of
 from packlight.optim.policy import format_of
 from packlight.optim.release import Release
 from packlight.optim.roster import Options, Roster, parameters_of
@@ -34,9 +36,8 @@ from packlight.optim.state import (
     check_dtype,
     check_range,
     nbytes,
-    state_bytes,
 )
-from packlight.optim.stepping import Scalars, check_dense, run
+from packlight.optim.stepping import Scalars, check_dense, run, settle_all
 
 ROUNDINGS = ("stochastic", "nearest", "master24", "master32")
 
@@ -146,11 +147,15 @@ class CompactOptimizer(Optimizer):
         scalars = self._scalars(clip_coefficient)
         if self._release is not None:
             self._release.close_round(scalars)
+        makes_only = self._makes_states_only()
         call = self._roster.call(self.param_groups, list(map(self._options, self.param_groups)), self.state)
+        if makes_only:
+            return loss
         for part in call.parts:
             settings, lr = self.settings(part.group), part.group["lr"]
             for batch in part.batches:
                 batch.run(settings, scalars, lr=lr)
+        settle_all((batch for part in call.parts for batch in part.batches), scalars)
         self._roster.keep(call)
         return loss
 
@@ -163,6 +168,17 @@ class CompactOptimizer(Optimizer):
         if grad is not None:
             entry = self._roster.entry(known, grad, self._options(known.group), self.state)
             run([entry], self.settings(known.group), Scalars(), lr=known.group["lr"])
+
+    def _makes_states_only(self) -> bool:
+        """Tell whether a step is the first, at a learning rate of 0, with gradients of 0: not one that is counted.
+
+        So torch.distributed.checkpoint makes the states into which it loads.
+        """
+        rates = [group["lr"] for group in self.param_groups]
+        if self.state or not all(isinstance(lr, float | int) or lr.device.type == "cpu" for lr in rates) or any(rates):
+            return False
+        grads = (param.grad for group in self.param_groups for param in group["params"])
+        return not any(local_of(grad).any() for grad in grads if grad is not None)
 
     def state_bytes(self) -> int:
         """Return the exact bytes of the states, also before the first step.
@@ -273,8 +289,8 @@ class CompactOptimizer(Optimizer):
             return nbytes(self.state[param])
         if not param.requires_grad:
             return 0
-        rounding = group["bf16_rounding"]
-        return state_bytes(param.shape, param.dtype, state_format, moments=self.moments(group), rounding=rounding)
+        options = {"moments": self.moments(group), "rounding": group["bf16_rounding"]}
+        return layout_of(param, state_format).state_bytes(param.dtype, **options)
 
 
 def _holds(state: Mapping[str, Any] | None) -> bool:
@@ -290,4 +306,8 @@ def _saved_parameters(group: Mapping[str, Any]) -> Iterator[tuple[int, str | Non
 def _formats_by_parameter(group: dict[str, Any]) -> list[str]:
     choice = group.pop("state_format")
     names = group.get("param_names", [None] * len(group["params"]))
-    return [format_of(choice, name=name, shape=param.shape) for name, param in zip(names, group["params"], strict=True)]
+    pairs = list(zip(names, group["params"], strict=True))
+    made = [format_of(choice, name=name, shape=param.shape) for name, param in pairs]
+    for state_format, (_, param) in zip(made, pairs, strict=True):
+        layout_of(param, state_format)  # a DTensor may have none
+    return made

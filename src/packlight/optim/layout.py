@@ -17,10 +17,9 @@ no rows, and keeps its moments in fp32, as a warning says.
 
 import functools
 import math
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,71 +27,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from packlight.numerics import Moment, MomentFormat, decode, encode, moment_formats
-from packlight.numerics.formats import BLOCK_ELEMENTS, PIECE_FORMATS, ROOT_BLOCKS, ROOT_MATRIX, matrix_view
+from packlight.numerics.formats import (
+    BLOCK_ELEMENTS,
+    MATRIX_PIECE,
+    PIECE_FORMATS,
+    ROOT_BLOCKS,
+    ROOT_MATRIX,
+    matrix_view,
+)
 from packlight.numerics.noise import seed_at
 from packlight.optim import state as states
+from packlight.optim.piece import Piece, is_dtensor, local_of, piece_of
 from packlight.optim.state import MOMENTS, MOMENTUM, State, state_keys, stored_moments
 
 # The longer names first: one begins like the other.
 _NAMES = (*sorted(MOMENTS, key=len, reverse=True), *MOMENTUM)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Which rows of a parameter this process has, and how they are cut.
-
-    Attributes:
-        shape: of the whole parameter.
-        local_shape: of what is here.
-        mesh: the DTensor's device mesh.
-        placements: the DTensor's.
-        num_axes: how many leading axes count rows; the others are a row.
-        origin: elements before the first one here, where the pieces are one after the other.
-    """
-
-    shape: tuple[int, ...]
-    local_shape: tuple[int, ...]
-    mesh: Any
-    placements: tuple[Any, ...]
-    num_axes: int
-    origin: int
-
-    @property
-    def width(self) -> int:
-        """Elements of a row."""
-        return math.prod(self.shape[self.num_axes :])
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that are here."""
-        return math.prod(self.local_shape[: self.num_axes])
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether other processes have other rows."""
-        return any(placement.is_shard() for placement in self.placements)
-
-    def groups(self) -> tuple[Any, ...]:
-        """Return the process groups whose members have different rows, one for each axis of the mesh that cuts."""
-        return tuple(self.mesh.get_group(axis) for axis, each in enumerate(self.placements) if each.is_shard())
-
-    def dtensor(self, local: Tensor, whole: tuple[int, ...], *, moved: int = 0, cut: bool = True) -> Tensor:
-        """Return what is here of a tensor as a DTensor.
-
-        Args:
-            local: contiguous.
-            whole: its whole shape.
-            moved: by how many axes its rows are behind the parameter's.
-            cut: as the parameter is; False: every process has it all.
-        """
-        from torch.distributed.tensor import DTensor, Replicate
-
-        placements = [_moved(each, moved) if cut else Replicate() for each in self.placements]
-        stride = torch.empty(whole, device="meta").stride()
-        made: Tensor = DTensor.from_local(
-            local, self.mesh, placements, run_check=False, shape=torch.Size(whole), stride=stride
-        )
-        return made
 
 
 @dataclass(frozen=True)
@@ -104,12 +53,20 @@ class Layout:
         state_format: the name of the state's format; of a piece as `formats.PIECE_FORMATS` has it.
         piece: what of a DTensor is here; None for a plain tensor.
         padded: elements of a row for the kernels, where rows are padded; 0 elsewhere.
+        skipped: elements that the kernels see before the first one, where what is here does not begin with a block, and
+            is rounded at random: so each element gets the bits that it has in the whole parameter.
     """
 
     shape: tuple[int, ...]
     state_format: str
     piece: Piece | None = None
     padded: int = 0
+    skipped: int = 0
+
+    def rounded_at_random(self) -> "Layout":
+        """Return the layout of a parameter in 16 bits that is rounded at random."""
+        begins_within = self.state_format == "fp32" and self.piece is not None and self.piece.is_cut
+        return replace(self, skipped=self._origin() % BLOCK_ELEMENTS) if begins_within else self
 
     # Parameters and gradients
 
@@ -122,24 +79,30 @@ class Layout:
         local = local_of(tensor)
         return local.view(self.shape) if local.is_contiguous() and not self.padded else local
 
-    @property
-    def is_copied(self) -> bool:
-        """Whether the kernels get copies of what `view` returns."""
-        return self.padded > 0
+    def needs_copy(self, local: Tensor) -> bool:
+        """Tell whether the kernels get copies of what `view` returned."""
+        return self.piece is not None and (self.padded > 0 or self.skipped > 0 or not local.is_contiguous())
 
     def copied(self, local: Tensor) -> Tensor:
-        """Return a copy of what `view` returned, rows padded with zeros."""
+        """Return a copy of what `view` returned, or of a state's tensor like it, padded with zeros for the kernels."""
         assert self.piece is not None
+        if self.skipped:
+            return pad(local.reshape(-1), (self.skipped, 0))
         rows = local.reshape(self.piece.num_rows, self.piece.width)
-        return pad(rows, (0, self.padded - self.piece.width)).view(self.shape)
+        whole = pad(rows, (0, self.padded - self.piece.width)) if self.padded else rows.clone()
+        return whole.view(self.shape)
 
     def put_back(self, local: Tensor, copied: Tensor) -> None:
         """Copy a parameter back from what `copied` returned."""
-        local.copy_(self._trimmed(copied))
+        local.copy_(copied[self.skipped :].view(local.shape) if self.skipped else self._trimmed(copied))
+
+    def if_piece(self) -> "Layout | None":
+        """Return this, None where the parameter is a plain tensor."""
+        return None if self.piece is None else self
 
     def seed(self, seed: int) -> int:
         """Return the seed of the random bits of what is here, from the whole parameter's."""
-        return seed if self.piece is None or not self.piece.is_cut else seed_at(seed, self._origin())
+        return seed if self.piece is None or not self.piece.is_cut else seed_at(seed, self._origin() - self.skipped)
 
     # States
 
@@ -166,8 +129,7 @@ class Layout:
 
     def stored(self, state: Mapping[str, Tensor], *, moments: Sequence[str] = MOMENTS) -> tuple[Moment, ...]:
         """Return the moments of a state; see `state.stored_moments`."""
-        bare = state if self.piece is None else {key: self._bare(key, value) for key, value in state.items()}
-        return stored_moments(bare, self.shape, self.state_format, moments=moments)
+        return stored_moments(self.bare(state), self.shape, self.state_format, moments=moments)
 
     def to_portable(
         self, state: Mapping[str, Tensor], *, moments: Sequence[str] = MOMENTS, device: Any = None
@@ -205,15 +167,23 @@ class Layout:
             made |= {states.moment_key(name, suffix): tensor for suffix, tensor in moment.tensors.items()}
         return self._dressed(made)
 
-    def as_saved(self, state: Mapping[str, Tensor], device: torch.device) -> State:
-        """Return a copy of a state of this layout that came from a checkpoint.
+    def bare(self, state: Mapping[str, Tensor]) -> State:
+        """Return a state in the kernels' shapes; it shares the tensors."""
+        return dict(state) if self.piece is None else {key: self._bare(key, each) for key, each in state.items()}
 
-        Raises:
-            ValueError: it is of another layout.
-        """
+    def has_tensors_of(self, other: "Layout") -> bool:
+        """Tell whether states of the same format have the same tensors in both layouts, but for how they are cut."""
+        return self == other or (
+            other.piece is None
+            and not self.padded
+            and (self.state_format == "fp32") == (moment_formats(other.state_format, other.shape)[0].coding == "fp32")
+        )
+
+    def copied_state(self, state: Mapping[str, Tensor], device: torch.device) -> State:
+        """Return a copy of a state of this layout on a device; of DTensors where they are."""
         if self.piece is None:
             return {key: value.to(device, copy=True) for key, value in state.items()}
-        return {key: self._checked(key, value).to(device, copy=True) for key, value in state.items() if key != "step"}
+        return {key: each.clone() for key, each in state.items()}
 
     def _gather(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
         from packlight.optim.settle import gathered  # imports torch.distributed
@@ -222,12 +192,14 @@ class Layout:
         return gathered(row, column, self.piece.groups())
 
     def _checked(self, key: str, value: Any) -> Tensor:
-        """Return a tensor from elsewhere, if it is a DTensor that is cut as ours."""
+        """Return a tensor from elsewhere, if it is a DTensor on our mesh."""
         assert self.piece is not None
-        wanted = f"a DTensor with placements {self.piece.placements} on {self.piece.mesh} was wanted. "
-        hint = "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
-        if not is_dtensor(value):
-            raise ValueError(f"{key} came as a {type(value).__name__} for a parameter that is a DTensor; {wanted}{hint}")
+        if self.piece.mesh is not None and not (is_dtensor(value) and value.device_mesh == self.piece.mesh):
+            came = f"a DTensor on {value.device_mesh}" if is_dtensor(value) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"{key} came as {came} for a parameter that is a DTensor on {self.piece.mesh}, the same was wanted. "
+                "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+            )
         return value  # type: ignore[no-any-return]
 
     # DTensors of what kernels see, and back
@@ -255,12 +227,12 @@ class Layout:
 
     def _bare(self, key: str, tensor: Tensor) -> Tensor:
         """Return what is here of a state's tensor, in the kernels' shape."""
-        if key == "step" or not is_dtensor(tensor):
+        if key == "step":
             return tensor
-        local, suffix = local_of(tensor), _suffix(key)
+        local, suffix = local_of(self._checked(key, tensor)), _suffix(key)
         if suffix in ("rows", "cols"):
-            return local.view(2, -1) if local.numel() else local.view(2, 0)
-        return local.view(self.shape) if suffix == "" else local.view(-1)
+            return local.reshape(2, local.numel() // 2)
+        return local.reshape(self.shape) if suffix == "" else local.reshape(-1)
 
     def _as_parameter(self, local: Tensor) -> Tensor:
         assert self.piece is not None
@@ -304,72 +276,47 @@ def layout_of(param: Tensor, state_format: str) -> Layout:
     """
     if not is_dtensor(param):
         return Layout(tuple(param.shape), state_format)
-    piece = _piece_of(param)
-    if not piece.is_cut:
-        return Layout(piece.local_shape, state_format, piece)
+    piece = piece_of(param)
+    return _layout_of_piece(piece, state_format) if piece.is_cut else Layout(piece.local_shape, state_format, piece)
+
+
+def gathered_layout(shape: tuple[int, ...], state_format: str) -> Layout:
+    """Return how the state of a parameter lies that was cut, and has been put together.
+
+    Raises:
+        ValueError: as `layout_of`.
+    """
+    return _layout_of_piece(Piece(shape, shape, None, ()), state_format)
+
+
+def _layout_of_piece(piece: Piece, state_format: str) -> Layout:
     moments = moment_formats(state_format, piece.shape)
     if moments[1] is ROOT_MATRIX and piece.num_axes > 1:
         moments = moments[0], ROOT_BLOCKS
-    if moments not in PIECE_FORMATS:
+    name = PIECE_FORMATS.get(moments)
+    if name is None:
         raise ValueError(
-            f"state format {state_format!r} came for a parameter of shape {piece.shape} that is cut over processes, and "
-            "its scales are of whole tensors; '4bit', '8bit', 'fp8' or 'fp32' was wanted"
+            f"state format {state_format!r} came for a parameter of shape {piece.shape} that is cut over processes, "
+            "and its scales are of whole tensors; '4bit', '8bit', 'fp8' or 'fp32' was wanted"
         )
-    return _layout_of_piece(piece, PIECE_FORMATS[moments], moments)
-
-
-def _layout_of_piece(piece: Piece, name: str, moments: tuple[MomentFormat, MomentFormat]) -> Layout:
     width = -(-piece.width // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
-    bits = sum(each.bits for each in moments)
     if name != "fp32" and sum(_row_bytes(each, width) for each in moments) >= 8 * piece.width:
-        _warn_short(piece.shape, piece.width, bits)
+        _warn_short(piece.shape, piece.width)
         name = "fp32"
     if name == "fp32":
         return Layout(piece.local_shape, name, piece)
-    padded = width if width != piece.width else 0
-    shape = piece.num_rows, width
-    if name == "4bit/matrix" and not padded:
-        view = matrix_view(piece.shape)
-        assert view is not None and piece.width % view[1] == 0
-        shape = piece.num_rows * (piece.width // view[1]), view[1]
-    elif name == "4bit/matrix" and matrix_view((piece.shape[0], piece.width)) is None:
-        name = "4bit/blocks"
+    padded, shape = (width if width != piece.width else 0), (piece.num_rows, width)
+    if name == MATRIX_PIECE and padded:
+        name = name if matrix_view((piece.shape[0], piece.width)) else "4bit/blocks"
+    elif name == MATRIX_PIECE:
+        _, columns = matrix_view(piece.shape) or shape
+        shape = piece.num_rows * (piece.width // columns), columns
     return Layout(shape, name, piece, padded)
 
 
 def _row_bytes(moment: MomentFormat, width: int) -> int:
     sizes = moment.tensors((width,)).items()
     return sum(math.prod(size) * dtype.itemsize for suffix, (size, dtype) in sizes if suffix not in ("rows", "cols"))
-
-
-def _piece_of(param: Any) -> Piece:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    placements, shape = tuple(param.placements), tuple(param.shape)
-    _, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, placements)
-    local_shape = tuple(local_of(param).shape)
-    num_axes = max((each.dim for each in placements if each.is_shard()), default=0) + 1
-    origin = offsets[0] * math.prod(shape[1:]) if shape else 0
-    return Piece(shape, local_shape, param.device_mesh, placements, num_axes, origin)
-
-
-def _moved(placement: Any, by: int) -> Any:
-    """Return a placement for a tensor whose rows are so many axes behind."""
-    if not by or not placement.is_shard():
-        return placement
-    options = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
-    return type(placement)(placement.dim + by, **options)
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Tell whether a tensor is a DTensor; where nobody has imported those, none is."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """Return what of a tensor is here; a plain one itself."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
 
 
 def _suffix(key: str) -> str:
@@ -381,7 +328,7 @@ def _suffix(key: str) -> str:
 
 
 @functools.cache
-def _warn_short(shape: tuple[int, ...], width: int, bits: int) -> None:
+def _warn_short(shape: tuple[int, ...], width: int) -> None:
     warnings.warn(
         f"a parameter of shape {shape} is cut over processes into rows of {width} elements, too short for blocks of "
         f"{BLOCK_ELEMENTS}: its moments stay in fp32. Cut it along its first axis, or name 'fp32' for it.",

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from packlight.numerics.noise import seed_of
-from packlight.optim.state import State, check_unmade, init_state, state_keys
+from packlight.optim.layout import Layout, layout_of
+from packlight.optim.piece import is_dtensor, local_of
+from packlight.optim.state import State, check_unmade
 from packlight.optim.stepping import Batch, Entry, batches_of, check_dense
 
 Groups = Sequence[dict[str, Any]]
@@ -44,6 +46,7 @@ class Known:
         seeds: the group's seed, and the parameter's own that comes of it.
         moments: the names of its state's moments when `keys` were found.
         keys: of its state's tensors, in the order of the kernels.
+        layout: how it lies, when `keys` were found.
     """
 
     param: Tensor
@@ -54,6 +57,11 @@ class Known:
     seeds: tuple[int, int] | None = None
     moments: tuple[str, ...] | None = None
     keys: tuple[str, ...] = ()
+    layout: Layout | None = None
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return what of the parameter or of its gradient is here, as the kernels see it."""
+        return tensor if self.layout is None else self.layout.view(tensor)
 
 
 class Part(NamedTuple):
@@ -96,6 +104,7 @@ class Kept(NamedTuple):
         devices: the numbers of their devices, -1 for the CPU.
         dtypes: theirs.
         steps: the step counters.
+        pieces: what is here of parameters that are DTensors.
         versions: how often these were written.
     """
 
@@ -106,6 +115,7 @@ class Kept(NamedTuple):
     devices: list[int]
     dtypes: list[torch.dtype]
     steps: list[Tensor]
+    pieces: list[Tensor]
     versions: list[int]
 
     @classmethod
@@ -115,7 +125,8 @@ class Kept(NamedTuple):
         tensors = list(chain.from_iterable(map(dict.values, states.values())))
         steps = [step for part in parts for batch in part.batches for step in batch.steps]
         devices, dtypes = list(map(Tensor.get_device, params)), list(map(_DTYPE, params))
-        return cls(parts, list(states.values()), tensors, params, devices, dtypes, steps, [])
+        pieces = [local_of(param) for param in params if is_dtensor(param)]
+        return cls(parts, list(states.values()), tensors, params, devices, dtypes, steps, pieces, [])
 
     def still_holds(self, states: States) -> bool:
         """Tell whether states, devices, dtypes and step counters are what the last step left."""
@@ -125,6 +136,7 @@ class Kept(NamedTuple):
             and list(map(Tensor.get_device, self.params)) == self.devices
             and list(map(_DTYPE, self.params)) == self.dtypes
             and list(map(_VERSION, self.steps)) == self.versions
+            and (not self.pieces or _same((local_of(each) for each in self.params if is_dtensor(each)), self.pieces))
         )
 
     def after(self) -> "Kept":
@@ -200,18 +212,23 @@ class Roster:
         if known.seeds is None or known.seeds[0] != seed:
             known.seeds = seed, seed_of(seed, known.index)
         state = states[param]
+        layout = layout_of(param, known.state_format)
+        if rounding == "stochastic" and param.dtype == torch.bfloat16:
+            layout = layout.rounded_at_random()
+        known.layout = layout.if_piece()
         if known.moments is not moments:
-            known.moments, known.keys = moments, state_keys(state_format, param.shape, moments)
+            known.moments, known.keys = moments, layout.keys(moments)
         if not ("step" in state and all(map(state.__contains__, known.keys))):
             check_unmade(state, param, moments, state_format=state_format)
-            fresh = init_state(param, known.state_format, moments=moments, rounding=rounding)
+            fresh = layout.init_state(param, moments=moments, rounding=rounding)
             state = states[param] = fresh | {key: value for key, value in state.items() if key == "param_error"}
-            known.history, known.keys = None, state_keys(state_format, param.shape, moments)
+            known.history, known.keys = None, layout.keys(moments)
         if known.history is None:
             known.history = int(state["step"])
         known.history = hash((known.history, self._num_calls))
-        tensors = tuple([state[key] for key in known.keys])
-        return Entry(param, grad, state, tensors, state_format, rounding, known.seeds[1], known.history)
+        tensors, name = layout.tensors(state, known.keys), layout.state_format if moments else ""
+        seed, own, slope = layout.seed(known.seeds[1]), known.view(param), known.view(grad)
+        return Entry(own, slope, state, tensors, name, rounding, seed, known.history, known.layout)
 
     def _part(
         self,
@@ -223,15 +240,17 @@ class Roster:
     ) -> Part:
         params = list(group["params"])
         given = [(place, grad) for place, grad in enumerate(grads) if grad is not None]
-        known = {id(params[place]): (place, self._known_of(params[place], groups)) for place, _ in given}
-        batches = batches_of(self.entry(known[id(params[at])][1], grad, options, states) for at, grad in given)
-        members = [[known[id(param)] for param in batch.params] for batch in batches]
+        known = [(place, self._known_of(params[place], groups)) for place, _ in given]
+        entries = [self.entry(each, grad, options, states) for (_, each), (_, grad) in zip(known, given, strict=True)]
+        places = {id(entry.param): one for entry, one in zip(entries, known, strict=True)}
+        batches = batches_of(entries)
+        members = [[places[id(param)] for param in batch.params] for batch in batches]
         return Part(group, options, params, [grad is None for grad in grads], batches, members)
 
     def _renew(self, part: Part, grads: Sequence[Tensor | None]) -> None:
         """Give a part this step's gradients and histories: a batch's parameters go through the same steps."""
         for batch, members in zip(part.batches, part.members, strict=True):
-            batch.grads = [grads[place] for place, _ in members]  # type: ignore[misc]
+            batch.grads = [known.view(grads[place]) for place, known in members]  # type: ignore[arg-type]
             history = hash((members[0][1].history, self._num_calls))
             for _, known in members:
                 known.history = history

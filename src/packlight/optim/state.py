@@ -27,6 +27,7 @@ from torch import Tensor
 
 from packlight.numerics import AdamWSettings, Moment, MomentFormat, decode, encode, moment_formats, zero_moment
 from packlight.numerics.rounding import ERROR_DTYPES
+from packlight.optim.piece import local_of
 
 State = dict[str, Tensor]
 
@@ -188,16 +189,25 @@ def from_portable(
     Raises:
         ValueError: the state is another optimiser's, or has amsgrad's third moment.
     """
-    if set(portable) != {"step", *moments}:
-        raise ValueError(
-            f"a state with {sorted(portable)} came, one with {sorted(['step', *moments])} was wanted. "
-            "Use the state of the same kind of optimiser, without amsgrad."
-        )
+    check_portable(portable, moments)
     formats = moment_formats(state_format, tuple(portable[moments[0]].shape)) if moments else ()
     state = {"step": step_tensor(portable["step"])}
     for name, moment_format in zip(moments, formats, strict=False):
         state |= _named(name, encode(portable[name], moment_format, device=device))
     return state
+
+
+def check_portable(portable: Mapping[str, Any], moments: Sequence[str]) -> None:
+    """Raise where a state is not one that torch's optimiser holds.
+
+    Raises:
+        ValueError: it is another optimiser's, or has amsgrad's third moment.
+    """
+    if set(portable) != {"step", *moments}:
+        raise ValueError(
+            f"a state with {sorted(portable)} came, one with {sorted(['step', *moments])} was wanted. "
+            "Use the state of the same kind of optimiser, without amsgrad."
+        )
 
 
 def step_tensor(step: Any) -> Tensor:
@@ -303,9 +313,9 @@ def nbytes(state: Mapping[str, Any]) -> int:
         state: compact or portable.
 
     Returns:
-        The bytes.
+        The bytes; of a DTensor those that are here.
     """
-    return sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+    return sum(local_of(value).nbytes for value in state.values() if isinstance(value, Tensor))
 
 
 def _named(name: str, moment: Moment) -> State:

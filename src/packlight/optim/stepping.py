@@ -9,7 +9,7 @@ Parameters whose steps went through the same calls have the same number whatever
 told apart by a history of calls, not by the number.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from packlight.numerics import operators
 from packlight.numerics.call import Call
+from packlight.numerics.formats import MATRIX_PIECE
 from packlight.numerics.settings import AdamWSettings, SGDSettings
+from packlight.optim.layout import Layout
+from packlight.optim.piece import Cut, local_of
 from packlight.optim.state import MOMENTS, State, state_keys
 
 # Source: Li et al. 2023, table 1, and our own measurements (benchmarks/quality.py): above it a step changes a
@@ -38,6 +41,7 @@ class Entry(NamedTuple):
         rounding: how the parameter is rounded.
         seed: of its random bits.
         history: equal for parameters that went through the same steps.
+        layout: of a DTensor, of which parameter and gradient are what is here; None for a plain tensor.
     """
 
     param: Tensor
@@ -48,6 +52,12 @@ class Entry(NamedTuple):
     rounding: str
     seed: int
     history: int
+    layout: Layout | None = None
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the kernels get a copy of the parameter."""
+        return self.layout is not None and self.layout.needs_copy(self.param)
 
 
 class Scalars(NamedTuple):
@@ -75,6 +85,8 @@ class Batch:
         errors: their error bits, where they have any.
         steps: their step counters, all of one number.
         seeds: of their random bits.
+        layouts: of those that are DTensors.
+        is_copied: whether the kernels get copies.
     """
 
     state_format: str
@@ -85,6 +97,8 @@ class Batch:
     errors: list[Tensor]
     steps: list[Tensor]
     seeds: list[int]
+    layouts: list[Layout | None]
+    is_copied: bool = False
 
     @classmethod
     def of(cls, entries: list[Entry]) -> "Batch":
@@ -95,10 +109,22 @@ class Batch:
             [entry.param for entry in entries],
             [entry.grad for entry in entries],
             [tensor for entry in entries for tensor in entry.tensors],
-            [entry.state["param_error"] for entry in entries if "param_error" in entry.state],
+            [local_of(entry.state["param_error"]).view(-1) for entry in entries if "param_error" in entry.state],
             [entry.state["step"] for entry in entries],
             [entry.seed for entry in entries],
+            [entry.layout for entry in entries],
+            entries[0].is_copied,
         )
+
+    def cuts(self) -> Iterator[Cut]:
+        """Yield the matrices of which pieces were stepped; `settle` is to follow."""
+        num = len(self.states) // len(self.params)
+        if self.state_format != MATRIX_PIECE or num < 4:  # momentum alone has codes and scales
+            return
+        for at, layout in enumerate(self.layouts):
+            assert layout is not None and layout.piece is not None
+            rows, cols = self.states[(at + 1) * num - 2 : (at + 1) * num]
+            yield Cut(rows, cols, layout.piece.groups())
 
     def run(self, settings: AdamWSettings | SGDSettings, scalars: Scalars, *, lr: Tensor | float) -> None:
         """Do one step; the arguments are those of `run`."""
@@ -122,10 +148,11 @@ class Batch:
         self, settings: AdamWSettings | SGDSettings, scalars: Scalars, skipped: Tensor | None, lr: Tensor | float
     ) -> None:
         adamw = isinstance(settings, AdamWSettings)
+        params, grads, states = self._copied() if self.is_copied else (self.params, self.grads, self.states)
         call = Call(
-            self.params,
-            self.grads,
-            self.states,
+            params,
+            grads,
+            states,
             self.errors,
             _numbers(settings, self.steps[0], scalars.coefficient, lr),
             self.steps[0],
@@ -136,6 +163,30 @@ class Batch:
             self.rounding,
         )
         operators.run(operators.adamw_step if adamw else operators.sgd_step, call)
+        if self.is_copied:
+            self._put_back(params, states)
+
+    def _copied(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return what the kernels get, where it lies otherwise than they want it."""
+        num, made = len(self.states) // len(self.params), list[Tensor]()
+        layouts = [layout for layout in self.layouts if layout is not None]
+        for at, layout in enumerate(layouts):
+            own = self.states[at * num : (at + 1) * num]
+            made += [layout.copied(each) for each in own] if layout.skipped else own
+        params, grads = (
+            [layout.copied(each) for layout, each in zip(layouts, tensors, strict=True)]
+            for tensors in (self.params, self.grads)
+        )
+        return params, grads, made
+
+    def _put_back(self, params: list[Tensor], states: list[Tensor]) -> None:
+        num = len(self.states) // len(self.params)
+        for at, layout in enumerate(self.layouts):
+            assert layout is not None
+            layout.put_back(self.params[at], params[at])
+            for own, copied in zip(self.states[at * num : (at + 1) * num], states[at * num :], strict=False):
+                if own is not copied:
+                    layout.put_back(own, copied)
 
 
 def batches_of(entries: Iterable[Entry]) -> list[Batch]:
@@ -145,7 +196,10 @@ def batches_of(entries: Iterable[Entry]) -> list[Batch]:
         param = entry.param
         step = entry.state["step"]
         number = entry.history if step.is_cuda else int(step)  # on the host it can be looked at
-        key = (param.device, param.dtype, entry.state_format, entry.rounding, number)
+        alone = None
+        if entry.is_copied:  # copies of large ones are there one after the other
+            alone = -1 if entry.layout is not None and entry.layout.skipped else id(param)
+        key = (param.device, param.dtype, entry.state_format, entry.rounding, number, alone)
         batches.setdefault(key, []).append(entry)
     return [Batch.of(each) for each in batches.values()]
 
@@ -161,8 +215,19 @@ def run(
         scalars: what scales or forbids the step.
         lr: the learning rate where it is a tensor on the device; `settings` has it otherwise.
     """
-    for batch in batches_of(entries):
+    batches = batches_of(entries)
+    for batch in batches:
         batch.run(settings, scalars, lr=lr)
+    settle_all(batches, scalars)
+
+
+def settle_all(batches: Iterable[Batch], scalars: Scalars) -> None:
+    """Take over what steps found in pieces of matrices, with the other processes that have pieces of them."""
+    cuts = [cut for batch in batches for cut in batch.cuts()]
+    if cuts:
+        from packlight.optim.settle import settle  # imports torch.distributed
+
+        settle(cuts, False if scalars.found_inf is None else scalars.found_inf != 0)
 
 
 def update(
