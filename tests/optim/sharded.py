@@ -3,6 +3,7 @@
 Each rank writes FOLDER/RANK.json. Gradients are the same on any number of ranks, unless a model makes them.
 """
 
+import copy
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -68,8 +69,8 @@ def give_gradients(model: nn.Module, step: int) -> None:
     for param in model.parameters():
         rows = 10.0 ** torch.randint(-4, 1, (param.shape[0], *[1] * (param.dim() - 1)), generator=generator)
         whole = (torch.randn(param.shape, generator=generator) * rows).to(param.dtype)
-        cut = isinstance(param, DTensor)
-        param.grad = spread(whole, param.device_mesh, param.placements) if cut else whole
+        one: Tensor = param
+        param.grad = spread(whole, one.device_mesh, one.placements) if isinstance(one, DTensor) else whole
 
 
 def spread(tensor: Tensor, on: DeviceMesh, placements: Any) -> DTensor:
@@ -133,7 +134,7 @@ def bits(_: Path) -> Iterator[dict[str, Any]]:
     for rounding in ("nearest", "master24", "master32"):
         results = []
         for model in (parts(WIDTHS["whole"], torch.bfloat16), sharded(WIDTHS["whole"], torch.bfloat16)):
-            optimizer = packlight.AdamW(model.named_parameters(), lr=1e-2, bf16_rounding=rounding)  # type: ignore[arg-type]
+            optimizer = packlight.AdamW(model.named_parameters(), lr=1e-2, bf16_rounding=rounding)
             train(model, optimizer, range(NUM_STEPS))
             results.append([whole(param) for param in model.parameters()] + states_of(optimizer))
         yield {"name": rounding, "params": are_equal(*results), "states": True, "nan": False}
@@ -183,9 +184,10 @@ def save(folder: Path) -> Iterator[dict[str, Any]]:
             optimizer = packlight.AdamW(model.named_parameters(), lr=1e-2, state_format=state_format)
             train(model, optimizer, range(2))
             place = folder / f"{kind}-{state_format}"
-            checkpoint.save(dcp_state(model, optimizer), checkpoint_id=str(place))
+            state_dict_saver.save(dcp_state(model, optimizer), checkpoint_id=str(place))
             saved = [whole(param) for param in model.parameters()] + states_of(optimizer)
-            full = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+            options = StateDictOptions(full_state_dict=True)
+            full = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
             train(model, optimizer, range(2, NUM_STEPS))
             ended = [whole(param) for param in model.parameters()] + states_of(optimizer)
             if distributed.get_rank() == 0:
@@ -203,7 +205,7 @@ def load(folder: Path) -> Iterator[dict[str, Any]]:
             optimizer = packlight.AdamW(model.named_parameters(), lr=1e-2, state_format=state_format)
             state = dcp_state(model, optimizer)
             steps_before = sorted({float(each["step"]) for each in optimizer.state.values()})
-            checkpoint.load(state, checkpoint_id=str(place))
+            state_dict_loader.load(state, checkpoint_id=str(place))
             set_model_state_dict(model, state["model"])
             set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
             wanted = torch.load(place / "whole.pt", weights_only=True)
@@ -288,7 +290,7 @@ def placed(_: Path) -> Iterator[dict[str, Any]]:
         alone = nn.Parameter(values.clone())
         for each in (param, alone):
             optimizer = packlight.AdamW([("weight", each)], lr=1e-2, betas=(0.9, 0.95))
-            for _ in range(NUM_STEPS):
+            for _step in range(NUM_STEPS):
                 each.grad = spread(slope, mesh(), [placement]) if each is param else slope
                 optimizer.step()
             if each is param:
@@ -338,7 +340,7 @@ def learns(_: Path) -> Iterator[dict[str, Any]]:
         if name != "torch":
             optimizer = packlight.AdamW(model.named_parameters(), lr=2e-3, weight_decay=0.0, state_format=name)
         generator, losses = torch.Generator().manual_seed(5), []
-        for _ in range(60):
+        for _step in range(60):
             starts = torch.randint(0, text.numel() - 65, (12,), generator=generator)
             rows = torch.stack([text[start : start + 65] for start in starts.tolist()])[rank::num_ranks]
             loss = functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())

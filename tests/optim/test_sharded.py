@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+import packlight
 from packlight.numerics.noise import key_at, seed_at, seed_of, words
+from packlight.optim.state import from_portable
 
 SCRIPT = Path(__file__).parent / "sharded.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -141,3 +143,16 @@ def test_a_piece_of_a_parameter_gets_the_random_words_that_it_has_in_the_whole()
             found = words(key_at(seed_at(seed, origin), step), start, stop, device=device)
             if (origin + stop) >> 32 == (origin >> 32):
                 assert torch.equal(found, wanted)
+
+
+@pytest.mark.usefixtures("seed")
+def test_moments_that_were_too_narrow_to_be_cut_in_blocks_are_loaded_by_a_run_without_shards() -> None:
+    param = torch.nn.Parameter(torch.randn(700, 16))
+    optimizer, moments = packlight.AdamW([("weight", param)]), torch.rand(2, 700, 16)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"step": torch.tensor(3.0), "exp_avg": moments[0], "exp_avg_sq": moments[1]}}
+    with pytest.warns(UserWarning, match="too short for blocks of 128"):
+        optimizer.load_state_dict(saved)
+    wanted = from_portable(saved["state"][0], state_format="4bit")
+    assert optimizer.state[param].keys() == wanted.keys()
+    assert all(torch.equal(optimizer.state[param][key], value) for key, value in wanted.items())

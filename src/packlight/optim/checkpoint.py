@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from packlight.numerics.rounding import ERROR_DTYPES, LARGEST_ERROR_8BIT
-from packlight.optim.layout import Layout, gathered_layout, layout_of
+from packlight.optim.flat import FRAGMENTS, Flat
+from packlight.optim.layout import CUT_FORMATS, Layout, gathered_layout, layout_of
+from packlight.optim.members import NUMBER
 from packlight.optim.piece import is_dtensor, local_of
-from packlight.optim.state import MOMENTS, State, error_dtype, step_device, step_tensor
+from packlight.optim.state import MOMENTS, MOMENTUM, State, error_dtype, step_device, step_tensor
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,17 @@ class Converter:
     read_state: Callable[..., dict[str, Tensor]]
     read_group: Callable[[Mapping[str, Any]], dict[str, Any]]
 
-    def portable(self, state: State, param: Tensor, state_format: str, moments: tuple[str, ...]) -> State:
+    def portable(self, state: State, lies: Layout | Flat, moments: tuple[str, ...]) -> State:
         """Return a compact state as torch's optimiser holds it, in fp32; its SGD counts no steps.
 
         Plain moments come on the CPU, DTensors where they are.
         """
-        state = layout_of(param, state_format).to_portable(state, moments=moments, device="cpu")
+        state = lies.to_portable(state, moments=moments, device="cpu")
         return {key: value for key, value in state.items() if key != "step" or self.moments == MOMENTS}
 
     def portable_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return a param group as torch's optimiser saves it."""
-        own = ("state_formats", "bf16_rounding", "seed")
+        own = ("state_formats", NUMBER, "bf16_rounding", "seed")
         return {**self.torch_options, **{key: value for key, value in group.items() if key not in own}}
 
     def own_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,9 +62,9 @@ class Converter:
         self,
         state: dict[str, Any],
         param: Tensor,
+        lies: Layout | Flat,
         *,
         saved_format: str | None,
-        state_format: str,
         group: dict[str, Any],
     ) -> State:
         """Return a saved state in our format; its tensors are new.
@@ -70,15 +72,17 @@ class Converter:
         Args:
             state: compact in `saved_format`, or another library's where that is None.
             param: its parameter.
+            lies: how the state is to lie.
             saved_format: a format's name, or None.
-            state_format: the name of the format that is wanted.
             group: the parameter's group.
 
         Raises:
             ValueError: the state does not fit the parameter, or is another kind of optimiser's.
         """
         moments = self.moments if set(state) - {"step", "param_error"} else ()
-        layout, device = layout_of(param, state_format), local_of(param).device
+        if isinstance(lies, Flat):
+            return self._flat(state, param, lies)
+        layout, device = lies, local_of(param).device
         if saved_format is None:
             # torch and bitsandbytes count no steps of SGD: it has had one at least.
             portable: dict[str, Any] = {"step": 1.0, **self.read_state(state, shape=param.shape)}
@@ -86,7 +90,7 @@ class Converter:
         else:
             saved = _saved_layout(state, param, saved_format)
             saved.stored(state, moments=moments)
-            if (saved_format == state_format and saved.has_tensors_of(layout)) or not moments:
+            if saved.has_tensors_of(layout) or not moments:
                 compact = layout.copied_state(saved.bare(state) if saved.piece != layout.piece else state, device)
             else:
                 portable = saved.to_portable(state, moments=moments)
@@ -96,13 +100,26 @@ class Converter:
         compact["step"] = step.to(step_device(device), torch.float32, copy=True)
         return _with_error(compact, state.get("param_error"), param, layout, group["bf16_rounding"])
 
+    def _flat(self, state: dict[str, Any], flat: Tensor, lies: Flat) -> State:
+        """Return the state of a flat partition: as it was, if it was cut as now; else from torch's form beside it."""
+        fragments = state.get(FRAGMENTS, {})
+        if lies.is_complete(fragments, self.moments):
+            return lies.copied_state(fragments, flat.device, moments=self.moments)
+        theirs = {key: state[key] for key in ("step", *self.moments) if key in state}
+        portable = {"step": 1.0, **self.read_state(theirs, shape=flat.shape)}
+        return lies.from_portable(portable, moments=self.moments, device=flat.device)
+
 
 def _saved_layout(state: Mapping[str, Any], param: Tensor, saved_format: str) -> Layout:
     """Return the layout that a saved state has: a plain parameter's may have been cut, and put together to be saved."""
-    gathered = any(key.endswith("_codes") and value.dim() > 1 for key, value in state.items())
-    if gathered and not is_dtensor(param):
-        return gathered_layout(tuple(param.shape), saved_format)
-    return layout_of(param, saved_format)
+    own = layout_of(param, saved_format)
+    codes = [value for key, value in state.items() if key.endswith("_codes")]
+    has_rows = any(each.dim() > 1 for each in codes)
+    is_fp32 = not codes and saved_format in CUT_FORMATS and any(name in state for name in (*MOMENTS, *MOMENTUM))
+    if is_dtensor(param) or not (has_rows or is_fp32):
+        return own
+    gathered = gathered_layout(tuple(param.shape), saved_format)
+    return gathered if has_rows or gathered.state_format == "fp32" else own
 
 
 def _with_error(compact: State, error: Any, param: Tensor, layout: Layout, rounding: str) -> State:

@@ -26,11 +26,13 @@ from torch.optim.optimizer import ParamsT
 
 from packlight.numerics.settings import AdamWSettings, SGDSettings
 from packlight.optim.checkpoint import Converter
-from packlight.optim.layout import layout_of
+from packlight.optim.flat import FRAGMENTS, Flat, shape_of
+from packlight.optim.layout import Layout, layout_of
+from packlight.optim.members import NUMBER, Member, Members
 from packlight.optim.piece import local_of
 from packlight.optim.policy import format_of
 from packlight.optim.release import Release
-from packlight.optim.roster import Options, Roster, parameters_of
+from packlight.optim.roster import Options, Roster
 from packlight.optim.state import (
     State,
     check_dtype,
@@ -51,6 +53,7 @@ class CompactOptimizer(Optimizer):
     _release: Release | None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, release_gradients: bool) -> None:
+        self._members = Members()
         self._forget()
         if release_gradients:
             self._release = Release(self.update)
@@ -60,13 +63,18 @@ class CompactOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or a pickle, which has groups and states only; it does not release gradients."""
         release = self.__dict__.get("_release")  # loading a state dict comes through here too
+        members = self.__dict__.get("_members")
         super().__setstate__(state)
+        if members is None:
+            self._members = Members()
+            for group in self.param_groups:
+                self._members.add(group)
         self._forget()
         self._release = release
 
     def _forget(self) -> None:
         self._release = None
-        self._roster = Roster()
+        self._roster = Roster(self._members)
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise where an option is out of its range.
@@ -114,6 +122,7 @@ class CompactOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._members.add(group)
         if self._release is not None:
             self._release.watch(group["params"])
 
@@ -166,13 +175,16 @@ class CompactOptimizer(Optimizer):
         known, grad = self._roster.one(param, self.param_groups), param.grad
         check_dense([grad])
         if grad is not None:
-            entry = self._roster.entry(known, grad, self._options(known.group), self.state)
-            run([entry], self.settings(known.group), Scalars(), lr=known.group["lr"])
+            entries = self._roster.entries(known, grad, self._options(known.group), self.state)
+            run(entries, self.settings(known.group), Scalars(), lr=known.group["lr"])
 
     def _makes_states_only(self) -> bool:
-        """Tell whether a step is the first, at a learning rate of 0, with gradients of 0: not one that is counted.
+        """Tell whether a step only makes states: the first, at a learning rate of 0, with gradients of 0.
 
-        So torch.distributed.checkpoint makes the states into which it loads.
+        So torch.distributed.checkpoint makes those into which it loads.
+
+        Returns:
+            True where the step does not count.
         """
         rates = [group["lr"] for group in self.param_groups]
         if self.state or not all(isinstance(lr, float | int) or lr.device.type == "cpu" for lr in rates) or any(rates):
@@ -189,7 +201,7 @@ class CompactOptimizer(Optimizer):
         Returns:
             The bytes of all state tensors.
         """
-        return sum(self._bytes_of(*one, group) for group in self.param_groups for one in parameters_of(group))
+        return sum(map(self._bytes_of, self._members.placed(self.param_groups)))
 
     def state_dict(self, *, format: Literal["compact", "portable"] = "compact") -> dict[str, Any]:
         """Return the optimiser's state.
@@ -206,12 +218,12 @@ class CompactOptimizer(Optimizer):
         """
         state_dict = super().state_dict()
         if format == "compact":
-            return state_dict
+            return self._with_moments_of_flats(state_dict)
         if format != "portable":
             raise ValueError(f"format {format!r} came, 'compact' or 'portable' was wanted")
         states = {
-            index: self.converter.portable(self.state[param], param, state_format, self.moments(group))
-            for index, param, state_format, group in self._indexed(state_dict["param_groups"])
+            index: self.converter.portable(self.state[param], lies, self.moments(group))
+            for index, param, lies, group in self._indexed(state_dict["param_groups"])
             if self.state.get(param)
         }
         groups = [self.converter.portable_group(group) for group in state_dict["param_groups"]]
@@ -241,7 +253,7 @@ class CompactOptimizer(Optimizer):
 
         def put(_: Optimizer) -> None:
             for group, before in zip(self.param_groups, own, strict=True):
-                kept = before.keys() & {"state_formats", "bf16_rounding", "decoupled_weight_decay"}
+                kept = before.keys() & {"state_formats", NUMBER, "bf16_rounding", "decoupled_weight_decay"}
                 for key in before.keys() - group.keys() | kept:
                     group[key] = before[key]
             self.state.update(taken)
@@ -257,17 +269,31 @@ class CompactOptimizer(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _converted(self, loaded: dict[str, Any]) -> dict[Tensor, State]:
-        return {
-            param: self.converter.compact(
-                loaded["state"][index], param, saved_format=saved, state_format=state_format, group=group
-            )
-            for saved_group, group in zip(loaded["param_groups"], self.param_groups, strict=True)
-            for (index, saved), (param, state_format) in zip(
-                _saved_parameters(saved_group), parameters_of(group), strict=True
-            )
-            if _holds(loaded["state"].get(index))
+    def _with_moments_of_flats(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dict in which flat partitions have torch's moments, too: ZeRO's converter looks for them.
+
+        It cuts all tensors beside them where parameters are, so ours are a level below: for the same number of ranks.
+        """
+        moments = {
+            index: self.converter.portable(self.state[param], lies, self.moments(group))
+            for index, param, lies, group in self._indexed(state_dict["param_groups"])
+            if isinstance(lies, Flat) and self.state.get(param)
         }
+        states = {
+            index: {**moments[index], FRAGMENTS: dict(state)} if index in moments else state
+            for index, state in state_dict["state"].items()
+        }
+        return {**state_dict, "state": states}
+
+    def _converted(self, loaded: dict[str, Any]) -> dict[Tensor, State]:
+        taken = {}
+        for saved_group, group in zip(loaded["param_groups"], self.param_groups, strict=True):
+            members = self._members.of_group(group)
+            for (index, saved), (param, lies) in zip(_saved_parameters(saved_group), members, strict=True):
+                state = loaded["state"].get(index)
+                if _holds(state):
+                    taken[param] = self.converter.compact(state, param, lies, saved_format=saved, group=group)
+        return taken
 
     def _options(self, group: dict[str, Any]) -> Options:
         return self.moments(group), group["bf16_rounding"], group["seed"]
@@ -279,18 +305,19 @@ class CompactOptimizer(Optimizer):
         inverse = 1 / scale
         return Scalars(inverse if clip_coefficient is None else inverse * clip_coefficient, found_inf)
 
-    def _indexed(self, groups: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Tensor, str, dict[str, Any]]]:
+    def _indexed(self, groups: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Tensor, Layout | Flat, dict[str, Any]]]:
         for saved, group in zip(groups, self.param_groups, strict=True):
-            for index, (param, state_format) in zip(saved["params"], parameters_of(group), strict=True):
-                yield index, param, state_format, group
+            for index, (param, lies) in zip(saved["params"], self._members.of_group(group), strict=True):
+                yield index, param, lies, group
 
-    def _bytes_of(self, param: Tensor, state_format: str, group: Mapping[str, Any]) -> int:
+    def _bytes_of(self, member: Member) -> int:
+        param, group = member.param, member.group
         if self.state.get(param):
             return nbytes(self.state[param])
         if not param.requires_grad:
             return 0
         options = {"moments": self.moments(group), "rounding": group["bf16_rounding"]}
-        return layout_of(param, state_format).state_bytes(param.dtype, **options)
+        return member.lies.state_bytes(param.dtype, **options)
 
 
 def _holds(state: Mapping[str, Any] | None) -> bool:
@@ -299,15 +326,17 @@ def _holds(state: Mapping[str, Any] | None) -> bool:
 
 
 def _saved_parameters(group: Mapping[str, Any]) -> Iterator[tuple[int, str | None]]:
-    """Pair a saved group's indices with their formats; other libraries' states have none."""
-    return zip(group["params"], group.get("state_formats", [None] * len(group["params"])), strict=True)
+    """Pair a saved group's indices with their formats; other libraries' states and flat partitions have none."""
+    formats = group.get("state_formats", [])
+    fitting = formats if len(formats) == len(group["params"]) else [None] * len(group["params"])
+    return zip(group["params"], fitting, strict=True)
 
 
 def _formats_by_parameter(group: dict[str, Any]) -> list[str]:
     choice = group.pop("state_format")
     names = group.get("param_names", [None] * len(group["params"]))
     pairs = list(zip(names, group["params"], strict=True))
-    made = [format_of(choice, name=name, shape=param.shape) for name, param in pairs]
+    made = [format_of(choice, name=name, shape=shape_of(param)) for name, param in pairs]
     for state_format, (_, param) in zip(made, pairs, strict=True):
         layout_of(param, state_format)  # a DTensor may have none
     return made

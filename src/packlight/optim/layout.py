@@ -40,6 +40,9 @@ from packlight.optim import state as states
 from packlight.optim.piece import Piece, is_dtensor, local_of, piece_of
 from packlight.optim.state import MOMENTS, MOMENTUM, State, state_keys, stored_moments
 
+CUT_FORMATS = frozenset({"4bit", "8bit", "fp8"})
+"""The formats whose states can be cut; fp32 ones need no thought."""
+
 # The longer names first: one begins like the other.
 _NAMES = (*sorted(MOMENTS, key=len, reverse=True), *MOMENTUM)
 
@@ -67,6 +70,21 @@ class Layout:
         """Return the layout of a parameter in 16 bits that is rounded at random."""
         begins_within = self.state_format == "fp32" and self.piece is not None and self.piece.is_cut
         return replace(self, skipped=self._origin() % BLOCK_ELEMENTS) if begins_within else self
+
+    # One part: see `flat.Flat`, which has several
+
+    @property
+    def parts(self) -> "tuple[Layout, ...]":
+        """What the kernels see as parameters."""
+        return (self,)
+
+    def part_state(self, state: State, _part: "Layout") -> State:
+        """Return the share of a state that a part has."""
+        return state
+
+    def is_complete(self, state: Mapping[str, Tensor], moments: tuple[str, ...]) -> bool:
+        """Tell whether a state has all tensors that it is to have."""
+        return "step" in state and all(key in state for key in self.keys(moments))
 
     # Parameters and gradients
 
@@ -172,12 +190,11 @@ class Layout:
         return dict(state) if self.piece is None else {key: self._bare(key, each) for key, each in state.items()}
 
     def has_tensors_of(self, other: "Layout") -> bool:
-        """Tell whether states of the same format have the same tensors in both layouts, but for how they are cut."""
-        return self == other or (
-            other.piece is None
-            and not self.padded
-            and (self.state_format == "fp32") == (moment_formats(other.state_format, other.shape)[0].coding == "fp32")
-        )
+        """Tell whether states have the same tensors in both layouts, but for how they are cut."""
+        if self == other:
+            return True
+        (first, second), (one, two) = (moment_formats(each.state_format, each.shape) for each in (self, other))
+        return other.piece is None and not self.padded and first == one and replace(second, deferred=False) == two
 
     def copied_state(self, state: Mapping[str, Tensor], device: torch.device) -> State:
         """Return a copy of a state of this layout on a device; of DTensors where they are."""
@@ -212,8 +229,7 @@ class Layout:
 
     def _dtensor(self, key: str, tensor: Tensor) -> Tensor:
         assert self.piece is not None
-        piece, axes = self.piece, self.piece.num_axes
-        suffix = _suffix(key)
+        piece, axes, suffix = self.piece, self.piece.num_axes, _suffix(key)
         if not piece.is_cut or suffix == "cols":
             return piece.dtensor(tensor, tuple(tensor.shape), cut=False)
         if suffix == "" or self.state_format == "fp32":
@@ -277,15 +293,11 @@ def layout_of(param: Tensor, state_format: str) -> Layout:
     if not is_dtensor(param):
         return Layout(tuple(param.shape), state_format)
     piece = piece_of(param)
-    return _layout_of_piece(piece, state_format) if piece.is_cut else Layout(piece.local_shape, state_format, piece)
+    return _layout_of_piece(piece, state_format) if piece.is_cut else Layout(piece.shape, state_format, piece)
 
 
 def gathered_layout(shape: tuple[int, ...], state_format: str) -> Layout:
-    """Return how the state of a parameter lies that was cut, and has been put together.
-
-    Raises:
-        ValueError: as `layout_of`.
-    """
+    """Return how the state of a parameter lies that was cut, and has been put together; errors are `layout_of`'s."""
     return _layout_of_piece(Piece(shape, shape, None, ()), state_format)
 
 

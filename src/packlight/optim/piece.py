@@ -106,7 +106,7 @@ def is_dtensor(tensor: Any) -> bool:
 
 def local_of(tensor: Tensor) -> Tensor:
     """Return what of a tensor is here; a plain one itself."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _moved(placement: Any, by: int) -> Any:

@@ -11,7 +11,7 @@ Anything that is not as it was, and all batches are made anew. What a kernel han
 looked at there.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_
@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from packlight.numerics.noise import seed_of
-from packlight.optim.layout import Layout, layout_of
+from packlight.optim.flat import Flat
+from packlight.optim.layout import Layout
+from packlight.optim.members import Members
 from packlight.optim.piece import is_dtensor, local_of
 from packlight.optim.state import State, check_unmade
 from packlight.optim.stepping import Batch, Entry, batches_of, check_dense
@@ -40,28 +42,18 @@ class Known:
     Attributes:
         param: the parameter.
         group: its param group.
-        state_format: of its state.
-        index: its place among all parameters.
+        lies: how its state lies.
+        index: its place among all parameters, also where only one group is to be seen.
         history: equal for parameters that went through the same steps; None before the first.
         seeds: the group's seed, and the parameter's own that comes of it.
-        moments: the names of its state's moments when `keys` were found.
-        keys: of its state's tensors, in the order of the kernels.
-        layout: how it lies, when `keys` were found.
     """
 
     param: Tensor
     group: dict[str, Any]
-    state_format: str
+    lies: Layout | Flat
     index: int
     history: int | None = None
     seeds: tuple[int, int] | None = None
-    moments: tuple[str, ...] | None = None
-    keys: tuple[str, ...] = ()
-    layout: Layout | None = None
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """Return what of the parameter or of its gradient is here, as the kernels see it."""
-        return tensor if self.layout is None else self.layout.view(tensor)
 
 
 class Part(NamedTuple):
@@ -150,14 +142,15 @@ class Kept(NamedTuple):
 class Roster:
     """What an optimiser knows of its parameters from the steps before."""
 
-    def __init__(self) -> None:
+    def __init__(self, members: Members) -> None:
+        self.members = members
         self._known: dict[int, Known] = {}
         self._num_calls = 0
-        self._kept: Kept | None = None
+        self._kept: dict[tuple[int, ...], Kept] = {}  # by groups: ZeRO steps them one by one
 
     def clear(self) -> None:
         """Forget everything but how many calls there were."""
-        self._known, self._kept = {}, None
+        self._known, self._kept = {}, {}
 
     def call(self, groups: Groups, options: Sequence[Options], states: States) -> Kept:
         """Return a step's parts, with the gradients that there are now; once it is done, `keep` is to follow.
@@ -171,7 +164,7 @@ class Roster:
             ValueError: a gradient is sparse; nothing has changed then.
         """
         self._num_calls += 1
-        kept, self._kept = self._kept, None  # gone if the step fails
+        kept = self._kept.pop(tuple(map(id, groups)), None)  # gone if the step fails
         found = [list(map(_GRAD, group["params"])) for group in groups]
         for grads in found:
             check_dense(grads)
@@ -184,7 +177,7 @@ class Roster:
 
     def keep(self, done: Kept) -> None:
         """Remember the step that was done, for the next."""
-        self._kept = done.after()
+        self._kept[tuple(id(part.group) for part in done.parts)] = done.after()
 
     def _repeats(
         self, kept: Kept, groups: Groups, options: Sequence[Options], found: Sequence[Sequence[Tensor | None]]
@@ -198,37 +191,41 @@ class Roster:
     def one(self, param: Tensor, groups: Groups) -> Known:
         """Return what is known of a parameter that is stepped alone."""
         self._num_calls += 1
-        self._kept = None
+        self._kept = {}
         known = self._known_of(param, groups)
         if not any(known.group is group for group in groups):
             self._known = {}
             known = self._known_of(param, groups)
         return known
 
-    def entry(self, known: Known, grad: Tensor, options: Options, states: States) -> Entry:
-        """Return a parameter's entry; a state that it lacks is made."""
+    def entries(self, known: Known, grad: Tensor, options: Options, states: States) -> list[Entry]:
+        """Return a parameter's entries, one for each part of it; a state that it lacks is made."""
         moments, rounding, seed = options
-        param, state_format = known.param, known.state_format if moments else ""
+        param, lies, state = known.param, known.lies, states[known.param]
         if known.seeds is None or known.seeds[0] != seed:
             known.seeds = seed, seed_of(seed, known.index)
-        state = states[param]
-        layout = layout_of(param, known.state_format)
-        if rounding == "stochastic" and param.dtype == torch.bfloat16:
-            layout = layout.rounded_at_random()
-        known.layout = layout.if_piece()
-        if known.moments is not moments:
-            known.moments, known.keys = moments, layout.keys(moments)
-        if not ("step" in state and all(map(state.__contains__, known.keys))):
-            check_unmade(state, param, moments, state_format=state_format)
-            fresh = layout.init_state(param, moments=moments, rounding=rounding)
+        if isinstance(lies, Flat) and moments and set(state) == {"step", *moments}:  # as DeepSpeed loads it
+            state = states[param] = lies.from_portable(state, moments=moments)
+            known.history = None
+        if not lies.is_complete(state, moments):
+            check_unmade(state, param, moments, state_format=lies.state_format)
+            fresh = lies.init_state(param, moments=moments, rounding=rounding)
             state = states[param] = fresh | {key: value for key, value in state.items() if key == "param_error"}
-            known.history, known.keys = None, layout.keys(moments)
-        if known.history is None:
-            known.history = int(state["step"])
-        known.history = hash((known.history, self._num_calls))
-        tensors, name = layout.tensors(state, known.keys), layout.state_format if moments else ""
-        seed, own, slope = layout.seed(known.seeds[1]), known.view(param), known.view(grad)
-        return Entry(own, slope, state, tensors, name, rounding, seed, known.history, known.layout)
+            known.history = None
+        entries = []
+        for number, layout in enumerate(lies.parts):
+            share = lies.part_state(state, layout)
+            if known.history is None:
+                known.history = int(share["step"])
+            if not number:
+                known.history = hash((known.history, self._num_calls))
+            if rounding == "stochastic" and param.dtype == torch.bfloat16:
+                layout = layout.rounded_at_random()
+            own_seed = layout.seed(seed_of(known.seeds[1], number) if number else known.seeds[1])
+            tensors, name = layout.tensors(share, layout.keys(moments)), layout.state_format if moments else ""
+            own, slope, kept = layout.view(param), layout.view(grad), layout.if_piece()
+            entries.append(Entry(own, slope, share, tensors, name, rounding, own_seed, known.history, kept))
+        return entries
 
     def _part(
         self,
@@ -240,9 +237,13 @@ class Roster:
     ) -> Part:
         params = list(group["params"])
         given = [(place, grad) for place, grad in enumerate(grads) if grad is not None]
-        known = [(place, self._known_of(params[place], groups)) for place, _ in given]
-        entries = [self.entry(each, grad, options, states) for (_, each), (_, grad) in zip(known, given, strict=True)]
-        places = {id(entry.param): one for entry, one in zip(entries, known, strict=True)}
+        places: dict[int, tuple[int, Known]] = {}
+        entries = list[Entry]()
+        for place, grad in given:
+            known = self._known_of(params[place], groups)
+            for entry in self.entries(known, grad, options, states):
+                places[id(entry.param)] = place, known
+                entries.append(entry)
         batches = batches_of(entries)
         members = [[places[id(param)] for param in batch.params] for batch in batches]
         return Part(group, options, params, [grad is None for grad in grads], batches, members)
@@ -250,7 +251,10 @@ class Roster:
     def _renew(self, part: Part, grads: Sequence[Tensor | None]) -> None:
         """Give a part this step's gradients and histories: a batch's parameters go through the same steps."""
         for batch, members in zip(part.batches, part.members, strict=True):
-            batch.grads = [known.view(grads[place]) for place, known in members]  # type: ignore[arg-type]
+            batch.grads = [
+                grads[place] if layout is None else layout.view(grads[place])  # type: ignore[misc, arg-type]
+                for (place, _), layout in zip(members, batch.layouts, strict=True)
+            ]
             history = hash((members[0][1].history, self._num_calls))
             for _, known in members:
                 known.history = history
@@ -259,12 +263,11 @@ class Roster:
         """Return what is known of a parameter, by its identity: a tensor's hash takes longer."""
         known = self._known.get(id(param))
         if known is None or known.param is not param:
-            histories = {id(each.param): each.history for each in self._known.values()}
-            placed = [(each, state_format, group) for group in groups for each, state_format in parameters_of(group)]
-            self._known = {
-                id(each): Known(each, group, state_format, index, histories.get(id(each)))
-                for index, (each, state_format, group) in enumerate(placed)
-            }
+            found = self._known
+            for each, lies, group, index in self.members.placed(groups):
+                before = found.get(id(each))
+                history = before.history if before is not None and before.param is each else None
+                found[id(each)] = Known(each, group, lies, index, history)
             known = self._known.get(id(param))
         if known is None:
             raise ValueError(
@@ -272,11 +275,6 @@ class Roster:
                 "build the optimiser anew instead of taking groups out of it"
             )
         return known
-
-
-def parameters_of(group: Mapping[str, Any]) -> Iterator[tuple[Tensor, str]]:
-    """Return a param group's parameters, each with its state's format."""
-    return zip(group["params"], group["state_formats"], strict=True)
 
 
 def _same(these: Iterable[Any], those: Sequence[Any]) -> bool:
