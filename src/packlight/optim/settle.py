@@ -21,7 +21,7 @@ from packlight.numerics.second_moments import is_usable, largest_of, rotate
 from packlight.optim.piece import Cut
 
 
-def settle(cuts: Iterable[Cut], skipped: Tensor | bool = False) -> None:
+def settle(cuts: Iterable[Cut], *, skipped: Tensor | bool = False) -> None:
     """Take over what a step found in pieces of matrices; all processes that have pieces call it.
 
     Args:
@@ -32,7 +32,7 @@ def settle(cuts: Iterable[Cut], skipped: Tensor | bool = False) -> None:
     for cut in cuts:
         together.setdefault(tuple(group.group_name for group in cut.groups), []).append(cut)
     for each in together.values():
-        _settle(each, skipped)
+        _settle(each, skipped=skipped)
 
 
 def gathered(row: Tensor, column: Tensor, groups: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def gathered(row: Tensor, column: Tensor, groups: Sequence[Any]) -> tuple[Tensor
     return both[-1], both[:-1]
 
 
-def _settle(cuts: Sequence[Cut], skipped: Tensor | bool) -> None:
+def _settle(cuts: Sequence[Cut], *, skipped: Tensor | bool) -> None:
     vectors, num = [each.rows for each in cuts] + [each.cols for each in cuts], len(cuts)
     sizes = [each.shape[1] for each in vectors]
     for cut in cuts:

@@ -227,7 +227,7 @@ def settle_all(batches: Iterable[Batch], scalars: Scalars) -> None:
     if cuts:
         from packlight.optim.settle import settle  # imports torch.distributed
 
-        settle(cuts, False if scalars.found_inf is None else scalars.found_inf != 0)
+        settle(cuts, skipped=False if scalars.found_inf is None else scalars.found_inf != 0)
 
 
 def update(
