@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from packlight.numerics import AdamWSettings, Moment, SGDSettings, cpu, moment_formats, reference, zero_moment
 from packlight.numerics.call import Slot
-from packlight.numerics.noise import key_at, seed_of
+from packlight.numerics.noise import key_at, seed_at, seed_of
 from packlight.numerics.reference import Noise
 from packlight.numerics.rounding import ERROR_DTYPES, Rounding, RoundingName
 
@@ -49,6 +49,7 @@ class Trained:
     rounding: RoundingName = "nearest"
     seed: int = 1
     index: int = 0
+    origin: int = 0
     num_moments: int = 2
     moments: tuple[Moment, ...] = field(init=False)
     how: Rounding = field(init=False)
@@ -62,7 +63,7 @@ class Trained:
         self.how = Rounding(self.rounding, error)
 
     def key(self, step: int) -> int:
-        return key_at(seed_of(self.seed, self.index), step)
+        return key_at(seed_at(seed_of(self.seed, self.index), self.origin), step)
 
     def slot(self, grad: Tensor, step: int) -> Slot:
         return Slot(self.param, grad, self.moments, self.how, self.key(step))

@@ -1,5 +1,6 @@
 """The compiled steps give the reference's bits: for every format, dtype, rounding, shape and number of threads."""
 
+import itertools
 import platform
 import resource
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from packlight.numerics import AdamWSettings, SGDSettings, call, compiler, cpu, decode, reference
+from packlight.numerics.formats import PIECE_FORMATS
 from packlight.numerics.rounding import RoundingName
 from tests.numerics.cases import (
     COMPILED,
@@ -94,6 +96,35 @@ def test_adamw_is_the_references_bit_for_bit(
         adamw([ours], [grad], step, settings, engine="cpu", stochastic=stochastic)
         adamw([theirs], [grad], step, settings, stochastic=stochastic)
         assert differing(ours, theirs) == []
+
+
+@by_way
+@pytest.mark.parametrize("name", sorted(set(PIECE_FORMATS.values()) - {"fp32"}))
+def test_pieces_are_the_references_bit_for_bit_and_rows_of_the_whole(
+    name: str, dtype: torch.dtype, rounding: RoundingName, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Three pieces of a matrix, one of a single row; a second step of theirs needs the maxima of the others."""
+    only_compiled(monkeypatch)
+    whole, ends = torch.randn(70, 384).to(dtype), (0, 40, 41, 70)
+    format_of_whole = name.partition("/")[0]
+    alone = Trained(whole.clone(), format_of_whole, rounding)
+    pairs = [both(whole[first:last], name, rounding) for first, last in itertools.pairwise(ends)]
+    for pair, first in zip(pairs, ends, strict=False):
+        for each in pair:
+            each.origin = 384 * first
+    for step in (1, 2):
+        grad = gradient(tuple(whole.shape), dtype)
+        adamw([alone], [grad], step, DECOUPLED, stochastic=True)
+        for (ours, theirs), (first, last) in zip(pairs, itertools.pairwise(ends), strict=True):
+            adamw([ours], [grad[first:last]], step, DECOUPLED, engine="cpu", stochastic=True)
+            adamw([theirs], [grad[first:last]], step, DECOUPLED, stochastic=True)
+            assert differing(ours, theirs) == []
+        if step == 1 or name != "4bit/matrix":  # of a matrix, the second step needs what others found
+            together = torch.cat([ours.param for ours, _ in pairs])
+            if name != "4bit/blocks":  # the whole is a matrix
+                assert torch.equal(together, alone.param)
+                codes = torch.cat([ours.moments[1].tensors["codes"] for ours, _ in pairs])
+                assert torch.equal(codes, alone.moments[1].tensors["codes"])
 
 
 @by_way

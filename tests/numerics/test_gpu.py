@@ -20,9 +20,9 @@ from torch import Tensor
 
 from packlight.numerics import reference
 from packlight.numerics.call import Call
-from packlight.numerics.formats import matrix_view, moment_formats
+from packlight.numerics.formats import PIECE_FORMATS, matrix_view, moment_formats
 from packlight.numerics.moments import Moment, zero_moment
-from packlight.numerics.noise import key_at, seed_of
+from packlight.numerics.noise import key_at, seed_at, seed_of
 from packlight.numerics.reference import Noise
 from packlight.numerics.rounding import ERROR_DTYPES, Rounding, RoundingName
 from packlight.numerics.settings import AdamWNumbers, AdamWSettings, SGDNumbers, SGDSettings
@@ -186,6 +186,16 @@ def sgd_gives_the_same_bits(device: str) -> None:
             run.advance(run.gradients())
 
 
+def pieces_of_parameters_give_the_same_bits(device: str) -> None:
+    """Maxima of a matrix are left as they were found; random bits are those of the piece's place."""
+    for name in sorted(set(PIECE_FORMATS.values()) - {"fp32"}):
+        params = [torch.randn(shape).bfloat16() for shape in ((40, 256), (1, 256), (30, 256))]
+        run = Run(device, name, stochastic=True, rounding="stochastic", params=params)
+        run.seeds = [seed_at(seed, origin * 256) for seed, origin in zip(run.seeds, (0, 40, 41), strict=True)]
+        for _ in range(2):
+            run.advance(run.gradients())
+
+
 def any_cut_into_tiles_gives_the_same_bits(device: str) -> None:
     from packlight.numerics import gpu_kernels, gpu_tables
 
@@ -323,6 +333,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
         check.__name__: check
         for check in (
             sgd_gives_the_same_bits,
+            pieces_of_parameters_give_the_same_bits,
             any_cut_into_tiles_gives_the_same_bits,
             nans_and_infinities_go_through_alike,
             an_overflow_changes_nothing,
