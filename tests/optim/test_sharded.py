@@ -1,14 +1,8 @@
 """Sharded states on real processes over gloo: the bits of a plain run, bytes, checkpoints for any number of ranks."""
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,11 +10,9 @@ import torch
 import packlight
 from packlight.numerics.noise import key_at, seed_at, seed_of, words
 from packlight.optim.state import from_portable
+from tests.torchrun import Found, found_by
 
 SCRIPT = Path(__file__).parent / "sharded.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-Found = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def run(what: str, num_ranks: int, folder: Path, *args: str) -> list[Found]:
     """Start a process for each rank by torchrun, and return what each found."""
-    own = folder / f"{what}-{num_ranks}"
-    own.mkdir()
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-    done = subprocess.run(
-        [*torchrun, "--master-port", port, str(SCRIPT), what, str(own), *args],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((own / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+    return found_by(num_ranks, SCRIPT, what, folder / f"{what}-{num_ranks}", *args)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

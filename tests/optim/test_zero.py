@@ -1,21 +1,16 @@
 """States under DeepSpeed's ZeRO, on real processes over gloo: their bytes, what is learned, stopping and going on."""
 
-import json
 import math
-import os
-import socket
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "zero.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+from tests.torchrun import ENVIRONMENT, Found, found_by
 
-Found = list[dict[str, Any]]
+SCRIPT = Path(__file__).parent / "zero.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,22 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def run(what: str, stage: int, folder: Path, *args: str, num_ranks: int = 2) -> list[Found]:
     """Start a process for each rank by torchrun, and return what each found."""
-    own = folder / f"{what}-{stage}-{num_ranks}"
-    own.mkdir()
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-    done = subprocess.run(
-        [*torchrun, "--master-port", port, str(SCRIPT), what, str(own), str(stage), *args],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((own / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+    return found_by(num_ranks, SCRIPT, what, folder / f"{what}-{stage}-{num_ranks}", str(stage), *args)
 
 
 def formula(numel: int, state_format: str) -> int:

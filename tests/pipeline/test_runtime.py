@@ -1,8 +1,6 @@
 """Pipelines of real processes over gloo: gradients, bytes at every event, 50 steps, failures."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -16,11 +14,9 @@ from torch import nn
 from packlight.activations.offload import HostTier
 from packlight.pipeline import Runtime, ScheduleError, Stage, grouped, uniform
 from tests.pipeline.real import with_copies
+from tests.torchrun import ENVIRONMENT, Found, found_by, free_port, torchrun
 
 SCRIPT = Path(__file__).parent / "real.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-Found = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -32,43 +28,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(what: str, num_ranks: int, folder: Path) -> list[Found]:
     """Start a process for each rank by torchrun, and return what each found."""
     own = folder / f"{what}-{num_ranks}"
-    own.mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-    done = subprocess.run(
-        [*torchrun, "--master-port", str(free_port()), str(SCRIPT), what, str(own)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    found = found_by(num_ranks, SCRIPT, what, own)
     assert not list((own / "spilled").iterdir())
-    return [json.loads((own / f"{rank}.json").read_text()) for rank in range(num_ranks)]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    return found
 
 
 def test_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     example = readme[readme.index("# pipeline.py, a whole example") :].partition("```")[0]
     (tmp_path / "pipeline.py").write_text(example)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "--master-port", str(free_port()), "pipeline.py"],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "8 microbatches" in done.stdout
+    assert "8 microbatches" in torchrun(2, tmp_path / "pipeline.py", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -13,7 +13,7 @@ would be taken for the next step's; so where there are several ranks, it was the
 
 import enum
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, Protocol, Self
 
@@ -155,22 +155,12 @@ class Runtime(schedules._PipelineScheduleRuntime):
         """
         if self._ended:
             raise RuntimeError(self._ended)
-        problem = self._too_few_rows(args, target)
+        problem = too_few_rows((target, *(args if self._args_chunk_spec is None else ())), self._n_microbatches)
         if self._agreed is not self._has_backward:
             self._agree(problem)
         if problem:
             raise ScheduleError(problem)
         return super().step(*args, target=target, losses=losses, **kwargs)
-
-    def _too_few_rows(self, args: tuple[Any, ...], target: Any) -> str:
-        given = [target, *(args if self._args_chunk_spec is None else ())]
-        rows = min((each.shape[0] for each in given if isinstance(each, torch.Tensor) and each.dim()), default=None)
-        if rows is None or rows >= self._n_microbatches:
-            return ""
-        return (
-            f"{self._n_microbatches} microbatches came for a batch of {rows} rows; make the batch larger, or the "
-            "schedule for fewer microbatches"
-        )
 
     def _step_microbatches(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -325,6 +315,17 @@ def _check_stages(stages: Sequence[Stage], schedule: Schedule, tier: Tier | None
         raise ScheduleError(
             f"{schedule.name} splits backward, and a stage is {reason}; take 1F1B or its interleaved form"
         )
+
+
+def too_few_rows(given: Iterable[Any], num_microbatches: int) -> str:
+    """Tell what is wrong with a batch that has fewer rows than microbatches; nothing if it has as many."""
+    rows = [each.shape[0] for each in given if isinstance(each, torch.Tensor) and each.dim()]
+    if min(rows, default=num_microbatches) >= num_microbatches:
+        return ""
+    return (
+        f"{num_microbatches} microbatches came for a batch of {min(rows)} rows; make the batch larger, or the schedule "
+        "for fewer microbatches"
+    )
 
 
 def told(mine: Any, stage: Stage) -> list[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from packlight.budget import Budget, BudgetError
 from packlight.pipeline.choose import Candidate, candidates, fastest, within
 from packlight.pipeline.copies import Tier
-from packlight.pipeline.runtime import Runtime, told
+from packlight.pipeline.runtime import Runtime, told, too_few_rows
 from packlight.pipeline.schedule import Schedule, ScheduleError, check_positive
 from packlight.pipeline.simulate import StageCost
 from packlight.pipeline.stage import Stage, cannot_split
@@ -104,32 +104,31 @@ def plan_stages(
     first = training.stages[0]
     device, num_ranks = torch.device(first.device), first.group_size
 
-    def here() -> tuple[int, int, Link | None]:
+    def here() -> _Here:
+        problem = _too_few_rows(training)
+        if problem:
+            raise ValueError(problem)
         allowed = Budget.of(budget, total_bytes=memory_bytes(device, None))
         resident = _resident_bytes(training.stages) + beside_bytes
         return allowed.device_bytes, resident, find_link(device, host_budget=host_budget, disk=disk)
 
     ranks = _agreed(here, first)
-    _check_rows(training)
     link, budget_bytes = ranks[first.group_rank][2], min(allowed for allowed, _, _ in ranks)
     costs = measure(training, link)
     links = [link for _, _, link in ranks if link is not None]
-    tier = None
-    if len(links) == num_ranks:
-        rates = [(each.out_bytes_per_second, each.in_bytes_per_second) for each in links]
-        busy = max(each.busy_seconds_per_byte for each in links)
-        tier = Tier(min(out for out, _ in rates), min(back for _, back in rates), busy_seconds_per_byte=busy)
+    tier = _tier(links) if len(links) == num_ranks else None
     shape = num_ranks, len(training.stages), training.num_microbatches
     found = list(candidates(shape, costs, resident_bytes=[resident for _, resident, _ in ranks], tier=tier))
     capacity = min((_share(each) for each in links), default=None)
     reasons = itertools.chain(*told([cannot_split(stage) for stage in training.stages], first))
+    said = unused(device, host_budget=host_budget, disk=disk)
     fitting = runnable(found, reason=next(filter(None, reasons), None))
     try:
         chosen = fastest(fitting, budget_bytes, capacity)
     except BudgetError as error:
         way = "host_budget=..." if device.type == "cuda" else "disk=..."
-        said = [*unused(device, host_budget=host_budget, disk=disk), f"{way} would let activations move"]
-        message = "; ".join([str(error), *said]) if link is None else str(error)
+        more = [*said, f"{way} would let activations move"] if link is None else []
+        message = "; ".join([str(error), *more])
         raise BudgetError(message, smallest_bytes=error.smallest_bytes) from None
     plan = record(
         within(fitting, capacity),
@@ -139,37 +138,45 @@ def plan_stages(
         tier_name=links[0].tier if links else "host",
         folder=link.folder if link is not None else "",
     )
-    notes = [
-        "bytes and seconds of each stage are measured, with one microbatch; parameters' gradients are counted whole, "
-        "the optimiser's step is not; outputs of the last stage are not kept (return_outputs=False)",
-        "messages are in the order that measured seconds give, so another run's peak may be some messages away; "
-        f"slowdown and what nothing changed would take are those of {plain_of(found).name}",
-        *unused(device, host_budget=host_budget, disk=disk),
-    ]
-    if len({allowed for allowed, _, _ in ranks}) > 1:
-        notes.append("ranks came with different budgets: the smallest counts")
-    if 0 < len(links) < num_ranks:
-        without = [rank for rank, (_, _, each) in enumerate(ranks) if each is None]
-        notes.append(f"nothing moves, as ranks {without} came without a tier: pass host_budget or disk on every rank")
+    notes = _notes(ranks, plain_of(found), said)
     if tier is not None and chosen.num_moved:
         notes.append(told_of_link(chosen, tier))
     plan = replace(plan, device=device.type, notes=tuple(notes))
     return StagesAnswer(training, costs, found, chosen, plan, link)
 
 
-def _check_rows(training: Training) -> None:
-    """Refuse, on every rank, more microbatches than the batch has rows on any; torch's error comes on one alone."""
-    chosen = {name for name in ("args_chunk_spec", "kwargs_chunk_spec") if training.options.get(name)}
-    given = [training.target]
-    given += [] if "args_chunk_spec" in chosen else training.args
-    given += [] if "kwargs_chunk_spec" in chosen else training.kwargs.values()
-    rows = [each.shape[0] for each in given if isinstance(each, Tensor) and each.dim()]
-    least = min(told(min(rows, default=training.num_microbatches), training.stages[0]))
-    if least < training.num_microbatches:
-        raise ValueError(
-            f"{training.num_microbatches} microbatches came for a batch of {least} rows; wanted at most as many: make "
-            "the batch larger, or num_microbatches smaller"
-        )
+def _notes(ranks: Sequence[_Here], plain: Candidate, unused_said: Sequence[str]) -> list[str]:
+    """Say what the numbers rest on, and what ranks came with that others did not."""
+    notes = [
+        "bytes and seconds of each stage are measured, with one microbatch; parameters' gradients are counted whole, "
+        "the optimiser's step is not; outputs of the last stage are not kept (return_outputs=False)",
+        "messages are in the order that measured seconds give, so another run's peak may be some messages away; "
+        f"slowdown and what nothing changed would take are those of {plain.name}",
+        *unused_said,
+    ]
+    if len({allowed for allowed, _, _ in ranks}) > 1:
+        notes.append("ranks came with different budgets: the smallest counts")
+    without = [rank for rank, (_, _, link) in enumerate(ranks) if link is None]
+    if 0 < len(without) < len(ranks):
+        notes.append(f"nothing moves, as ranks {without} came without a tier: pass host_budget or disk on every rank")
+    return notes
+
+
+def _tier(links: Sequence[Link]) -> Tier:
+    """Return the way to the tier that every rank has: as fast as the slowest."""
+    return Tier(
+        min(each.out_bytes_per_second for each in links),
+        min(each.in_bytes_per_second for each in links),
+        busy_seconds_per_byte=max(each.busy_seconds_per_byte for each in links),
+    )
+
+
+def _too_few_rows(training: Training) -> str:
+    """Tell what is wrong where this rank has fewer rows than microbatches; the user's own splits are theirs."""
+    given: list[Any] = [training.target]
+    given += [] if training.options.get("args_chunk_spec") else training.args
+    given += [] if training.options.get("kwargs_chunk_spec") else training.kwargs.values()
+    return too_few_rows(given, training.num_microbatches)
 
 
 def _resident_bytes(stages: Sequence[Stage]) -> int:

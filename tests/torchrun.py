@@ -1,0 +1,42 @@
+"""Starts a script with a process for each rank, and reads what each of them wrote."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+Found = list[dict[str, Any]]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def torchrun(num_ranks: int, script: Path, *args: str, cwd: Path | None = None) -> str:
+    """Run a script by torchrun; it has to succeed. Return what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+    done = subprocess.run(
+        [*command, "--master-port", str(free_port()), str(script), *args],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def found_by(num_ranks: int, script: Path, what: str, folder: Path, *args: str) -> list[Found]:
+    """Let a script do something and write FOLDER/RANK.json; return what each rank found."""
+    folder.mkdir()
+    torchrun(num_ranks, script, what, str(folder), *args)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
