@@ -19,9 +19,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def run(what: str, stage: int, folder: Path, *args: str, num_ranks: int = 2) -> list[Found]:
-    """Start a process for each rank by torchrun, and return what each found."""
+def found(num_ranks: int, what: str, stage: int, folder: Path, *args: str) -> list[Found]:
     return found_by(num_ranks, SCRIPT, what, folder / f"{what}-{stage}-{num_ranks}", str(stage), *args)
+
+
+def run(what: str, stage: int, folder: Path, *args: str, num_ranks: int = 2) -> list[Found]:
+    """Start a process for each rank by torchrun, and return what each found; once for all tests that ask for it."""
+    return found(num_ranks, what, stage, folder, *args)
 
 
 def formula(numel: int, state_format: str) -> int:
