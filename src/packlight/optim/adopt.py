@@ -25,7 +25,6 @@ Source of the formats: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit St
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from types import TracebackType
@@ -39,6 +38,8 @@ from packlight.numerics.formats import state_format as format_named
 from packlight.numerics.noise import seed_of
 from packlight.optim.adoptable import group_refusal, raise_if
 from packlight.optim.adopted_state import CompactState, moments_of, own_state, show_portable
+from packlight.optim.flat import Flat
+from packlight.optim.hidden import HiddenGradients
 from packlight.optim.hosted import HostStep, placed
 from packlight.optim.layout import Layout, layout_of
 from packlight.optim.piece import is_dtensor, local_of
@@ -58,14 +59,15 @@ _adopted: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 class Adoption:
     """What `adopt` returns: undone by `remove()`, or at the end of a with statement."""
 
-    def __init__(self, optimizer: Adam, state_formats: Mapping[Tensor, str]) -> None:
+    def __init__(self, optimizer: Adam, state_formats: Mapping[Tensor, str], flats: Mapping[Tensor, Flat]) -> None:
         self._optimizer = optimizer
         chosen = {param: placed(name) for param, name in state_formats.items() if name != "fp32"}
-        self._formats = {param: name for param, (name, _) in chosen.items()}
+        self._formats = {param: name for param, (name, _) in chosen.items()} | dict.fromkeys(flats, "")
+        self._flats = dict(flats)
         self._host = HostStep(param for param, (_, on_host) in chosen.items() if on_host)
-        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._hidden = HiddenGradients()
         self._loaded: dict[Tensor, State] = {}
-        self._history: dict[Tensor, int] = {}
+        self._history: dict[tuple[Tensor, int], int] = {}
         self._num_calls = 0
         self._places: dict[Tensor, int] = {}
         for param in self._formats:
@@ -104,8 +106,9 @@ class Adoption:
             torch.OutOfMemoryError: states in host memory find no room beside their parameters; then nothing has
                 changed. `state_dict()` needs none there.
         """
-        self._show_gradients()
-        groups = {param: group for group in self._optimizer.param_groups for param in group["params"]}
+        self._hidden.show()
+        groups = dict.fromkeys(self._flats, self._optimizer.param_groups[0])
+        groups |= {param: group for group in self._optimizer.param_groups for param in group["params"]}
         states = [(param, self._optimizer.state.get(param)) for param in groups]
         compact = {param: state for param, state in states if isinstance(state, CompactState)}
         on_host = [param for param in compact if param in self._host.params]
@@ -132,7 +135,7 @@ class Adoption:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._show_gradients()  # still hidden if another post-hook raised in the step before
+        self._hidden.show()  # still hidden if another post-hook raised in the step before
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         return args[:1], {**kwargs, "closure": partial(self._step, closure)}
 
@@ -141,14 +144,14 @@ class Adoption:
         loss = None if closure is None else closure()  # torch's step has enabled gradients
         with torch.no_grad():
             self._update_managed()
-            with self._gradients_hidden(self._formats):
+            with self._hidden.without(self._formats):
                 unhooked_step(self._optimizer)
-            self._hide_gradients(_params(self._optimizer))
+            self._hidden.hide(_params(self._optimizer))
         return loss
 
     # 5
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._show_gradients()
+        self._hidden.show()
 
     def _update_managed(self) -> None:
         # GradScaler sets these on an optimiser with fused=True for the time of its step.
@@ -159,7 +162,8 @@ class Adoption:
         for group in self._optimizer.param_groups:
             found = [param for param in group["params"] if param in self._formats and param.grad is not None]
             check_dense(param.grad for param in found)
-            self._run([self._entry(param, param.grad, num_calls=self._num_calls) for param in found], group, scalars)
+            entries = (self._entries(param, param.grad, num_calls=self._num_calls) for param in found)
+            self._run(list(chain.from_iterable(entries)), group, scalars)
 
     def update(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Do the step of one managed parameter now, inside backward; `step` comes after it.
@@ -176,7 +180,7 @@ class Adoption:
         check_dense([param.grad])
         if param not in self._places:
             self._find_places()
-        self._run([self._entry(param, param.grad, num_calls=self._num_calls + 1)], group, Scalars())
+        self._run(list(self._entries(param, param.grad, num_calls=self._num_calls + 1)), group, Scalars())
         return True
 
     def _run(self, entries: Sequence[Entry], group: Mapping[str, Any], scalars: Scalars) -> None:
@@ -186,16 +190,19 @@ class Adoption:
 
     def _find_places(self) -> None:
         """Number the parameters: their random bits hang on it."""
-        self._places = {param: at for at, param in enumerate(_params(self._optimizer))}
+        self._places |= {param: at for at, param in enumerate(_params(self._optimizer))}
+        self._places |= {param: at for at, param in enumerate(self._flats)}  # of which ZeRO-3 shows one at a time
 
-    def _entry(self, param: Tensor, grad: Tensor, *, num_calls: int) -> Entry:
-        state = self._state_of(param)
-        history = self._history[param] if param in self._history else int(state["step"])
-        self._history[param] = history = hash((history, num_calls))
-        layout = state.layout
-        seed, tensors = layout.seed(seed_of(0, self._places[param])), layout.tensors(state, layout.keys())
-        own, slope = layout.view(param), layout.view(grad)
-        return Entry(own, slope, state, tensors, layout.state_format, "nearest", seed, history, layout.if_piece())
+    def _entries(self, param: Tensor, grad: Tensor, *, num_calls: int) -> Iterator[Entry]:
+        whole = self._state_of(param)
+        for at, layout in enumerate(whole.layout.parts):
+            state = whole.layout.part_state(whole, layout)
+            key = (param, at)
+            history = self._history[key] if key in self._history else int(state["step"])
+            self._history[key] = history = hash((history, num_calls))
+            seed, tensors = layout.seed(seed_of(at, self._places[param])), layout.tensors(state, layout.keys())
+            own, slope = layout.view(param), layout.view(grad)
+            yield Entry(own, slope, state, tensors, layout.state_format, "nearest", seed, history, layout.if_piece())
 
     def _state_of(self, param: Tensor) -> CompactState:
         state = self._optimizer.state.get(param)
@@ -209,12 +216,14 @@ class Adoption:
     def _encode(self, param: Tensor, state: Mapping[str, Any]) -> State:
         return self._layout(param).from_portable(moments_of(state), device=self._place(param))
 
-    def _layout(self, param: Tensor) -> Layout:
-        return layout_of(param, self._formats[param])
+    def _layout(self, param: Tensor) -> Layout | Flat:
+        return self._flats[param] if param in self._flats else layout_of(param, self._formats[param])
 
     def _adopt_state(self, param: Tensor, state: State) -> CompactState:
-        state["step"] = state["step"].to(step_device(self._place(param)))
-        self._history.pop(param, None)
+        if "step" in state:
+            state["step"] = state["step"].to(step_device(self._place(param)))
+        for key in [key for key in self._history if key[0] is param]:
+            del self._history[key]
         self._optimizer.state[param] = compact = CompactState(state, param, self._layout(param))
         return compact
 
@@ -227,26 +236,6 @@ class Adoption:
         if param in self._formats:
             return self._layout(param).state_bytes(param.dtype)
         return 4 + len(MOMENTS) * local_of(param).nbytes
-
-    def _hide_gradients(self, params: Iterable[Tensor]) -> None:
-        for param in params:
-            if param.grad is not None:
-                self._hidden.append((param, param.grad))
-                param.grad = None
-
-    def _show_gradients(self) -> None:
-        while self._hidden:
-            param, grad = self._hidden.pop()
-            if param.grad is None:
-                param.grad = grad
-
-    @contextmanager
-    def _gradients_hidden(self, params: Iterable[Tensor]) -> Iterator[None]:
-        self._hide_gradients(params)
-        try:
-            yield
-        finally:
-            self._show_gradients()
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Encode managed states before torch casts them, and leave the others to torch."""
@@ -266,7 +255,9 @@ class Adoption:
             self._adopt_state(*self._loaded.popitem())
 
 
-def adopt(optimizer: Optimizer, state_formats: Mapping[Tensor, str]) -> Adoption:
+def adopt(
+    optimizer: Optimizer, state_formats: Mapping[Tensor, str], *, flats: Mapping[Tensor, Flat] | None = None
+) -> Adoption:
     """Make an existing AdamW or Adam keep its states in our formats, in place.
 
     States that exist are encoded and freed. Parameters that are not named, or named "fp32", stay with torch's
@@ -277,6 +268,8 @@ def adopt(optimizer: Optimizer, state_formats: Mapping[Tensor, str]) -> Adoption
             what they are.
         state_formats: from parameter (the tensor object) to a format's name; with "@host" behind it, the state is in
             host memory, and the CPU's kernels do the step ("fp32@host" too, so not with torch's own bits).
+        flats: from flat partitions, which ZeRO has put in the place of parameters, to how their states are to lie; they
+            need not be in the param groups now.
 
     Returns:
         The handle: `remove()` undoes it, `state_bytes()` counts.
@@ -310,7 +303,7 @@ def adopt(optimizer: Optimizer, state_formats: Mapping[Tensor, str]) -> Adoption
             )
         if format_named(name).name != "fp32" or on_host:
             check_dtype(param.dtype)
-    handle = Adoption(optimizer, state_formats)
+    handle = Adoption(optimizer, state_formats, flats or {})
     _adopted.add(optimizer)
     return handle
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from packlight.optim.flat import Flat
 from packlight.optim.layout import Layout
 from packlight.optim.state import MOMENTS, State
 
@@ -25,7 +26,7 @@ class CompactState(dict[str, Tensor]):
         device: the parameter's; the state may be in host memory.
     """
 
-    def __init__(self, state: State, param: Tensor, layout: Layout) -> None:
+    def __init__(self, state: State, param: Tensor, layout: Layout | Flat) -> None:
         super().__init__(state)
         self.layout, self.device = layout, param.device
 

@@ -293,15 +293,20 @@ def layout_of(param: Tensor, state_format: str) -> Layout:
     if not is_dtensor(param):
         return Layout(tuple(param.shape), state_format)
     piece = piece_of(param)
-    return _layout_of_piece(piece, state_format) if piece.is_cut else Layout(piece.shape, state_format, piece)
+    return _of_piece(piece, state_format) if piece.is_cut else Layout(piece.shape, state_format, piece)
 
 
 def gathered_layout(shape: tuple[int, ...], state_format: str) -> Layout:
     """Return how the state of a parameter lies that was cut, and has been put together; errors are `layout_of`'s."""
-    return _layout_of_piece(Piece(shape, shape, None, ()), state_format)
+    return piece_layout(shape, shape, state_format)
 
 
-def _layout_of_piece(piece: Piece, state_format: str) -> Layout:
+def piece_layout(shape: tuple[int, ...], local_shape: tuple[int, ...], state_format: str) -> Layout:
+    """Return how the state of some rows of a parameter lies, wherever these are; errors are `layout_of`'s."""
+    return _of_piece(Piece(shape, local_shape, None, ()), state_format)
+
+
+def _of_piece(piece: Piece, state_format: str) -> Layout:
     moments = moment_formats(state_format, piece.shape)
     if moments[1] is ROOT_MATRIX and piece.num_axes > 1:
         moments = moments[0], ROOT_BLOCKS

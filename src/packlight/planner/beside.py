@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from packlight.planner.timeline import Timeline, existing_tensors, flat_tensors
+from packlight.planner.cut import stepped_by
+from packlight.planner.timeline import Timeline, existing_tensors, flat_tensors, inner_tensors
 
 
 def other_bytes(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
@@ -19,7 +20,9 @@ def other_bytes(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     own = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad) if tensor is not None]
     own += [tensor for each in optimizers for tensor in flat_tensors(list(each.state.values()))]
-    here = (tensor.untyped_storage() for tensor in own if tensor.device == device)
+    own += stepped_by(optimizers)
+    plain = (part for tensor in own for part in inner_tensors(tensor))
+    here = (tensor.untyped_storage() for tensor in plain if tensor.device == device)
     known = {storage._cdata: storage.nbytes() for storage in here}
     if device.type == "cuda":
         gc.collect()  # what only reference cycles hold would be counted for as long as the step lasts

@@ -16,6 +16,7 @@ from packlight.activations.sites import module_of
 from packlight.activations.tier import OffloadError, Tier, Traffic
 from packlight.optim.adopt import Adoption, adopt
 from packlight.optim.early import update_early
+from packlight.planner.cut import flats_of, without_engine
 from packlight.planner.loop import Call
 from packlight.planner.plan import device_of
 from packlight.planner.solve import EXACT_FORMATS
@@ -153,7 +154,8 @@ def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer
         ValueError: the plan names a parameter that is not here, or wants a format for a state that this optimiser
             cannot keep in it.
     """
-    names = parameter_names(model, optimizer)
+    with without_engine(model):
+        names = parameter_names(model, optimizer)
     here = {*names.values(), *dict(model.named_parameters())}
     missing = [name for name in plan.state_formats if name not in here and not name.startswith("parameter ")]
     if missing:
@@ -163,8 +165,9 @@ def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer
         )
     formats = {parameter: plan.state_formats.get(name, "as is") for parameter, name in names.items()}
     changed = {parameter: chosen for parameter, chosen in formats.items() if chosen not in EXACT_FORMATS}
+    flats = flats_of(optimizer, changed)
     with ExitStack() as undo:
-        adoption = adopt(optimizer, changed) if changed else None
+        adoption = adopt(optimizer, {} if flats else changed, flats=flats) if changed else None
         if adoption is not None:
             undo.callback(adoption.remove)
         if plan.releases_gradients:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -49,6 +50,12 @@ class FakeCopy(TorchFunctionMode):
         with self._mode, torch.no_grad():
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         return made.requires_grad_(tensor.requires_grad)
+
+    def whole(self, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+        """Return a fake parameter in the place of one of which only a share is here."""
+        with self._mode, torch.no_grad():
+            made = torch.empty(shape, dtype=dtype, device=parameter.device)
+        return nn.Parameter(made, requires_grad=parameter.requires_grad)
 
 
 def _plainly(func: Any, *args: Any, **kwargs: Any) -> Any:

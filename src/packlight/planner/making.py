@@ -11,8 +11,10 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.budget import Budget, BudgetError
+from packlight.planner.agree import Agreement
 from packlight.planner.beside import other_bytes
 from packlight.planner.curve import with_curve
+from packlight.planner.cut import cut_of
 from packlight.planner.hardware import measure
 from packlight.planner.loop import Call, Seen
 from packlight.planner.plan import device_of, memory_bytes
@@ -38,6 +40,18 @@ class Maker:
         self._model, self._optimizers, self._settings = model, optimizers, settings
         self.is_busy = False
         self.held: Plan | None = None
+
+    def agreement(self) -> Agreement:
+        """Return with whom the plans are agreed on: the ranks that share the model's states.
+
+        Raises:
+            SessionStop: these are cut in a way that plans are not made for.
+        """
+        try:
+            cut = cut_of(self._model)
+        except ValueError as error:
+            raise SessionStop(str(error), exit_status=2) from error
+        return Agreement(cut.group if cut is not None else None)
 
     def other_bytes(self) -> int | None:
         """Return the bytes that live beside the model and its optimisers before the first step; None elsewhere."""

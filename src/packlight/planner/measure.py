@@ -25,10 +25,11 @@ from typing import Literal
 import torch
 from torch import nn
 
+from packlight.planner.cut import stepped_by
 from packlight.planner.listen import ModuleHook
 from packlight.planner.loop import Seen
 from packlight.planner.tail import TailWatch
-from packlight.planner.timeline import Timeline, existing_tensors, flat_tensors, put_under, take_off
+from packlight.planner.timeline import Resizes, Timeline, existing_tensors, flat_tensors, put_under, storage_bytes, take_off
 from packlight.records import Measurement
 
 NUM_MEASURED_STEPS = 3
@@ -142,11 +143,10 @@ class StepWatch:
 
     def live_bytes(self) -> dict[str, int]:
         """Return what lives now, by category as far as it is known."""
-        storages = {tensor.untyped_storage()._cdata: tensor for tensor in self.model.parameters()}
         gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
         live = {
-            "parameters": sum(tensor.untyped_storage().nbytes() for tensor in storages.values()),
-            "gradients": sum(gradient.nbytes for gradient in gradients),
+            "parameters": storage_bytes(self.model.parameters()),
+            "gradients": storage_bytes(gradients),
             "optimizer_states": self.state_bytes(on_device=True),
         }
         all_bytes = torch.cuda.memory_allocated() if self.line.device_type == "cuda" else self.line.live_bytes
@@ -259,11 +259,12 @@ class StepWatch:
 
     def _follow(self) -> None:
         """Begin a line with what is known of what lives."""
-        for parameter in self.model.parameters():
+        for parameter in (*self.model.parameters(), *stepped_by(self.optimizers)):
             self.line.add(parameter, category="parameters")
         self._name_gradients()
         self._name_states()
         self._measuring = True
+        self._resizes = Resizes(self.line)
 
     def measure_again(self) -> None:
         """Follow the next step too, storage by storage."""
@@ -295,6 +296,7 @@ class StepWatch:
     def _stop_measuring(self) -> None:
         if self._measuring:
             self._measuring = False
+            self._resizes.close()
             self.pause()
             self._peak = max(self._peak, self.line.peak(), key=lambda peak: peak[0])
             if self._plan.start is not None:
@@ -305,7 +307,7 @@ class StepWatch:
         return max(self._peak, self.line.peak(), key=lambda peak: peak[0]) if self._measuring else self._peak
 
     def _name_gradients(self) -> None:
-        for parameter in self.model.parameters():
+        for parameter in (*self.model.parameters(), *stepped_by(self.optimizers)):
             if parameter.grad is not None and parameter.grad.layout == torch.strided:
                 self.line.add(parameter.grad, category="gradients")
 
@@ -318,7 +320,7 @@ class StepWatch:
         """Return the bytes of the optimisers' states, each storage once; of those on the device, or of all."""
         held = flat_tensors([list(each.state.values()) for each in self.optimizers])
         here = [tensor for tensor in held if not on_device or tensor.device.type == self.line.device_type]
-        return sum({at.untyped_storage()._cdata: at.untyped_storage().nbytes() for at in here}.values())
+        return storage_bytes(here)
 
     def _clock(self) -> float:
         if self.line.device_type == "cuda" and self.num_steps < MAX_SYNCHRONISED_STEPS:

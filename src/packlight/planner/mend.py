@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import nn
 
 from packlight.budget import Budget, BudgetError, format_bytes
+from packlight.planner.agree import Agreement
 from packlight.planner.measure import StepWatch
 from packlight.planner.retry import Failure, Retry, Tightener
 from packlight.planner.revise import rescale
@@ -39,6 +40,7 @@ class Mend(Tightener):
         change: carries out another plan for what the model saves.
         tell: tells the user.
         num_steps: whole steps under a plan until its peak is at its highest.
+        agreement: with other ranks, which would wait for one that does its work twice: then nothing is repeated.
 
     Attributes:
         plan: the plan in force.
@@ -46,7 +48,16 @@ class Mend(Tightener):
         limit_bytes: less than lived when memory ran out; None where it did not.
     """
 
-    def __init__(self, model: nn.Module, watch: StepWatch, *, change: Change, tell: Tell, num_steps: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        watch: StepWatch,
+        *,
+        change: Change,
+        tell: Tell,
+        num_steps: int = 1,
+        agreement: Agreement | None = None,
+    ) -> None:
         self.plan: Plan | None = None
         self.pace = 1.0, 1.0
         self.limit_bytes: int | None = None
@@ -55,7 +66,8 @@ class Mend(Tightener):
         self._num_elements: int | None = None
         self._num_steps, self._least_steps, self._whole_steps = 0, num_steps, 0
         self._is_verified = self._is_mended = self._is_late = self._is_final = False
-        self._retry = Retry(model, self)
+        self._agreement = agreement or Agreement()
+        self._retry = Retry(model, self, repeats=not self._agreement.is_shared)
         self.remove, self.forget, self.backward = self._retry.remove, self._retry.forget, self._retry.backward
         self.step_aside = self._retry.step_aside
 
@@ -129,9 +141,9 @@ class Mend(Tightener):
             yield
 
     def _verify(self, plan: Plan, measured_bytes: int) -> None:
-        if not self._is_wrong(plan, measured_bytes):
+        if not self._agreement.largest(int(self._is_wrong(plan, measured_bytes))):
             return
-        self._is_verified = True
+        self._is_verified, measured_bytes = True, self._agreement.largest(measured_bytes)
         predicted_bytes, is_above = plan.estimate.device_peak_bytes, measured_bytes > plan.budget_bytes
         said = f"after step {self._num_steps}, measured {format_bytes(measured_bytes)} where "
         said += f"{format_bytes(predicted_bytes)} was predicted, "
@@ -141,6 +153,7 @@ class Mend(Tightener):
             return
         self._is_mended, step = True, corrected(self._step, measured_bytes - predicted_bytes)
         made, is_enough = mended(plan, step)
+        made = self._agreement.plan(made)
         made = replace(made, notes=(*made.notes, f"made again {said.removesuffix(', ')}"))
         self._step = step
         self._take(made)

@@ -19,6 +19,7 @@ from packlight.planner.answers import Answers
 from packlight.planner.known_hardware import Hardware, named
 from packlight.planner.loop import Call, Loss, Optimizers, Seen
 from packlight.planner.repeats import without_unrepeatable
+from packlight.planner.sharded import on_rank
 from packlight.planner.timeline import flat_tensors
 from packlight.planner.trace import Trace
 from packlight.step import Link, Profile, Tail
@@ -111,7 +112,8 @@ def _traced(
                 f"({type(error).__name__}: {error}); wanted a step that can run on tensors without values; where "
                 "shapes or branches depend on values, a model that is not on the meta device, and no other hardware"
             ) from error
-    return replace(trace.record(optimizers, tuple(notes)), link=link)
+    step = replace(trace.record(optimizers, tuple(notes)), link=link)
+    return step if trace.cut is None else on_rank(step, trace.cut.sharding, resident=trace.cut.resident)
 
 
 def _begin(

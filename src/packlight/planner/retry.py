@@ -73,14 +73,14 @@ class Tightener(ABC):
 
 
 class Retry:
-    """Stands around a model's forward and backward until `remove`."""
+    """Stands around a model's forward and backward until `remove`; without `repeats` it repeats nothing."""
 
-    def __init__(self, model: nn.Module, tightener: Tightener) -> None:
+    def __init__(self, model: nn.Module, tightener: Tightener, *, repeats: bool = True) -> None:
         """Change the model's `forward`; `backward` has to be called in the place of torch's."""
         self._model, self._tightener = model, tightener
         self._pending: tuple[Start, Outputs] | None = None
         self._is_nested = False
-        self._is_open = not isinstance(model, OptimizedModule)
+        self._is_open = repeats and not isinstance(model, OptimizedModule)
         self._around: _Around | None = None
         self.stand_outermost()
         self.num_elements = 0

@@ -15,6 +15,7 @@ for the first time, because states do not exist before.
 """
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,9 +26,11 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.activations.offload import OffloadError
+from packlight.planner.agree import Agreement
 from packlight.planner.carry import Adopted, Carried, adopt_formats, carry_out
 from packlight.planner.listen import Ears, Listener, LossLog, ModuleHook
-from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements, parameters_of, unwrapped
+from packlight.planner.cut import model_of, num_calls, trained_by
+from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements
 from packlight.planner.making import Maker
 from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
@@ -37,6 +40,12 @@ from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import joined, predicted_step_seconds, rescale, without_tier
 from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
+
+
+LARGER_ON_A_RANK = (
+    "packlight: a batch is larger than those that the plan was made for; ranks that share a model keep their plan, and "
+    "the peak may exceed the budget. Let the first batch be the largest"
+)
 
 
 class Session(Listener):
@@ -56,6 +65,7 @@ class Session(Listener):
         self._first: Plan | None = None
         self._model: nn.Module | None = None
         self._seen: Seen | None = None
+        self._agreement = Agreement()
         self._blocks: Carried | None = None
         self._mend: Mend | None = None
         self._maker: Maker | None = None
@@ -138,14 +148,16 @@ class Session(Listener):
 
     def _consider(self, module: nn.Module, call: Call) -> None:
         own: set[torch.Tensor] = set(module.parameters())
+        model = model_of(module)
         living = [optimizer for made in self._made if (optimizer := made()) is not None]
-        trained = [optimizer for optimizer in living if own.intersection(parameters_of(optimizer))]
+        trained = [optimizer for optimizer in living if own.intersection(trained_by(optimizer))]
         if not trained:
             return
         self._refuse_other_models(module, own)
         self._ignore_calls()
-        self._model, self._call, self._optimizers = unwrapped(module), call, trained
+        self._model, self._call, self._optimizers = model, call, trained
         self._shapes, self._maker = [call.shapes()], Maker(self._model, trained, self.settings)
+        self._agreement = self._maker.agreement()
         try:
             self._plan_before_first_step()
         except SessionStop as stop:
@@ -170,9 +182,20 @@ class Session(Listener):
         plan = self._first or self.plan
         if plan is not None and self._model is not None and self._watch is not None:
             num_steps = 1 if self.settings.plan is None else 2
-            tell, change = self.settings.tell, self._change
-            self._mend = Mend(self._model, self._watch, change=change, tell=tell, num_steps=num_steps)
+            self._mend = Mend(
+                self._model,
+                self._watch,
+                change=self._change,
+                tell=self._tell,
+                num_steps=num_steps,
+                agreement=self._agreement,
+            )
             self._mend.begin(plan, self._step, is_final=self._first is None)
+
+    def _tell(self, plan: Plan, title: str) -> None:
+        """Tell the user, once for all ranks that have agreed."""
+        if self._agreement.leads:
+            self.settings.tell(plan, title)
 
     def _change(self, plan: Plan) -> None:
         """Carry out another plan for what the model saves."""
@@ -195,6 +218,10 @@ class Session(Listener):
         training = torch.is_grad_enabled() and not self._planning and self.settings.plan is None
         if not training or self.plan is None or any(covers(known, shapes) for known in self._shapes):
             return
+        if self._agreement.is_shared:  # the other ranks' batches may be as before, and they would not ask
+            self._shapes.append(shapes)
+            warnings.warn(LARGER_ON_A_RANK, stacklevel=2)
+            return
         largest = max(map(num_elements, self._shapes), default=0)
         self._shapes.append(shapes)
         if self._seen is None:
@@ -208,7 +235,7 @@ class Session(Listener):
 
     def _refuse_other_models(self, module: nn.Module, own: set[torch.Tensor]) -> None:
         living = [optimizer for made in self._made if (optimizer := made()) is not None]
-        others = [optimizer for optimizer in living if not own.intersection(parameters_of(optimizer))]
+        others = [optimizer for optimizer in living if not own.intersection(trained_by(optimizer))]
         if others and self.settings.budget is not None:
             raise SessionStop(
                 f"the script trains two models: {type(module).__name__}, and what {type(others[0]).__name__} steps. "
@@ -222,12 +249,13 @@ class Session(Listener):
         if self.settings.budget is None:
             return None
         assert self._model is not None and self._maker is not None and self._call is not None
-        step, plan = self._maker.make(self._call, Seen(other_bytes=self._maker.other_bytes()))
+        seen = Seen(other_bytes=self._maker.other_bytes())
+        step, plan = self._agreement.made(functools.partial(self._maker.make, self._call, seen))
         self.first_estimate, self.plan = plan.estimate, plan
-        self.settings.tell(plan, "")
+        self._tell(plan, "")
         if self.settings.stop_before_step:
             raise SessionStop("planned", exit_status=0)
-        self._first = self._maker.first(step, plan)
+        self._first = self._agreement.plan(self._maker.first(step, plan))
         self._blocks = carry_out(self._first, self._model)  # step 2
         self._step = step
         if plan.releases_gradients:  # states are made inside the first backward
@@ -264,7 +292,7 @@ class Session(Listener):
     def _meet(self, optimizer: Optimizer) -> None:
         """Take in an optimiser that was made after the first forward."""
         assert self._model is not None and self._watch is not None
-        if set(self._model.parameters()).isdisjoint(parameters_of(optimizer)):
+        if set(self._model.parameters()).isdisjoint(trained_by(optimizer)):
             self._refuse_other_models(self._model, set[torch.Tensor](self._model.parameters()))
         self._optimizers.append(optimizer)
         self._watch.optimizers.append(optimizer)
@@ -279,18 +307,26 @@ class Session(Listener):
         with watch.aside():
             self._put_blocks_back()
             assert self._maker and self._call and self.plan
-            known = (self._call, self._seen)
-            step, plan, title = self._maker.make_below(
-                *known, before=self._first, budget_bytes=self.plan.budget_bytes, limit_bytes=self._mend.limit_bytes
-            )
+            step, plan, title = self._made_again()
             if self._mend.limit_bytes is None:  # else step 1 did some of its work twice, and planned in between
                 self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
             plan = rescale(plan, *self._pace)
-            self.settings.tell(plan, f"after step 1, {title}")
+            self._tell(plan, f"after step 1, {title}")
             self.plan, self._call = plan, None  # a batch is not held longer than it is needed
             self._carry_out(plan)
             num_planned = max(map(num_elements, self._shapes), default=0)
             self._mend.begin(plan, as_planned(step, plan), num_elements=num_planned)
+
+    def _made_again(self) -> tuple[Profile, Plan, str]:
+        """Make the final plan; its title says so where memory has run out."""
+        assert self._mend and self._maker and self._call and self._seen and self._first and self.plan
+        if self._agreement.is_shared:
+            make = functools.partial(self._maker.make, self._call, self._seen, before=self._first)
+            return *self._agreement.made(make), ""
+        budget_bytes, limit_bytes = self.plan.budget_bytes, self._mend.limit_bytes
+        return self._maker.make_below(
+            self._call, self._seen, before=self._first, budget_bytes=budget_bytes, limit_bytes=limit_bytes
+        )
 
     def _plan_for_larger_batches(self, call: Call) -> None:
         """Choose blocks anew, with the states' format as it is; where nothing fits, say so and spare what can be."""
@@ -301,7 +337,7 @@ class Session(Listener):
             step, plan, fits = self._maker.make_or_least(call, self._seen, before=before)
             misfit = "" if fits else f"which does not fit {self.settings.budget}, the smallest "
             self.plan = plan = joined(step, rescale(plan, *self._pace), before)
-            self.settings.tell(plan, f"for a larger batch, {misfit}")
+            self._tell(plan, f"for a larger batch, {misfit}")
             self._blocks = carry_out(plan, self._model)
             if self._mend is not None:
                 is_final = not self._mend.is_verified()
@@ -344,5 +380,5 @@ class Session(Listener):
         self._losses.end_step()
         if self._maker:
             self._maker.held = self.plan
-        if self._mend and self._num_updates % len(self._optimizers) == 0:  # the last of them has stepped
+        if self._mend and self._num_updates % sum(map(num_calls, self._optimizers)) == 0:  # the last of them has stepped
             self._mend.step_ends()

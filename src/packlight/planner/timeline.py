@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     _pop_mode,
     _push_mode,
+    is_traceable_wrapper_subclass,
 )
 
 from packlight.activations.buffers import is_recomputing
@@ -96,7 +97,11 @@ class Timeline(TorchDispatchMode):
         """
         if tensor.device.type != self.device_type:
             return None
-        storage = tensor.untyped_storage()
+        if is_traceable_wrapper_subclass(tensor):  # what holds bytes are the tensors inside (a DTensor's share)
+            return [self.add(part, category=category) for part in inner_tensors(tensor)][0]
+        return self._add_storage(tensor.untyped_storage(), category)
+
+    def _add_storage(self, storage: torch.UntypedStorage, category: str | None) -> int | None:
         key, num_bytes = storage._cdata, self.round(storage.nbytes())
         known = self._live.get(key)
         if known is not None:
@@ -114,9 +119,20 @@ class Timeline(TorchDispatchMode):
         self._begin(index, Entry(num_bytes, self.now(), self.phase(), category))
         return index
 
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Note that a storage has another size now: FSDP2 empties those of gathered parameters, and fills them again."""
+        if storage.device.type != self.device_type or self._paused:
+            return
+        known = self._live.get(storage._cdata)
+        category = None if known is None or known[0] == _LEFT_OUT else self.entries[known[0]].category
+        if storage.nbytes():
+            self._add_storage(storage, category)
+        else:
+            self._end(storage._cdata)
+
     def index(self, tensor: torch.Tensor) -> int | None:
         """Return the index of a tensor's storage, None where it is not followed."""
-        known = self._live.get(tensor.untyped_storage()._cdata)
+        known = self._live.get(next(iter(inner_tensors(tensor))).untyped_storage()._cdata)
         return known[0] if known is not None and known[0] != _LEFT_OUT else None
 
     def leave_out(self, tensor: torch.Tensor) -> None:
@@ -213,6 +229,35 @@ class Timeline(TorchDispatchMode):
         self.live_bytes -= entry.num_bytes
 
 
+class Resizes:
+    """Tells lines of events of storages that are resized, which no operator does; `close` puts torch's method back."""
+
+    def __init__(self, line: Timeline) -> None:
+        """Begin to tell."""
+        self._line, self._is_open = line, True
+        self._before = torch.UntypedStorage.__dict__.get("resize_")
+        original = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            out = original(storage, size)
+            if self._is_open:
+                line.resized(storage)
+            return out
+
+        self._own = resize_
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """Stop telling; where somebody else has replaced the method since, only step aside."""
+        self._is_open = False
+        if torch.UntypedStorage.__dict__.get("resize_") is not self._own:
+            return
+        if self._before is None:
+            del torch.UntypedStorage.resize_
+        else:
+            torch.UntypedStorage.resize_ = self._before  # type: ignore[method-assign]
+
+
 def take_off(mode: Timeline) -> bool:
     """Remove a mode from the stack, wherever it stands; modes pushed after it stay in their order.
 
@@ -249,9 +294,27 @@ def existing_tensors(device_type: str) -> list[torch.Tensor]:
         for item in gc.get_objects()
         if issubclass(type(item), torch.Tensor)
         and not issubclass(type(item), fake)
+        and not is_traceable_wrapper_subclass(item)  # the tensors inside stand by themselves
         and item.layout == torch.strided
         and item.device.type == device_type
     ]
+
+
+def inner_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the plain tensors that a tensor consists of: itself, or a wrapper's (a DTensor's share)."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    for part in parts:  # a DTensor names its mesh, too
+        if isinstance(part, torch.Tensor):
+            yield from inner_tensors(part)
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of tensors' storages, each once; of wrappers those of the tensors inside."""
+    plain = (part for tensor in tensors for part in inner_tensors(tensor))
+    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in plain}.values())
 
 
 def flat_tensors(value: object) -> Iterable[torch.Tensor]:

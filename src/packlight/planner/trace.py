@@ -41,6 +41,7 @@ from packlight.optim.adopted_state import without_compact
 from packlight.optim.early import can_update_early
 from packlight.planner.answers import Answers
 from packlight.planner.chatter import quiet
+from packlight.planner.cut import cut_of, without_engine
 from packlight.planner.draft import Draft, DraftRegion, DraftSave, HeldSave
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
@@ -66,9 +67,12 @@ class Trace:
         self.seen, self.real_model, self.hardware, self._answers = seen, model, hardware, answers
         self.real_optimizers = listed(optimizer)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.cut = cut_of(model)
         self._copy = FakeCopy(self.mode)
-        with _disable_current_modes(), self._copy, without_compact(self.real_optimizers):
-            self.model, self.fake_optimizers = copy.deepcopy((model, self.real_optimizers))
+        whole = self.cut.whole if self.cut is not None else {}
+        with _disable_current_modes(), without_engine(model), self._copy, without_compact(self.real_optimizers):
+            memo = {id(each): self._copy.whole(each, *whole[id(each)]) for each in model.parameters() if id(each) in whole}
+            self.model, self.fake_optimizers = copy.deepcopy((model, self.real_optimizers), memo)
         first = next((tensor.device.type for tensor in model.parameters()), "cpu")
         self.device_type = "cpu" if first == "meta" else first
         if hardware is None:
@@ -308,7 +312,8 @@ class Trace:
         self.line.explicit_phase = "optimizer"
         try:
             optimizers = self.real_optimizers, self.fake_optimizers
-            costs = optimizer_costs(self.real_model, *optimizers, self.line, on_host=on_host)
+            with without_engine(self.real_model):
+                costs = optimizer_costs(self.real_model, *optimizers, self.line, on_host=on_host)
         except Exception as error:
             kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self.real_optimizers}))
             self.notes.append(f"the step of {kinds} cannot be traced; its states count once seen: {error}")

@@ -1,0 +1,81 @@
+"""Ranks that gather from each other what they compute with have to do the same; so they agree on one plan.
+
+A block that is computed again gathers its parameters again, so ranks with different plans would wait for each other
+forever. Each rank plans from what it measured; the plan of the rank that holds most is everybody's. All ranks of the
+group ask at the same points of a step, in the same order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils._python_dispatch import _disable_current_modes
+
+from packlight.planner.request import SessionStop
+from packlight.records import Plan
+from packlight.step import Profile
+
+
+class Agreement:
+    """What the ranks of a process group agree on; without a group a rank decides for itself.
+
+    Args:
+        group: a process group of torch.distributed; None for one process.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are others."""
+        return self._group is not None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for all."""
+        from torch import distributed
+
+        return self._group is None or distributed.get_rank(self._group) == 0
+
+    def made(self, make: Callable[[], tuple[Profile, Plan]]) -> tuple[Profile, Plan]:
+        """Make a plan, and return the profile with everybody's plan.
+
+        Raises:
+            SessionStop: on all ranks, where one of them cannot be planned for; the one that needs most is named.
+        """
+        if self._group is None:
+            return make()
+        step, own = None, dict[str, Any]()
+        try:
+            step, plan = make()
+            own["plan"] = plan
+        except SessionStop as stop:
+            own["stop"] = str(stop), stop.exit_status, stop.smallest_bytes
+        found = self._gathered(own)
+        stops = [each["stop"] for each in found if "stop" in each]
+        if stops:
+            message, exit_status, smallest = max(stops, key=lambda each: each[2] or 0)
+            raise SessionStop(message, exit_status=exit_status, smallest_bytes=smallest)
+        assert step is not None
+        return step, _of_fullest([each["plan"] for each in found])
+
+    def plan(self, plan: Plan) -> Plan:
+        """Return everybody's plan, from each rank's own."""
+        return plan if self._group is None else _of_fullest(self._gathered(plan))
+
+    def largest(self, number: int) -> int:
+        """Return the largest number that a rank has."""
+        return number if self._group is None else max(self._gathered(number))
+
+    def _gathered(self, own: Any) -> list[Any]:
+        from torch import distributed
+
+        found: list[Any] = [None] * distributed.get_world_size(self._group)
+        with _disable_current_modes():
+            distributed.all_gather_object(found, own, group=self._group)
+        return found
+
+
+def _of_fullest(plans: list[Plan]) -> Plan:
+    """Return the plan of the rank that would hold most if nothing were changed; the first of several."""
+    return max(plans, key=lambda plan: plan.estimate.plain_peak_bytes)

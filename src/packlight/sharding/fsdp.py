@@ -1,0 +1,254 @@
+"""What a rank holds under torch's `fully_shard` (FSDP2), for a model that is cut already or is to be; and cutting it.
+
+FSDP2 frees gathered parameters by making their storages empty, keeps buffers of collectives alive until the next one
+may use their memory, and tells none of it before the step has run. From its code (torch 2.11 to 2.13,
+torch/distributed/fsdp/_fully_shard), for a unit of gathered size G:
+
+    forward     1 buffer of the all-gather, G           2 parameters, G; let go when the unit has run
+                  (1 is held until the next unit has its own)
+    backward    3 buffer, then parameters, G            4 buffer of the next unit, gathered ahead, G of that
+                5 whole gradients                       6 parameters go; buffer of the reduce-scatter, G; then 5 go
+                  (6 is held until the next unit has its own)   7 this rank's share of gradients stays
+
+The root's parameters stay gathered from forward to backward. Shares are rows, as many on each rank, padded with zeros.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from packlight.sharding.shards import Share, Sharding, Unit, Weight
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Parameters that `fully_shard` has put, or would put, together.
+
+    Attributes:
+        module: the path of the module; "" for the root.
+        weights: its parameters that no unit inside has.
+        is_kept: whether they stay gathered from forward until backward.
+        gathered_dtype: in which they are gathered; None: their own.
+        reduced_dtype: in which gradients are reduced; None: that of the gradients.
+    """
+
+    module: str
+    weights: tuple[Weight, ...]
+    is_kept: bool
+    gathered_dtype: torch.dtype | None = None
+    reduced_dtype: torch.dtype | None = None
+
+
+def sharding_of(cuts: Sequence[Cut], *, num_ranks: int) -> Sharding:
+    """Return what a rank holds.
+
+    Args:
+        cuts: the units, in the order in which forward reaches them; the root's where it stands in the model.
+        num_ranks: over which rows are cut.
+    """
+    weights = [weight for cut in cuts for weight in cut.weights]
+    units = tuple(_unit(cut, num_ranks) for cut in cuts if cut.weights)
+    share = _share(weights, num_ranks)
+    trained = [weight for weight in weights if weight.is_trained]
+    return Sharding(
+        engine="fsdp",
+        stage=2 if all(cut.is_kept for cut in cuts) else 3,
+        num_ranks=num_ranks,
+        parameter_bytes=sum(_padded(weight, num_ranks) * weight.dtype.itemsize for weight in weights),
+        buffer_bytes=units[-1].extra_bytes if units else 0,
+        gradient_share=share,
+        state_share=share,
+        shares=(tuple(Share(each.name, each.shape, _rows(each, num_ranks), each.dtype) for each in trained),),
+        units=units,
+        sent_bytes=sum(unit.gradient_bytes for unit in units) * (num_ranks - 1) // num_ranks,
+        gathered_bytes=sum(unit.gathered_bytes * (1 if unit.is_kept else 2) for unit in units)
+        * (num_ranks - 1)
+        // num_ranks,
+        num_messages=sum(2 if unit.is_kept else 3 for unit in units),
+    )
+
+
+def _unit(cut: Cut, num_ranks: int) -> Unit:
+    numels = [(_padded(weight, num_ranks) * num_ranks, weight) for weight in cut.weights]
+    gathered = sum(numel * (cut.gathered_dtype or weight.dtype).itemsize for numel, weight in numels)
+    reduced = sum(
+        numel * (cut.reduced_dtype or cut.gathered_dtype or weight.dtype).itemsize
+        for numel, weight in numels
+        if weight.is_trained
+    )
+    return Unit(cut.module, gathered, gathered if num_ranks > 1 else 0, reduced if num_ranks > 1 else 0, cut.is_kept)
+
+
+def _rows(weight: Weight, num_ranks: int) -> tuple[int, ...]:
+    """Return the shape of the first rank's rows, which has the most."""
+    if not weight.shape:
+        return ()
+    return -(-weight.shape[0] // num_ranks), *weight.shape[1:]
+
+
+def _padded(weight: Weight, num_ranks: int) -> int:
+    """Return the elements that each rank holds of a parameter, with the zeros that fill it up."""
+    return torch.Size(_rows(weight, num_ranks)).numel()
+
+
+def _share(weights: Sequence[Weight], num_ranks: int) -> float:
+    trained = [weight for weight in weights if weight.is_trained]
+    whole = sum(weight.numel for weight in trained)
+    return sum(_padded(weight, num_ranks) for weight in trained) / max(1, whole)
+
+
+def planned_cuts(weights: Sequence[Weight], modules: Iterable[str], *, keeps: bool) -> list[Cut]:
+    """Return the units of a model that is to be cut at some of its modules, and at its root.
+
+    Args:
+        weights: of the model.
+        modules: paths of the modules, none inside another.
+        keeps: whether units stay gathered from forward until backward, as `reshard_after_forward=False` asks.
+    """
+    paths = list(modules)
+    inside: dict[str, list[Weight]] = {path: [] for path in ["", *paths]}
+    for weight in weights:
+        inside[next((path for path in paths if weight.name.startswith(f"{path}.")), "")].append(weight)
+    return [Cut(path, tuple(own), is_kept=keeps or not path) for path, own in inside.items() if own]
+
+
+# Models that are cut already
+
+
+def found_cuts(model: nn.Module) -> tuple[list[Cut], int]:
+    """Return the units of a model that `fully_shard` was applied to, and over how many ranks rows are cut.
+
+    Raises:
+        ValueError: it is cut in a way that is not planned for: over several meshes, or along other axes than rows.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    cuts, sizes = list[Cut](), set[int]()
+    for path, module in _units(model):
+        is_root = not path
+        state = module._get_fsdp_state()
+        for group in _groups(state):
+            own = [_weight(each, names) for each in group.fsdp_params]
+            sizes.add(_ranks_of(group))
+            keeps = not group._reshard_after_forward or (is_root and state._auto_reshard_after_forward is not False)
+            policy = group.mp_policy
+            cuts.append(Cut(path, tuple(own), bool(keeps), policy.param_dtype, policy.reduce_dtype))
+    if len(sizes) != 1:
+        raise ValueError(f"fully_shard cut parts of the model over {sorted(sizes)} ranks; wanted one number for all")
+    return cuts, sizes.pop()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether `fully_shard` was applied to a model or to a module in it."""
+    return any(True for _ in _units(model))
+
+
+def process_group(model: nn.Module) -> Any:
+    """Return the process group over which rows are cut."""
+    _, module = next(_units(model))
+    return _groups(module._get_fsdp_state())[0].mesh_info.shard_process_group
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    import sys
+
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    for path, module in model.named_modules() if kind is not None else ():
+        if isinstance(module, kind):
+            yield path, module
+
+
+def _groups(state: Any) -> list[Any]:
+    """Return a unit's groups of parameters: one, and several with several meshes (torch 2.13)."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return list(groups)
+
+
+def _ranks_of(group: Any) -> int:
+    return int(getattr(group.mesh_info, "shard_mesh_size", 1))
+
+
+def _weight(fsdp_param: Any, names: Mapping[int, str]) -> Weight:
+    sharded = fsdp_param.sharded_param
+    placement = getattr(fsdp_param, "fsdp_placement", None)
+    if placement is not None and placement.dim != 0:
+        raise ValueError(f"a parameter is cut along axis {placement.dim}; plans are made for rows, axis 0")
+    name = names.get(id(sharded), "")
+    return Weight(name, tuple(fsdp_param._orig_size), sharded.dtype, bool(sharded.requires_grad))
+
+
+@contextmanager
+def hidden(model: nn.Module) -> Iterator[None]:
+    """Take `fully_shard` off a model's modules for a while, so that a copy of it is of ordinary modules.
+
+    Parameters stay cut; whoever copies puts whole ones in their place.
+    """
+    found = [(module, type(module), module._get_fsdp_state()) for _, module in _units(model)]
+    everywhere = [each for module in model.modules() for each in [(module, dict(module.__dict__))]]
+    states = {id(state) for _, _, state in found}
+    try:
+        for module, kind, _ in found:
+            module.__class__ = kind.__bases__[1]
+        for module, _ in everywhere:
+            _drop(module, states)
+        yield
+    finally:
+        for module, before in everywhere:
+            module.__dict__.clear()
+            module.__dict__.update(before)
+        for module, kind, _ in found:
+            module.__class__ = kind
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
+def _drop(module: nn.Module, states: set[int]) -> None:
+    """Let a module have no state of fully_shard's, nor hooks of it; the dictionaries that it had stay as they are."""
+    attributes = module.__dict__
+    for key in [key for key in attributes if isinstance(key, str) and key.startswith("__composable_api")]:
+        del attributes[key]
+    for name in HOOKS:
+        hooks = attributes[name]
+        attributes[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_of(hook, states))
+
+
+def _is_of(hook: Any, states: set[int]) -> bool:
+    owner = getattr(hook, "__self__", None)
+    return id(owner) in states or getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
+
+
+# Models that are to be cut
+
+
+def apply(model: nn.Module, modules: Sequence[str], *, mesh: Any = None, keeps: bool = False, **options: Any) -> None:
+    """Cut a model as a plan says.
+
+    Args:
+        model: the module that is trained; changed in place. Make its optimiser after this.
+        modules: paths of the units inside it.
+        mesh: the device mesh; None for all ranks.
+        keeps: whether units stay gathered from forward until backward.
+        options: of `fully_shard` besides, such as `mp_policy` and `offload_policy`.
+
+    Raises:
+        ValueError: the model has no such module, or is cut already.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if is_sharded(model):
+        raise ValueError("fully_shard was applied to the model already; give one that it was not applied to")
+    paths = dict(model.named_modules())
+    missing = [path for path in modules if path not in paths]
+    if missing:
+        raise ValueError(f"the model has no module {missing[0]!r}; was the plan made for another model?")
+    shared = options if mesh is None else {"mesh": mesh, **options}
+    for path in modules:
+        fully_shard(paths[path], reshard_after_forward=not keeps, **shared)
+    fully_shard(model, **shared)

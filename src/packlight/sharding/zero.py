@@ -1,0 +1,220 @@
+"""DeepSpeed's ZeRO: an engine at hand, and the config that makes one do what a plan says.
+
+DeepSpeed puts flat partitions in the place of an optimiser's parameters, empties parameters (stage 3), and hooks every
+module. Which of a model's parameters an optimiser steps, and what a rank holds, is then in DeepSpeed's own objects;
+here they are asked, in deepspeed 0.19's words.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from packlight.sharding.shards import Sharding, Weight
+from packlight.sharding.stages import ZeroOptions, zero_sharding
+
+FLAGS = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+"""Without the first DeepSpeed refuses optimisers that it does not know; without the second, with states on the host, it
+(and Accelerate, silently) replaces them."""
+
+# Stages 1 and 2, then stage 3
+PARTITIONS = (
+    ("single_partition_of_fp32_groups", "bit16_groups"),
+    ("fp32_partitioned_groups_flat", "fp16_groups"),
+)
+"""Attributes of DeepSpeed's wrapper: flat partitions, and the parameters in each."""
+
+
+def is_engine(module: nn.Module) -> bool:
+    """Tell whether a module is DeepSpeed's engine."""
+    return isinstance(module, DeepSpeedEngine)
+
+
+class Engine:
+    """DeepSpeed's engine at hand, after `deepspeed.initialize`.
+
+    Args:
+        engine: DeepSpeed's.
+
+    Attributes:
+        model: the module inside.
+        stage: of ZeRO.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._optimizer = engine, engine.optimizer
+        self.model: nn.Module = engine.module
+        self.stage = int(engine.zero_optimization_stage())
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimiser that steps, which DeepSpeed has wrapped."""
+        found = getattr(self._optimizer, "optimizer", self._optimizer)
+        return found if isinstance(found, torch.optim.Optimizer) else None
+
+    @property
+    def group(self) -> Any:
+        """The process group of data-parallel ranks."""
+        return self._engine.data_parallel_group
+
+    def groups(self) -> list[list[torch.Tensor]]:
+        """Return the model's parameters in each param group of the optimiser."""
+        wrapped = self._optimizer
+        if hasattr(wrapped, "bit16_groups"):
+            return [list(group) for group in wrapped.bit16_groups]
+        if self.stage == 3:
+            found: dict[int, list[torch.Tensor]] = {}
+            for at, sub_group in enumerate(wrapped.fp16_groups):
+                found.setdefault(wrapped.sub_group_to_group_id.get(at, 0), []).extend(sub_group)
+            return [found[at] for at in sorted(found)]
+        if hasattr(wrapped, "fp16_groups"):
+            return [list(group) for group in wrapped.fp16_groups]
+        return [list(group["params"]) for group in wrapped.param_groups]
+
+    def flats(self) -> list[torch.Tensor]:
+        """Return what the optimiser steps, also what DeepSpeed has put out of its sight."""
+        if self.partitions():
+            return [flat for flat, _ in self.partitions()]
+        return [param for group in getattr(self.optimizer, "param_groups", []) for param in group["params"]]
+
+    def partitions(self) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """Return each flat partition with the parameters that it has shares of; nothing in stage 0."""
+        wrapped = self._optimizer
+        for flats, groups in PARTITIONS:
+            if hasattr(wrapped, flats):
+                pairs = zip(getattr(wrapped, flats), getattr(wrapped, groups), strict=True)
+                return [(flat, list(params)) for flat, params in pairs]
+        return []
+
+    def num_calls(self) -> int:
+        """Return how often the optimiser's `step` is called in a step: for each flat partition."""
+        return max(1, len(self.partitions()))
+
+    def weights(self) -> list[Weight]:
+        """Return the model's parameters, whole, with the group of each."""
+        places = {id(param): at for at, group in enumerate(self.groups()) for param in group}
+        return [
+            Weight(name, tuple(getattr(param, "ds_shape", param.shape)), param.dtype, id(param) in places, places.get(id(param), 0))
+            for name, param in self.model.named_parameters()
+        ]
+
+    def sharding(self) -> Sharding:
+        """Return what a rank holds."""
+        engine = self._engine
+        zero = engine._config.zero_config
+        return zero_sharding(
+            self.weights(),
+            ZeroOptions(
+                self.stage,
+                torch.distributed.get_world_size(self.group),
+                reduce_bucket_elements=int(zero.reduce_bucket_size),
+                overlaps=bool(zero.overlap_comm) and self.stage < 3,
+                contiguous_gradients=bool(zero.contiguous_gradients),
+                prefetch_elements=int(zero.prefetch_bucket_size),
+                persistent_elements=int(zero.param_persistence_threshold),
+                live_elements=max(int(zero.max_live_parameters), int(zero.max_reuse_distance)),
+                sub_group_elements=int(zero.sub_group_size),
+                accumulates=engine.gradient_accumulation_steps() > 1,
+            ),
+        )
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Give the optimiser the model's own parameters, and the modules no hooks, for as long as they are copied."""
+        optimizer = self.optimizer
+        groups = optimizer.param_groups if optimizer is not None else []
+        before = [group["params"] for group in groups]
+        states = optimizer.state if optimizer is not None else {}
+        modules = [(module, dict(module.__dict__)) for module in self.model.modules()]
+        try:
+            for group, params in zip(groups, self.groups(), strict=True):
+                group["params"] = params
+            if optimizer is not None:
+                optimizer.state = defaultdict(dict)
+            for module, _ in modules:
+                _drop(module)
+            yield
+        finally:
+            for module, attributes in modules:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+            for group, params in zip(groups, before, strict=True):
+                group["params"] = params
+            if optimizer is not None:
+                optimizer.state = states
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+OWN = ("ds_", "_ds_", "_external_params", "_original_parameters", "all_parameters", "z3_", "_autocast")
+
+
+def _drop(module: nn.Module) -> None:
+    """Let a module have nothing of DeepSpeed's; the dictionaries that it had stay as they are."""
+    attributes = module.__dict__
+    for key in [key for key in attributes if key.startswith(OWN)]:
+        del attributes[key]
+    for name in HOOKS:
+        hooks = attributes[name]
+        kept = ((key, hook) for key, hook in hooks.items() if not _is_deepspeeds(hook))
+        attributes[name] = type(hooks)(kept)
+    if type(attributes["_parameters"]) is not dict:
+        attributes["_parameters"] = dict(attributes["_parameters"].items())
+
+
+def _is_deepspeeds(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)
+    return str(getattr(function, "__module__", "")).startswith("deepspeed")
+
+
+def config_of(
+    options: ZeroOptions,
+    *,
+    dtype: torch.dtype = torch.float32,
+    microbatch_size: int | None = None,
+    num_microbatches: int = 1,
+    states_on_host: bool = False,
+    base: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return a config for `deepspeed.initialize`, with the flags that let packlight's optimisers stay.
+
+    Args:
+        options: the stage, and the sizes of buffers.
+        dtype: of the model: fp32, bf16 or fp16.
+        microbatch_size: rows of a microbatch on a rank; None where the base says it.
+        num_microbatches: of a step.
+        states_on_host: whether the optimiser's states are in host memory, and stepped there.
+        base: a config whose other entries are kept.
+
+    Returns:
+        A dict that JSON can hold.
+    """
+    made = dict(base or {})
+    zero: dict[str, Any] = {
+        **made.get("zero_optimization", {}),
+        "stage": options.stage,
+        "reduce_bucket_size": options.reduce_bucket_elements,
+        "contiguous_gradients": options.contiguous_gradients,
+        "overlap_comm": options.overlaps,
+    }
+    if options.stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": options.prefetch_elements,
+            "stage3_param_persistence_threshold": options.persistent_elements,
+            "stage3_max_live_parameters": options.live_elements,
+            "stage3_max_reuse_distance": options.live_elements,
+            "sub_group_size": options.sub_group_elements,
+        }
+    if states_on_host:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    made |= {"zero_optimization": zero, "gradient_accumulation_steps": num_microbatches, **FLAGS}
+    if microbatch_size is not None:
+        made["train_micro_batch_size_per_gpu"] = microbatch_size
+    for name, each in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if dtype is each:
+            made[name] = {**made.get(name, {}), "enabled": True}
+    return made
+
