@@ -66,11 +66,11 @@ def run(*, script: str, arguments: tuple[str, ...], record: str | None, **option
     target = _output_file("--record", record)
     outcome = _run(script, arguments, **options)
     if outcome.run is not None and target is not None:
-        outcome.run.save(target)
+        outcome.run.save(_of_rank(target))
     if outcome.message:
-        click.echo(f"packlight: {outcome.message}", err=True)
+        _say(f"packlight: {outcome.message}")
     elif outcome.run is not None:
-        click.echo(text.summary(outcome.run), err=True)
+        _say(text.summary(outcome.run))
     _leave(outcome.exit_status)
 
 
@@ -86,11 +86,11 @@ def plan(*, script: str, arguments: tuple[str, ...], save: str | None, **options
     target = _output_file("--save", save)
     outcome = _run(script, arguments, stop_before_step=True, plans=plans, **options)
     if outcome.message:
-        click.echo(f"packlight: {outcome.message}", err=True)
+        _say(f"packlight: {outcome.message}")
     if plans and outcome.exit_status == 0:
         text.show(plans[-1])
         if target is not None:
-            plans[-1].save(target)
+            plans[-1].save(_of_rank(target))
     _leave(outcome.exit_status)
 
 
@@ -200,6 +200,24 @@ def _output_file(option: str, name: str | None) -> Path | None:
     return path
 
 
+def _rank() -> int | None:
+    """Return which of several processes of torchrun this is; None for a process alone."""
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    return int(os.environ.get("RANK", "0")) if several else None
+
+
+def _of_rank(path: Path) -> Path:
+    """Return the file that a rank writes: the named one for the first, beside it NAME.rank1.json for the next."""
+    rank = _rank()
+    return path if not rank else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def _say(message: str) -> None:
+    """Tell the user on standard error, and of several processes which one tells."""
+    rank = _rank()
+    click.echo(message if rank is None else f"[rank {rank}] {message}", err=True)
+
+
 def _leave(exit_status: int) -> NoReturn:
     """End this process as the script ended: with its exit status, or by the signal that a negative one names."""
     if exit_status < 0:
@@ -240,7 +258,7 @@ def _run(
     def tell(made: Plan, title: str) -> None:
         plans.append(made)
         if not stops:
-            click.echo(f"packlight: {title}{made}", err=True)
+            _say(f"packlight: {title}{made}")
 
     try:
         _check_tiers(host_budget, disk)

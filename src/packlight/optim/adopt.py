@@ -24,7 +24,7 @@ Source of the formats: Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit St
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from types import TracebackType

@@ -296,14 +296,9 @@ def layout_of(param: Tensor, state_format: str) -> Layout:
     return _of_piece(piece, state_format) if piece.is_cut else Layout(piece.shape, state_format, piece)
 
 
-def gathered_layout(shape: tuple[int, ...], state_format: str) -> Layout:
-    """Return how the state of a parameter lies that was cut, and has been put together; errors are `layout_of`'s."""
-    return piece_layout(shape, shape, state_format)
-
-
-def piece_layout(shape: tuple[int, ...], local_shape: tuple[int, ...], state_format: str) -> Layout:
-    """Return how the state of some rows of a parameter lies, wherever these are; errors are `layout_of`'s."""
-    return _of_piece(Piece(shape, local_shape, None, ()), state_format)
+def gathered_layout(shape: tuple[int, ...], state_format: str, rows: tuple[int, ...] | None = None) -> Layout:
+    """Return how the state of `rows` (all) of a parameter lies that was cut, on no mesh; errors are `layout_of`'s."""
+    return _of_piece(Piece(shape, shape if rows is None else rows, None, ()), state_format)
 
 
 def _of_piece(piece: Piece, state_format: str) -> Layout:

@@ -1,11 +1,11 @@
 """The bytes of a rank's share of a state, from shapes alone: what a plan reckons with before any process is started."""
 
+import torch
+
 from packlight.numerics import moment_formats
 from packlight.numerics.formats import PIECE_FORMATS, ROOT_BLOCKS, ROOT_MATRIX
-from packlight.optim.layout import piece_layout
+from packlight.optim.layout import gathered_layout
 from packlight.optim.state import MOMENTS, state_bytes
-
-import torch
 
 
 def rows_bytes(shape: tuple[int, ...], local_shape: tuple[int, ...], dtype: torch.dtype, state_format: str) -> int:
@@ -23,7 +23,7 @@ def rows_bytes(shape: tuple[int, ...], local_shape: tuple[int, ...], dtype: torc
     >>> rows_bytes((512, 256), (256, 256), torch.float32, "fp32")
     524292
     """
-    return piece_layout(shape, local_shape, state_format).state_bytes(dtype)
+    return gathered_layout(shape, state_format, local_shape).state_bytes(dtype)
 
 
 def fragment_bytes(shape: tuple[int, ...], numel: int, state_format: str) -> int:
@@ -40,5 +40,7 @@ def fragment_bytes(shape: tuple[int, ...], numel: int, state_format: str) -> int
     first, second = moment_formats(state_format, shape)
     name = PIECE_FORMATS.get((first, ROOT_BLOCKS if second is ROOT_MATRIX else second))
     if name is None:
-        raise ValueError(f"state format {state_format!r} is of whole tensors; '4bit', '8bit', 'fp8' or 'fp32' was wanted")
+        raise ValueError(
+            f"state format {state_format!r} is of whole tensors; '4bit', '8bit', 'fp8' or 'fp32' was wanted"
+        )
     return state_bytes((numel,), torch.float32, name, moments=MOMENTS)

@@ -14,6 +14,11 @@ from packlight.planner.request import SessionStop
 from packlight.records import Plan
 from packlight.step import Profile
 
+LARGER_ON_A_RANK = (
+    "packlight: a batch is larger than those that the plan was made for; ranks that share a model keep their plan, and "
+    "the peak may exceed the budget. Let the first batch be the largest"
+)
+
 
 class Agreement:
     """What the ranks of a process group agree on; without a group a rank decides for itself.
@@ -38,7 +43,10 @@ class Agreement:
         return self._group is None or distributed.get_rank(self._group) == 0
 
     def made(self, make: Callable[[], tuple[Profile, Plan]]) -> tuple[Profile, Plan]:
-        """Make a plan, and return the profile with everybody's plan.
+        """Make a plan, and agree on it.
+
+        Returns:
+            This rank's profile, and everybody's plan.
 
         Raises:
             SessionStop: on all ranks, where one of them cannot be planned for; the one that needs most is named.

@@ -1,7 +1,7 @@
 """Carries out what a plan says of a model's blocks and sites, and of its optimiser's states, undone by handles."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -142,6 +142,30 @@ class Adopted:
     def _look_at_host(self) -> None:
         if self._adoption is not None and self._is_beside:
             self._host_bytes = self._adoption.host_bytes()
+
+
+class Adoptions:
+    """A plan's choices for several optimisers."""
+
+    def __init__(self) -> None:
+        self._adopted: dict[torch.optim.Optimizer, Adopted] = {}
+
+    def adopt(self, plan: Plan, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Let optimisers keep their states as a plan says, but for those that do so already."""
+        for optimizer in optimizers:
+            if optimizer not in self._adopted:
+                self._adopted[optimizer] = adopt_formats(plan, model, optimizer)
+
+    def complete(self, measured: Measurement) -> Measurement:
+        """Return a measurement with what states take of the host's memory."""
+        for adopted in self._adopted.values():
+            measured = adopted.complete(measured)
+        return measured
+
+    def release(self) -> None:
+        """Undo the choices at the end of a run."""
+        for adopted in self._adopted.values():
+            adopted.release()
 
 
 def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Adopted:

@@ -1,4 +1,4 @@
-"""Models whose states are cut over processes already, by FSDP2 or by DeepSpeed: what is whole of them, and what is here.
+"""Models whose states are cut over processes already, by FSDP2 or DeepSpeed: what is whole of them, what is here.
 
 A session meets a model as the script made it. Its parameters may be shares, its modules full of an engine's hooks, and
 its optimiser may step something else than its parameters. Here the engines are asked, each in its own words.

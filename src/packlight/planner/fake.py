@@ -6,7 +6,7 @@ tied parameters tied and an optimiser's parameters those of the model when the t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,8 +51,13 @@ class FakeCopy(TorchFunctionMode):
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         return made.requires_grad_(tensor.requires_grad)
 
-    def whole(self, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-        """Return a fake parameter in the place of one of which only a share is here."""
+    def memo(
+        self, parameters: Iterable[nn.Parameter], whole: Mapping[int, tuple[tuple[int, ...], torch.dtype]]
+    ) -> dict[int, Any]:
+        """Return what `copy.deepcopy` is to put in the place of parameters of which only a share is here."""
+        return {id(each): self._whole(each, *whole[id(each)]) for each in parameters if id(each) in whole}
+
+    def _whole(self, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         with self._mode, torch.no_grad():
             made = torch.empty(shape, dtype=dtype, device=parameter.device)
         return nn.Parameter(made, requires_grad=parameter.requires_grad)

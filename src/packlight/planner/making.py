@@ -33,25 +33,23 @@ class Maker:
     Attributes:
         is_busy: whether a plan is being made.
         held: the plan whose state formats exist by now; None where no states do.
+        agreement: with whom plans are agreed on: the ranks that share the model's states.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], settings: Settings) -> None:
-        """Plan for a model and its optimisers; the list of these may grow."""
+        """Plan for a model and its optimisers; the list of these may grow.
+
+        Raises:
+            SessionStop: the model is cut in a way that plans are not made for.
+        """
         self._model, self._optimizers, self._settings = model, optimizers, settings
         self.is_busy = False
         self.held: Plan | None = None
-
-    def agreement(self) -> Agreement:
-        """Return with whom the plans are agreed on: the ranks that share the model's states.
-
-        Raises:
-            SessionStop: these are cut in a way that plans are not made for.
-        """
         try:
-            cut = cut_of(self._model)
+            cut = cut_of(model)
         except ValueError as error:
             raise SessionStop(str(error), exit_status=2) from error
-        return Agreement(cut.group if cut is not None else None)
+        self.agreement = Agreement(cut.group if cut is not None else None)
 
     def other_bytes(self) -> int | None:
         """Return the bytes that live beside the model and its optimisers before the first step; None elsewhere."""
@@ -100,6 +98,17 @@ class Maker:
             raise SessionStop(str(error), exit_status=2) from error
         finally:
             self.is_busy = False
+
+    def make_together(self, call: Call, seen: Seen, *, before: Plan | None = None) -> tuple[Profile, Plan]:
+        """Plan likewise, and agree with the ranks that share the model.
+
+        Returns:
+            This rank's profile, and everybody's plan.
+
+        Raises:
+            SessionStop: as `make`, if on one of them.
+        """
+        return self.agreement.made(lambda: self.make(call, seen, before=before))
 
     def _solve(self, step: Profile, allowed: Budget) -> Plan:
         """Solve; once the optimiser has stepped, gradients go on living as they do."""
@@ -159,7 +168,7 @@ class Maker:
             SessionStop: the step cannot be traced, or nothing fits the user's budget.
         """
         if limit_bytes is None or limit_bytes >= budget_bytes:
-            return *self.make(call, seen, before=before), ""
+            return *self.make_together(call, seen, before=before), ""
         step, plan, fits = self.make_or_least(call, seen, budget=limit_bytes, before=before)
         title = "" if fits else "with nothing that fits what there was when memory ran out, the smallest "
         return step, replace(plan, budget_bytes=budget_bytes), title

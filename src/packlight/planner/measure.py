@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,8 +27,17 @@ from torch import nn
 from packlight.planner.cut import stepped_by
 from packlight.planner.listen import ModuleHook
 from packlight.planner.loop import Seen
+from packlight.planner.resident import reset_resident_peak, resident_bytes
 from packlight.planner.tail import TailWatch
-from packlight.planner.timeline import Resizes, Timeline, existing_tensors, flat_tensors, put_under, storage_bytes, take_off
+from packlight.planner.timeline import (
+    Resizes,
+    Timeline,
+    existing_tensors,
+    flat_tensors,
+    put_under,
+    storage_bytes,
+    take_off,
+)
 from packlight.records import Measurement
 
 NUM_MEASURED_STEPS = 3
@@ -197,7 +205,7 @@ class StepWatch:
         )
 
     def _resident_peak_bytes(self) -> int:
-        return max(self._resident_before_bytes, _resident_bytes("VmHWM"))
+        return max(self._resident_before_bytes, resident_bytes("VmHWM"))
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -211,7 +219,7 @@ class StepWatch:
         try:
             yield
         finally:
-            _reset_resident_peak()
+            reset_resident_peak()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             if was_on:
@@ -252,8 +260,8 @@ class StepWatch:
 
     def _begin(self) -> None:
         """Put everything that lives at the head of the line, and watch from here on."""
-        self._resident_start_bytes, self._resident_before_bytes = _resident_bytes("VmRSS"), 0
-        _reset_resident_peak()
+        self._resident_start_bytes, self._resident_before_bytes = resident_bytes("VmRSS"), 0
+        reset_resident_peak()
         if self.line.device_type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -334,19 +342,3 @@ class _PlanPeak:
 
     start: int | None = None
     peak_bytes: int = 0
-
-
-def _resident_bytes(field: str) -> int:
-    """Read VmRSS or VmHWM (the peak) of this process."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _reset_resident_peak() -> None:
-    """Let VmHWM start anew where the kernel allows it; else it keeps the process's earlier peak."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return

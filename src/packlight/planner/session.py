@@ -14,9 +14,7 @@ for the first time, because states do not exist before.
 ```
 """
 
-import functools
 import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -26,10 +24,11 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.activations.offload import OffloadError
-from packlight.planner.agree import Agreement
-from packlight.planner.carry import Adopted, Carried, adopt_formats, carry_out
+from packlight.planner.agree import LARGER_ON_A_RANK, Agreement
+from packlight.planner.carry import Adoptions, Carried, carry_out
+from packlight.planner.cut import num_calls
+from packlight.planner.finder import Finder
 from packlight.planner.listen import Ears, Listener, LossLog, ModuleHook
-from packlight.planner.cut import model_of, num_calls, trained_by
 from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements
 from packlight.planner.making import Maker
 from packlight.planner.measure import StepWatch
@@ -42,12 +41,6 @@ from packlight.records import Estimate, Measurement, Plan
 from packlight.step import Profile
 
 
-LARGER_ON_A_RANK = (
-    "packlight: a batch is larger than those that the plan was made for; ranks that share a model keep their plan, and "
-    "the peak may exceed the budget. Let the first batch be the largest"
-)
-
-
 class Session(Listener):
     """One run of a script: finds the model, plans, measures. Use it as a context manager around the script."""
 
@@ -56,9 +49,9 @@ class Session(Listener):
         self.settings = settings
         self.plan: Plan | None = settings.plan
         self.first_estimate: Estimate | None = None
-        self._made: list[weakref.ref[Optimizer]] = []
+        self._finder = Finder()
         self._optimizers: list[Optimizer] = []
-        self._adopted: dict[Optimizer, Adopted] = {}
+        self._adopted = Adoptions()
         self._watch: StepWatch | None = None
         self._call: Call | None = None
         self._step: Profile | None = None
@@ -92,7 +85,8 @@ class Session(Listener):
             self._mend.remove()
         if self._watch is not None:
             self._watch.close()
-        self._undo_plan()
+        self._put_blocks_back()
+        self._adopted.release()
 
     @property
     def trained(self) -> bool:
@@ -109,11 +103,11 @@ class Session(Listener):
             return None
         measured = self._watch.measurement(self._losses.values())
         measured = measured if self._blocks is None else self._blocks.complete(measured)
-        return functools.reduce(lambda so_far, adopted: adopted.complete(so_far), self._adopted.values(), measured)
+        return self._adopted.complete(measured)
 
     def optimizer_made(self, optimizer: Optimizer) -> None:
         """Remember an optimiser: its parameters will tell the model."""
-        self._made.append(weakref.ref(optimizer))
+        self._finder.optimizer_made(optimizer)
 
     def gradients_cleared(self, *, set_to_none: bool) -> None:
         """Learn how long gradients live on into the next step."""
@@ -147,17 +141,14 @@ class Session(Listener):
             self._consider(module, call)
 
     def _consider(self, module: nn.Module, call: Call) -> None:
-        own: set[torch.Tensor] = set(module.parameters())
-        model = model_of(module)
-        living = [optimizer for made in self._made if (optimizer := made()) is not None]
-        trained = [optimizer for optimizer in living if own.intersection(trained_by(optimizer))]
-        if not trained:
+        found = self._finder.find(module, is_planned=self.settings.budget is not None)
+        if found is None:
             return
-        self._refuse_other_models(module, own)
         self._ignore_calls()
-        self._model, self._call, self._optimizers = model, call, trained
+        (self._model, trained), self._call = found, call
+        self._optimizers = trained
         self._shapes, self._maker = [call.shapes()], Maker(self._model, trained, self.settings)
-        self._agreement = self._maker.agreement()
+        self._agreement = self._maker.agreement
         try:
             self._plan_before_first_step()
         except SessionStop as stop:
@@ -233,16 +224,6 @@ class Session(Listener):
     def _forward_ended(self) -> None:
         self._between = torch.is_grad_enabled() and self._num_updates == 0
 
-    def _refuse_other_models(self, module: nn.Module, own: set[torch.Tensor]) -> None:
-        living = [optimizer for made in self._made if (optimizer := made()) is not None]
-        others = [optimizer for optimizer in living if not own.intersection(trained_by(optimizer))]
-        if others and self.settings.budget is not None:
-            raise SessionStop(
-                f"the script trains two models: {type(module).__name__}, and what {type(others[0]).__name__} steps. "
-                "packlight run plans for one; call packlight.fit on each in the script",
-                exit_status=2,
-            )
-
     def _plan_before_first_step(self) -> None:
         if self.settings.plan is not None:
             return self._carry_out_given(self.settings.plan)
@@ -250,7 +231,7 @@ class Session(Listener):
             return None
         assert self._model is not None and self._maker is not None and self._call is not None
         seen = Seen(other_bytes=self._maker.other_bytes())
-        step, plan = self._agreement.made(functools.partial(self._maker.make, self._call, seen))
+        step, plan = self._maker.make_together(self._call, seen)
         self.first_estimate, self.plan = plan.estimate, plan
         self._tell(plan, "")
         if self.settings.stop_before_step:
@@ -259,7 +240,7 @@ class Session(Listener):
         self._blocks = carry_out(self._first, self._model)  # step 2
         self._step = step
         if plan.releases_gradients:  # states are made inside the first backward
-            self._adopt(plan)
+            self._adopted.adopt(plan, self._model, self._optimizers)
             self._maker.held = plan
 
     def _carry_out_given(self, plan: Plan) -> None:
@@ -292,8 +273,8 @@ class Session(Listener):
     def _meet(self, optimizer: Optimizer) -> None:
         """Take in an optimiser that was made after the first forward."""
         assert self._model is not None and self._watch is not None
-        if set(self._model.parameters()).isdisjoint(trained_by(optimizer)):
-            self._refuse_other_models(self._model, set[torch.Tensor](self._model.parameters()))
+        if self.settings.budget is not None:
+            self._finder.refuse_others(self._model)
         self._optimizers.append(optimizer)
         self._watch.optimizers.append(optimizer)
         self._watch.measure_again()
@@ -307,7 +288,10 @@ class Session(Listener):
         with watch.aside():
             self._put_blocks_back()
             assert self._maker and self._call and self.plan
-            step, plan, title = self._made_again()
+            known = (self._call, self._seen)
+            step, plan, title = self._maker.make_below(
+                *known, before=self._first, budget_bytes=self.plan.budget_bytes, limit_bytes=self._mend.limit_bytes
+            )
             if self._mend.limit_bytes is None:  # else step 1 did some of its work twice, and planned in between
                 self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
             plan = rescale(plan, *self._pace)
@@ -316,17 +300,6 @@ class Session(Listener):
             self._carry_out(plan)
             num_planned = max(map(num_elements, self._shapes), default=0)
             self._mend.begin(plan, as_planned(step, plan), num_elements=num_planned)
-
-    def _made_again(self) -> tuple[Profile, Plan, str]:
-        """Make the final plan; its title says so where memory has run out."""
-        assert self._mend and self._maker and self._call and self._seen and self._first and self.plan
-        if self._agreement.is_shared:
-            make = functools.partial(self._maker.make, self._call, self._seen, before=self._first)
-            return *self._agreement.made(make), ""
-        budget_bytes, limit_bytes = self.plan.budget_bytes, self._mend.limit_bytes
-        return self._maker.make_below(
-            self._call, self._seen, before=self._first, budget_bytes=budget_bytes, limit_bytes=limit_bytes
-        )
 
     def _plan_for_larger_batches(self, call: Call) -> None:
         """Choose blocks anew, with the states' format as it is; where nothing fits, say so and spare what can be."""
@@ -357,19 +330,7 @@ class Session(Listener):
     def _carry_out(self, plan: Plan) -> None:
         assert self._model is not None
         self._blocks = carry_out(plan, self._model)
-        self._adopt(plan)
-
-    def _adopt(self, plan: Plan) -> None:
-        """Let the optimisers keep their states as a plan says, but for those that do so already."""
-        assert self._model is not None
-        for optimizer in self._optimizers:
-            if optimizer not in self._adopted:
-                self._adopted[optimizer] = adopt_formats(plan, self._model, optimizer)
-
-    def _undo_plan(self) -> None:
-        self._put_blocks_back()
-        for adopted in self._adopted.values():
-            adopted.release()
+        self._adopted.adopt(plan, self._model, self._optimizers)
 
     def update_ends(self, optimizer: Optimizer) -> None:
         """Count a step."""
@@ -380,5 +341,7 @@ class Session(Listener):
         self._losses.end_step()
         if self._maker:
             self._maker.held = self.plan
-        if self._mend and self._num_updates % sum(map(num_calls, self._optimizers)) == 0:  # the last of them has stepped
+        if (
+            self._mend and self._num_updates % sum(map(num_calls, self._optimizers)) == 0
+        ):  # the last of them has stepped
             self._mend.step_ends()

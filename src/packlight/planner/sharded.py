@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from packlight.optim.shares import fragment_bytes, rows_bytes
 from packlight.optim.state import STEP_BYTES
-from packlight.sharding import Share, Sharding, Unit
+from packlight.sharding import Sharding, Share, Unit
 from packlight.step import OptimizerCost, Profile, Region, Storage
 
 

@@ -98,7 +98,8 @@ class Timeline(TorchDispatchMode):
         if tensor.device.type != self.device_type:
             return None
         if is_traceable_wrapper_subclass(tensor):  # what holds bytes are the tensors inside (a DTensor's share)
-            return [self.add(part, category=category) for part in inner_tensors(tensor)][0]
+            indices = [self.add(part, category=category) for part in inner_tensors(tensor)]
+            return indices[0]
         return self._add_storage(tensor.untyped_storage(), category)
 
     def _add_storage(self, storage: torch.UntypedStorage, category: str | None) -> int | None:
@@ -120,7 +121,7 @@ class Timeline(TorchDispatchMode):
         return index
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Note that a storage has another size now: FSDP2 empties those of gathered parameters, and fills them again."""
+        """Note that a storage has another size now: FSDP2 empties those of gathered parameters and fills them again."""
         if storage.device.type != self.device_type or self._paused:
             return
         known = self._live.get(storage._cdata)
@@ -245,7 +246,7 @@ class Resizes:
             return out
 
         self._own = resize_
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
 
     def close(self) -> None:
         """Stop telling; where somebody else has replaced the method since, only step aside."""

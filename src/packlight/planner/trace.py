@@ -69,9 +69,8 @@ class Trace:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.cut = cut_of(model)
         self._copy = FakeCopy(self.mode)
-        whole = self.cut.whole if self.cut is not None else {}
         with _disable_current_modes(), without_engine(model), self._copy, without_compact(self.real_optimizers):
-            memo = {id(each): self._copy.whole(each, *whole[id(each)]) for each in model.parameters() if id(each) in whole}
+            memo = self._copy.memo(model.parameters(), self.cut.whole if self.cut else {})
             self.model, self.fake_optimizers = copy.deepcopy((model, self.real_optimizers), memo)
         first = next((tensor.device.type for tensor in model.parameters()), "cpu")
         self.device_type = "cpu" if first == "meta" else first

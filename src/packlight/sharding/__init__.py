@@ -14,6 +14,6 @@ and how it is told to do what a plan says.
 [(2, 3), (2,)]
 """
 
-from packlight.sharding.shards import Share, Sharding, Unit, Weight, weights_of
+from packlight.sharding.shards import Sharding, Share, Unit, Weight, weights_of
 
-__all__ = ["Share", "Sharding", "Unit", "Weight", "weights_of"]
+__all__ = ["Sharding", "Share", "Unit", "Weight", "weights_of"]

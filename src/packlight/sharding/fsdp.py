@@ -13,6 +13,7 @@ torch/distributed/fsdp/_fully_shard), for a unit of gathered size G:
 The root's parameters stay gathered from forward to backward. Shares are rows, as many on each rank, padded with zeros.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from packlight.sharding.shards import Share, Sharding, Unit, Weight
+from packlight.sharding.shards import Sharding, Share, Unit, Weight
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,10 @@ def process_group(model: nn.Module) -> Any:
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    import sys
-
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
-    for path, module in model.named_modules() if kind is not None else ():
-        if isinstance(module, kind):
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has not imported it, has cut nothing
+    kinds: tuple[type, ...] = (fsdp.FSDPModule,) if fsdp is not None else ()
+    for path, module in model.named_modules() if kinds else ():
+        if isinstance(module, kinds):
             yield path, module
 
 
@@ -212,7 +211,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 def _drop(module: nn.Module, states: set[int]) -> None:
     """Let a module have no state of fully_shard's, nor hooks of it; the dictionaries that it had stay as they are."""
     attributes = module.__dict__
-    for key in [key for key in attributes if isinstance(key, str) and key.startswith("__composable_api")]:
+    for key in [key for key in attributes if key.startswith("__composable_api")]:
         del attributes[key]
     for name in HOOKS:
         hooks = attributes[name]

@@ -149,6 +149,9 @@ def weights_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = (
     Args:
         model: the module that is trained.
         optimizers: those that step it: what none of them has is not trained; none: all that require gradients are.
+
+    Returns:
+        The parameters, in the order of the model.
     """
     groups = {id(each): at for at, each in _placed(optimizers)}
     return tuple(

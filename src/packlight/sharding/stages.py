@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from packlight.sharding.shards import Share, Sharding, Unit, Weight
+from packlight.sharding.shards import Sharding, Share, Unit, Weight
 
 ALIGNMENT = 2
 """Elements for each rank that a flat buffer's size is a multiple of. Source: `nccl_start_alignment_factor`."""

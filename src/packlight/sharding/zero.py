@@ -98,7 +98,7 @@ class Engine:
         """Return the model's parameters, whole, with the group of each."""
         places = {id(param): at for at, group in enumerate(self.groups()) for param in group}
         return [
-            Weight(name, tuple(getattr(param, "ds_shape", param.shape)), param.dtype, id(param) in places, places.get(id(param), 0))
+            Weight(name, _shape(param), param.dtype, is_trained=id(param) in places, group=places.get(id(param), 0))
             for name, param in self.model.named_parameters()
         ]
 
@@ -128,7 +128,7 @@ class Engine:
         optimizer = self.optimizer
         groups = optimizer.param_groups if optimizer is not None else []
         before = [group["params"] for group in groups]
-        states = optimizer.state if optimizer is not None else {}
+        states: Any = optimizer.state if optimizer is not None else {}
         modules = [(module, dict(module.__dict__)) for module in self.model.modules()]
         try:
             for group, params in zip(groups, self.groups(), strict=True):
@@ -146,6 +146,11 @@ class Engine:
                 group["params"] = params
             if optimizer is not None:
                 optimizer.state = states
+
+
+def _shape(param: torch.Tensor) -> tuple[int, ...]:
+    """Return a parameter's whole shape; stage 3 leaves an empty tensor in its place."""
+    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -217,4 +222,3 @@ def config_of(
         if dtype is each:
             made[name] = {**made.get(name, {}), "enabled": True}
     return made
-

@@ -1,0 +1,19 @@
+"""What the operating system says that this process has in memory, beside what tensors take."""
+
+from pathlib import Path
+
+
+def resident_bytes(field: str) -> int:
+    """Read VmRSS or VmHWM (the peak) of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def reset_resident_peak() -> None:
+    """Let VmHWM start anew where the kernel allows it; else it keeps the process's earlier peak."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
