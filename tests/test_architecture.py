@@ -22,6 +22,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "packlight"
 ARROWS: dict[str, set[str]] = {
     "budget": set(),
     "records": set(),
+    "ranks": set(),
     "serial": set(),
     "step": set(),
     "numerics": set(),
@@ -45,6 +46,7 @@ NO_SIBLINGS = {"integrations"}
 THIRD_PARTY: dict[str, set[str]] = {
     "budget": set(),
     "records": set(),
+    "ranks": set(),
     "serial": set(),
     "step": set(),
     "report": {"rich", "plotly"},
@@ -206,7 +208,7 @@ def keeps_to_the_arrows(modules: Sequence[Module]) -> Iterator[str]:
 def may_import(module: Module, target: str) -> bool:
     allowed = set(ARROWS[module.part])
     if module.part not in NO_RECORDS:
-        allowed |= {"budget", "records", "serial", "step"}
+        allowed |= {"budget", "ranks", "records", "serial", "step"}
     if module.part not in {"", *NO_SIBLINGS}:
         allowed.add(module.part)
     return any(inside(target, name) for name in allowed)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,6 +79,11 @@ def run(*, script: str, arguments: tuple[str, ...], record: str | None, **option
 @click.option("--save", metavar="FILE", help="Write the plan to this JSON file.")
 @click.option("--hardware", metavar="NAME", help='Plan for this device ("h100-80g"), which need not be here.')
 @click.option("--curve", metavar="N", type=click.IntRange(min=2), help="Tell the step time for N other budgets, too.")
+@click.option(
+    "--world", metavar="N", type=click.IntRange(min=1), help="Plan for N ranks that share the model's states."
+)
+@click.option("--engine", type=click.Choice(["ddp", "zero", "fsdp"]), help="What shares them. Default: the fastest.")
+@click.option("--link", metavar="BYTES", help='What a rank sends to the next in a second ("50GB").')
 @_script_arguments
 def plan(*, script: str, arguments: tuple[str, ...], save: str | None, **options: Any) -> None:
     """Stop SCRIPT before its first step, and print the plan."""
@@ -261,6 +266,7 @@ def _run(
             _say(f"packlight: {title}{made}")
 
     try:
+        world = _world(options)
         _check_tiers(host_budget, disk)
         if measure_only and (host_budget is not None or disk is not None):
             raise ValueError("--measure-only moves nothing; leave --host-budget and --disk out")
@@ -279,10 +285,25 @@ def _run(
             hardware,
             options.get("curve") or 0,
             bool(options.get("release_gradients")),
+            world,
         )
         return run_script(Target(script, arguments, module), settings)
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error
+
+
+def _world(options: Mapping[str, Any]) -> Any:
+    """Return the ranks that are asked for."""
+    from packlight.planner.world import World
+
+    num_ranks, engine, link = (options.get(name) for name in ("world", "engine", "link"))
+    if num_ranks is None:
+        if engine is not None or link is not None:
+            raise ValueError("--engine and --link are of several ranks; say how many with --world N")
+        return None
+    if options.get("curve"):
+        raise ValueError("--curve is of one rank; leave it or --world out")
+    return World(num_ranks, engine, None if link is None else float(parse_bytes(link)))
 
 
 def _check_tiers(host_budget: str | None, disk: str | None) -> None:

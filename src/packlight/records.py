@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from packlight.budget import format_bytes
+from packlight.ranks import Sharded
 from packlight.serial import JsonRecord
 
 CATEGORIES = ("parameters", "gradients", "optimizer_states", "activations", "temporaries", "other")
@@ -183,6 +184,7 @@ class Plan(JsonRecord):
         num_microbatches: parts that a batch is split into, whose gradients add up.
         releases_gradients: whether each parameter is stepped inside backward, and its gradient freed there.
         pipeline: the schedule of a pipeline, whose stages the choices are for; None for a model on one device.
+        sharding: how ranks share the model's states; None where each has them all.
     """
 
     kind: ClassVar[str] = "plan"
@@ -207,6 +209,7 @@ class Plan(JsonRecord):
     releases_gradients: bool = False
     num_microbatches: int = 1
     pipeline: Pipeline | None = None
+    sharding: Sharded | None = None
 
     def recomputed(self) -> frozenset[str]:
         """Return the paths of the blocks that are recomputed in backward."""
@@ -234,6 +237,7 @@ class Plan(JsonRecord):
             f"  pipeline: {self.pipeline.told(self.tier, self.folder)}"
             if self.pipeline
             else f"  blocks: {len(recomputed)} of {num_blocks} recomputed{_shorten(recomputed, self.choices)}",
+            *[f"  shared: {self.sharding}"] * (self.sharding is not None),
             *self._treated_lines(),
             *[f"  each batch in {self.num_microbatches} microbatches"] * (self.num_microbatches > 1),
             *[f"  optimiser states: {formats}{freed}"] * (self.pipeline is None),

@@ -50,6 +50,17 @@ HOST_BYTES_PER_SECOND = 2 * 204.8e9 / 8
 DUPLEX_SHARE = {3: 15 / 31.5, 4: 15 / 31.5, 5: 21 / 63.0}
 """What copies in each direction reach of the link's rate while both are busy, by generation."""
 
+# nccl-tests on 8 H100 SXM: all_reduce reaches a bus bandwidth of about 360 to 370 of NVLink's 450 GB/s in one direction;
+# assumed of the others, and of networks.
+COLLECTIVE_SHARE = 0.8
+"""What large collectives reach of a link's rate."""
+
+DEVICES_PER_MACHINE = 8
+
+# An assumption: 100 Gb/s for each device.
+OTHER_NETWORK_BYTES_PER_SECOND = 12.5e9
+"""Of devices for which no maker's machine is known here."""
+
 TYPICAL_ELEMENTS = 2**20
 """A tensor of so many elements tells the bytes of one encoded element, scales included."""
 
@@ -65,6 +76,8 @@ class Hardware:
             what the device has no tensor cores for is left out, and counts as fp32.
         bytes_per_second: its memory's bandwidth.
         pcie: generation of its link to the host, of 16 lanes.
+        peer_bytes_per_second: what it sends to the others in its machine, in one direction; 0: over PCIe.
+        network_bytes_per_second: what it sends to other machines; 0: nothing is known.
     """
 
     name: str
@@ -72,6 +85,8 @@ class Hardware:
     flops_per_second: Mapping[str, float]
     bytes_per_second: float
     pcie: int
+    peer_bytes_per_second: float = 0.0
+    network_bytes_per_second: float = 0.0
 
     @property
     def host_bytes_per_second(self) -> float:
@@ -82,6 +97,15 @@ class Hardware:
     def duplex_bytes_per_second(self) -> float:
         """Return what copies in each direction reach while both are busy, in bytes a second."""
         return DUPLEX_SHARE[self.pcie] * PCIE_BYTES_PER_SECOND[self.pcie]
+
+    def link_bytes_per_second(self, num_ranks: int) -> float:
+        """Return what each of so many ranks sends to the next in collectives, in bytes a second.
+
+        Machines are taken to have 8 devices; the slowest link of a ring is the ring's.
+        """
+        within = self.peer_bytes_per_second or self.host_bytes_per_second / LINK_SHARE
+        network = self.network_bytes_per_second or OTHER_NETWORK_BYTES_PER_SECOND
+        return COLLECTIVE_SHARE * (within if num_ranks <= DEVICES_PER_MACHINE else min(within, network))
 
     def note(self, traced_type: str) -> str:
         """Say what a plan for this device rests on; `traced_type` is the type of device that was traced."""
@@ -131,6 +155,9 @@ _TABLE = (
         bytes_per_second=1555 * _GIGA,
         # The same: PCIe Gen4
         pcie=4,
+        # NVIDIA DGX A100 data sheet: NVLink 600 GB/s both ways together; 8 adapters of 200 Gb/s for 8 GPUs
+        peer_bytes_per_second=300 * _GIGA,
+        network_bytes_per_second=25 * _GIGA,
     ),
     Hardware(
         "a100-80g",
@@ -142,6 +169,9 @@ _TABLE = (
         bytes_per_second=2039 * _GIGA,
         # The same: PCIe Gen4
         pcie=4,
+        # NVIDIA DGX A100 data sheet: NVLink 600 GB/s both ways together; 8 adapters of 200 Gb/s for 8 GPUs
+        peer_bytes_per_second=300 * _GIGA,
+        network_bytes_per_second=25 * _GIGA,
     ),
     Hardware(
         "h100-80g",
@@ -153,6 +183,9 @@ _TABLE = (
         bytes_per_second=3350 * _GIGA,
         # The same: PCIe Gen5, 128 GB/s both ways together
         pcie=5,
+        # NVIDIA DGX H100 and H200 data sheets: NVLink 900 GB/s both ways together; 8 adapters of 400 Gb/s for 8 GPUs
+        peer_bytes_per_second=450 * _GIGA,
+        network_bytes_per_second=50 * _GIGA,
     ),
     Hardware(
         "h200",
@@ -164,6 +197,9 @@ _TABLE = (
         bytes_per_second=4800 * _GIGA,
         # The same: PCIe Gen5, 128 GB/s both ways together
         pcie=5,
+        # NVIDIA DGX H100 and H200 data sheets: NVLink 900 GB/s both ways together; 8 adapters of 400 Gb/s for 8 GPUs
+        peer_bytes_per_second=450 * _GIGA,
+        network_bytes_per_second=50 * _GIGA,
     ),
     Hardware(
         "l40s",
@@ -208,6 +244,9 @@ _TABLE = (
         bytes_per_second=900 * _GIGA,
         # The same: PCIe Gen3, 32 GB/s both ways together
         pcie=3,
+        # NVIDIA DGX-1 with V100 data sheet: NVLink 300 GB/s both ways together; 4 adapters of 100 Gb/s for 8 GPUs
+        peer_bytes_per_second=150 * _GIGA,
+        network_bytes_per_second=6.25 * _GIGA,
     ),
     Hardware(
         "t4",

@@ -4,6 +4,7 @@ A plan is made in the middle of a script, from what is known by then: nothing of
 it after. While one is made the model runs on fake tensors, and what a listener hears then is not the script's.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from packlight.planner.beside import other_bytes
 from packlight.planner.curve import with_curve
 from packlight.planner.cut import cut_of
 from packlight.planner.hardware import measure
+from packlight.planner.known_hardware import named
 from packlight.planner.loop import Call, Seen
 from packlight.planner.plan import device_of, memory_bytes
 from packlight.planner.profile import ProfileError, profile
@@ -23,6 +25,7 @@ from packlight.planner.released import as_planned, as_released, solve_releasing
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import carried_bytes
 from packlight.planner.solve import least_plan, solve
+from packlight.planner.world import solver_in
 from packlight.records import Plan
 from packlight.step import Profile
 
@@ -112,7 +115,15 @@ class Maker:
 
     def _solve(self, step: Profile, allowed: Budget) -> Plan:
         """Solve; once the optimiser has stepped, gradients go on living as they do."""
-        exact = self._settings.exact
+        exact, world = self._settings.exact, self._settings.world
+        if world is not None:
+            solver = functools.partial(
+                solve_releasing if self._settings.release_gradients else solve, budget=allowed, exact=exact
+            )
+            hardware = named(self._settings.hardware)
+            return solver_in(world, model=self._model, optimizers=self._optimizers, hardware=hardware, solver=solver)(
+                step
+            )
         if self.held is None and self._settings.release_gradients:
             return solve_releasing(step, allowed, exact=exact)
         if self.held is not None and self.held.releases_gradients:

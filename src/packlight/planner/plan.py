@@ -5,6 +5,7 @@ out for a model, its optimiser and a batch; for a script that is running, `makin
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, Required, TypedDict, Unpack
 
@@ -21,6 +22,7 @@ from packlight.planner.microbatches import NOT_SPLIT, fastest_split, numbers, sp
 from packlight.planner.profile import profile
 from packlight.planner.released import solve_releasing
 from packlight.planner.solve import solve
+from packlight.planner.world import World, solver_in
 from packlight.records import Plan
 from packlight.step import Profile
 
@@ -38,6 +40,7 @@ def plan(
     release_gradients: bool = False,
     max_microbatches: int = 1,
     hardware: str | None = None,
+    world: int | World | None = None,
 ) -> Plan:
     """Decide how a training step fits a byte budget; changes nothing of the caller's.
 
@@ -66,6 +69,8 @@ def plan(
         hardware: the name of the device to plan for ("h100-80g"), instead of the model's; nothing is measured. A share
             is of its memory, and a larger budget is refused, but for a `Budget`: what would run at its speed with that
             much memory.
+        world: ranks that train with such a batch each, and share the model's states: the stage of sharding is chosen,
+            too, and the budget is each rank's. For a model that is whole here.
 
     Returns:
         The fastest plan that fits.
@@ -90,6 +95,7 @@ def plan(
         release_gradients=release_gradients,
         max_microbatches=max_microbatches,
         hardware=hardware,
+        world=world,
     )
     return profiled(model, batch, optimizer, **asked)[1]
 
@@ -105,6 +111,7 @@ class Asked(TypedDict, total=False):
     release_gradients: bool
     max_microbatches: int
     hardware: str | None
+    world: int | World | None
 
 
 def profiled(
@@ -138,9 +145,13 @@ def profiled(
         step = replace(step, notes=(*step.notes, *notes))
         return step if num == 1 else _beside_whole(step, step_of(1), is_cut=device.type == "meta")
 
-    solver = functools.partial(
+    solver: Callable[[Profile], Plan] = functools.partial(
         solve_releasing if asked.get("release_gradients") else solve, budget=allowed, exact=exact
     )
+    world = asked.get("world")
+    if world is not None:
+        ranks = World(world) if isinstance(world, int) else world
+        solver = solver_in(ranks, model=model, optimizers=listed(optimizer), hardware=known, solver=solver)
     return fastest_split(tried, step_of, solver)
 
 

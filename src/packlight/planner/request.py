@@ -12,6 +12,7 @@ import torch
 from packlight.budget import Budget, parse_bytes
 from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link, host_memory_bytes, unused
+from packlight.planner.world import World
 from packlight.records import Plan
 from packlight.step import Link
 
@@ -38,6 +39,7 @@ class Settings:
         host_budget: bytes allowed in host memory.
         disk: folder of the disk tier.
         tell: called with each plan that is made, and a title for it.
+        world: the ranks that are planned for, where the script is stopped before its first step; None: this process.
         release_gradients: parameters may be stepped inside backward, and their gradients freed there.
         num_curve_points: budgets for which the step time is told beside the plan.
         hardware: the name of the device to plan for, where the script is stopped before its first step.
@@ -53,6 +55,7 @@ class Settings:
     hardware: str | None = None
     num_curve_points: int = 0
     release_gradients: bool = False
+    world: World | None = None
 
     def check(self, plan: Plan) -> None:
         """Refuse a given plan that the script would not run as it says.

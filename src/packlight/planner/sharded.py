@@ -177,7 +177,7 @@ def _optimizer(cost: OptimizerCost, sharding: Sharding) -> OptimizerCost:
     share = sharding.state_share
     return replace(
         cost,
-        state_bytes=_state_bytes(cost, sharding),
+        state_bytes=state_bytes(cost, sharding),
         temporary_bytes=max(math.ceil(cost.temporary_bytes * share), sharding.step_bytes),
         seconds=cost.seconds * share,
         alone_bytes=math.ceil(cost.alone_bytes * share),
@@ -188,8 +188,10 @@ def _optimizer(cost: OptimizerCost, sharding: Sharding) -> OptimizerCost:
     )
 
 
-def _state_bytes(cost: OptimizerCost, sharding: Sharding) -> int:
+def state_bytes(cost: OptimizerCost, sharding: Sharding) -> int:
     """Return the bytes of the rank that has most; torch keeps one state for a flat partition, packlight one a share."""
+    if sharding.state_share == 1.0 and not sharding.num_flats:
+        return cost.state_bytes
     formats, names = cost.formats, {share.name for shares in sharding.shares for share in shares if share.name}
     if cost.own_format == "as is" or not names.issubset(formats) or cost.host_bytes:
         return math.ceil(cost.state_bytes * sharding.state_share)

@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from packlight.budget import format_bytes
+from packlight.ranks import Sharded
 from packlight.records import CATEGORIES, Choice, CurvePoint, Estimate, Measurement, Plan, Run
 from packlight.report.pipeline import details
 from packlight.serial import read_json
@@ -46,6 +47,8 @@ def show(record: Plan | Run, *, console: Console | None = None) -> None:
         out.print(told, markup=False)
         if plan.curve:
             out.print(_curve(plan.curve), markup=False)
+        if plan.sharding is not None:
+            out.print(_shardings(plan.sharding), markup=False)
     out.print(_peaks(plan.estimate if plan else None, run.measurement if run else None), markup=False)
     if run is not None:
         out.print(_run_facts(run), markup=False)
@@ -164,6 +167,25 @@ def _curve(points: tuple[CurvePoint, ...]) -> RenderableType:
             spared = _seconds((point.step_seconds - following.step_seconds) / num_gib) if num_gib else "-"
         sizes = format_bytes(point.budget_bytes), format_bytes(point.device_peak_bytes)
         table.add_row(*sizes, _seconds(point.step_seconds - fastest), f"{point.slowdown:.2f}x", spared)
+    return table
+
+
+def _shardings(sharded: Sharded) -> RenderableType:
+    """Return what a rank holds, sends and takes under each way to share a model's states."""
+    ranks, link = sharded.num_ranks, format_bytes(sharded.link_bytes_per_second)
+    title = f"on each of {ranks} rank{'s' * (ranks != 1)}, which send{'s' * (ranks == 1)} {link}/s"
+    table = Table(title=title, title_justify="left")
+    formats = list(dict.fromkeys(name for row in sharded.rows for name in row.state_bytes))
+    table.add_column("")
+    states = [f"states, {name}" for name in formats]
+    for name in ("parameters", "gradients", *states, "buffers", "peak as it is", "sent", "waits", "planned step"):
+        table.add_column(name, justify="right")
+    for row in sharded.rows:
+        sizes = [row.parameter_bytes, row.gradient_bytes, *(row.state_bytes[name] for name in formats)]
+        sizes += [row.buffer_bytes, row.plain_peak_bytes, row.sent_bytes]
+        step = _seconds(row.step_seconds) if row.step_seconds is not None else "-"
+        cells = [*map(format_bytes, sizes), _seconds(row.exposed_seconds), step]
+        table.add_row(f"{row.name}{' *' * row.is_chosen}", *cells)
     return table
 
 

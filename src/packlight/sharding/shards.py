@@ -110,8 +110,9 @@ class Sharding:
         step_bytes: what the optimiser's step takes for copies of gradients.
         units: what is gathered; empty where parameters are whole.
         num_flats: tensors that the optimiser steps instead of parameters; 0 where it steps these.
-        sent_bytes: what a rank sends in backward and after it in a step, and
-        gathered_bytes: what it sends for gathering, in each forward and backward.
+        sent_bytes: what a rank sends to reduce gradients in a backward,
+        gathered_bytes: to gather parameters in a forward and its backward, and
+        after_bytes: to gather them after the optimiser's step.
         num_messages: into how many messages these are divided.
     """
 
@@ -133,6 +134,7 @@ class Sharding:
     num_flats: int = 0
     sent_bytes: int = 0
     gathered_bytes: int = 0
+    after_bytes: int = 0
     num_messages: int = 0
 
     @property

@@ -123,7 +123,8 @@ def _in_partitions(weights: Sequence[Weight], options: ZeroOptions) -> Sharding:
         backward_bytes=buckets if options.contiguous_gradients else 0,
         step_bytes=numel * itemsize + (4 * numel if itemsize < 4 else 0),
         num_flats=len(groups),
-        sent_bytes=2 * whole * (ranks - 1) // ranks,
+        sent_bytes=whole * (ranks - 1) // ranks,
+        after_bytes=whole * (ranks - 1) // ranks,
         num_messages=2 * len(groups) * max(1, -(-numel * ranks // options.reduce_bucket_elements)),
     )
 

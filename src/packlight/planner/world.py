@@ -1,0 +1,289 @@
+"""Chooses how ranks share a model's states, together with everything else that a plan chooses.
+
+DeepSpeed and FSDP2 leave the stage to the user, who learns by running out of memory, or never, that a slower one was
+not needed. Here one profile of the whole model answers for each stage: it is seen as a rank sees it (`sharded.py`),
+communication is added that compute does not hide, and the fastest plan that fits is taken. What states take under many
+ranks is little already, so low-bit formats are not chosen there: they would save nothing that is needed.
+
+    time      forward    the longer of compute and the gathering of parameters
+              backward   the longer of compute and gathering and reducing
+              step       compute, then what is gathered after it (ZeRO-1 and -2)
+
+Of a collective, a rank sends (ranks - 1) / ranks of the tensor's bytes to its neighbour in a ring, twice in an
+all-reduce (Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from packlight.activations.blocks import find_blocks
+from packlight.budget import BudgetError, least_of
+from packlight.planner.cost import Cost, StepCost
+from packlight.planner.known_hardware import Hardware
+from packlight.planner.outcome import beside_plain
+from packlight.planner.program import rated
+from packlight.planner.sharded import on_rank, state_bytes
+from packlight.ranks import Sharded, ShardingRow
+from packlight.records import Plan
+from packlight.sharding import Sharding, fsdp, weights_of
+from packlight.sharding.ddp import ddp_sharding
+from packlight.sharding.stages import ZeroOptions, zero_sharding
+from packlight.step import OptimizerCost, Profile
+
+ENGINES = ("ddp", "zero", "fsdp")
+
+# An assumption: NCCL starts a collective over a few ranks in 10 to 30 us.
+MESSAGE_SECONDS = 20e-6
+"""What a collective takes besides its bytes."""
+
+# An assumption: 10 Gb/s.
+UNKNOWN_LINK_BYTES_PER_SECOND = 1.25e9
+"""Of ranks on hardware that is at hand, whose network nobody has named."""
+
+BUCKET_ELEMENTS = 50_000_000
+"""`reduce_bucket_size` and the prefetch of stage 3 in configs that packlight makes: a tenth of DeepSpeed's own."""
+
+LIVE_ELEMENTS = 100_000_000
+"""`stage3_max_live_parameters` and `stage3_max_reuse_distance`: of DeepSpeed's own, a tenth."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks that a plan is for.
+
+    Attributes:
+        num_ranks: each has the batch that is given, and a share of the states.
+        engine: one of `ENGINES`; None: whichever is fastest.
+        link_bytes_per_second: what a rank sends to the next; None: the hardware's, or 10 Gb/s.
+    """
+
+    num_ranks: int
+    engine: str | None = None
+    link_bytes_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be planned for."""
+        if self.num_ranks < 1:
+            raise ValueError(f"world {self.num_ranks} came; wanted the number of ranks, 1 or more")
+        if self.engine is not None and self.engine not in ENGINES:
+            raise ValueError(f"engine {self.engine!r} came; wanted one of {', '.join(ENGINES)}")
+        if self.link_bytes_per_second is not None and self.link_bytes_per_second <= 0:
+            raise ValueError(f"a link of {self.link_bytes_per_second} bytes a second came; wanted more than 0")
+
+    def link(self, hardware: Hardware | None) -> float:
+        """Return what a rank sends to the next, in bytes a second."""
+        if self.link_bytes_per_second is not None:
+            return self.link_bytes_per_second
+        return UNKNOWN_LINK_BYTES_PER_SECOND if hardware is None else hardware.link_bytes_per_second(self.num_ranks)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A sharding that may be chosen, and how to ask an engine for it."""
+
+    sharding: Sharding
+    asked: Sharded
+
+
+def ways(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], world: World) -> list[Way]:
+    """Return the shardings of a model that may be chosen, the least communication first."""
+    weights, num_ranks = weights_of(model, optimizers), world.num_ranks
+    dtype = str(next((each.dtype for each in weights), torch.float32)).removeprefix("torch.")
+    made = functools.partial(Sharded, num_ranks=num_ranks, dtype=dtype)
+    found = list[Way]()
+    if world.engine in (None, "ddp"):
+        found.append(Way(ddp_sharding(weights, num_ranks=num_ranks), made("ddp", 0)))
+    for stage in range(4) if world.engine == "zero" else range(1, 4) if world.engine is None else ():
+        options = zero_options(stage, num_ranks)
+        found.append(Way(zero_sharding(weights, options), made("zero", stage, options=_sizes(options))))
+    for keeps in (True, False) if world.engine in (None, "fsdp") else ():
+        units = _units(model)
+        sharding = fsdp.sharding_of(fsdp.planned_cuts(weights, units, keeps=keeps), num_ranks=num_ranks)
+        found.append(Way(sharding, made("fsdp", sharding.stage, units=tuple(units), keeps=keeps)))
+    return found
+
+
+def solver_in(
+    world: World,
+    *,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    hardware: Hardware | None,
+    solver: Callable[[Profile], Plan],
+) -> Callable[[Profile], Plan]:
+    """Return what makes a plan for a rank of a world, from the profile of the whole model.
+
+    Args:
+        world: the ranks.
+        model: the module that is trained.
+        optimizers: its optimisers.
+        hardware: the device of each rank; None for the one at hand.
+        solver: makes a plan for a profile.
+
+    Returns:
+        A function of a profile; it raises BudgetError where nothing fits.
+    """
+    found, link = ways(model, optimizers, world), world.link(hardware)
+
+    def solve_in_world(step: Profile) -> Plan:
+        return fastest_sharding(step, found, link=link, solver=solver)[1]
+
+    return solve_in_world
+
+
+def zero_options(stage: int, num_ranks: int) -> ZeroOptions:
+    """Return what packlight asks of DeepSpeed's ZeRO."""
+    return ZeroOptions(
+        stage,
+        num_ranks,
+        reduce_bucket_elements=BUCKET_ELEMENTS,
+        overlaps=stage in (1, 2),
+        prefetch_elements=BUCKET_ELEMENTS,
+        live_elements=LIVE_ELEMENTS,
+    )
+
+
+def _sizes(options: ZeroOptions) -> dict[str, int]:
+    return {
+        "reduce_bucket_elements": options.reduce_bucket_elements,
+        "prefetch_elements": options.prefetch_elements,
+        "live_elements": options.live_elements,
+        "persistent_elements": options.persistent_elements,
+        "sub_group_elements": options.sub_group_elements,
+    }
+
+
+def _units(model: nn.Module) -> list[str]:
+    """Return the blocks that `fully_shard` is to be applied to: those of a class of which there are several."""
+    blocks = [block.module_path for block in find_blocks(model) if block.start is None and block.module_path]
+    kinds = [type(model.get_submodule(path)) for path in blocks]
+    return [path for path, kind in zip(blocks, kinds, strict=True) if kinds.count(kind) > 1]
+
+
+def seen_by_rank(step: Profile, sharding: Sharding, link: float) -> Profile:
+    """Return the step on a rank, with the communication that compute does not hide."""
+    seconds = _times(step, sharding, link)
+    made = on_rank(step, sharding)
+    return replace(
+        made,
+        seconds=made.seconds + seconds.forward + seconds.backward,
+        forward_seconds=made.forward_seconds + seconds.forward,
+        optimizers=tuple(replace(each, seconds=each.seconds + seconds.after) for each in made.optimizers),
+    )
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds that communication adds to forward, to backward and after the optimiser's step; and all of it alone."""
+
+    forward: float
+    backward: float
+    after: float
+    alone: float
+
+
+def _times(step: Profile, sharding: Sharding, link: float) -> _Times:
+    latency = MESSAGE_SECONDS * sharding.num_messages * (sharding.num_ranks > 1)
+    gather, reduce, after = (
+        each / link for each in (sharding.gathered_bytes, sharding.sent_bytes, sharding.after_bytes)
+    )
+    kept = all(unit.is_kept for unit in sharding.units)
+    in_forward = gather if kept and sharding.engine == "fsdp" else gather / 2
+    compute = step.seconds - step.forward_seconds
+    return _Times(
+        forward=max(0.0, in_forward - step.forward_seconds),
+        backward=max(0.0, gather - in_forward + reduce + latency - compute),
+        after=after,
+        alone=gather + reduce + after + latency,
+    )
+
+
+def fastest_sharding(
+    step: Profile, found: Sequence[Way], *, link: float, solver: Callable[[Profile], Plan]
+) -> tuple[Profile, Plan]:
+    """Choose among shardings.
+
+    Args:
+        step: the profile of the whole model.
+        found: the shardings.
+        link: what a rank sends to the next, in bytes a second.
+        solver: makes a plan for a profile.
+
+    Returns:
+        The profile as a rank sees it, and the fastest plan, whose `sharding` has a row for each that was weighed.
+
+    Raises:
+        BudgetError: nothing fits under any of them; it names the smallest budget that would.
+    """
+    plain = _plain(step)
+    tried = [(way, seen_by_rank(step, way.sharding, link)) for way in found]
+    tried.sort(key=lambda each: each[1].seconds)
+    made, errors = dict[int, tuple[Profile, Plan]](), list[BudgetError]()
+    for at, (_, seen) in enumerate(tried):
+        best = min((plan.estimate.step_seconds for _, plan in made.values()), default=None)
+        if best is not None and _plain(seen).seconds >= best:
+            continue  # it cannot be faster
+        try:
+            made[at] = seen, solver(seen)
+        except BudgetError as error:
+            errors.append(error)
+    if not made:
+        raise least_of(errors)
+    chosen = min(made, key=lambda at: rated(made[at][1].estimate.step_seconds / plain.seconds, at))
+    seen, plan = made[chosen]
+    rows = tuple(
+        _row(way, each, step, link=link, made=made.get(at), is_chosen=at == chosen)
+        for at, (way, each) in enumerate(tried)
+    )
+    asked = replace(tried[chosen][0].asked, link_bytes_per_second=link, rows=rows, binds=_binds(plan, rows[chosen]))
+    return seen, replace(beside_plain(plan, plain), sharding=asked)
+
+
+def _plain(step: Profile) -> Cost:
+    return StepCost(step).price((), step.optimizers[0] if step.optimizers else None)
+
+
+def _row(
+    way: Way,
+    seen: Profile,
+    step: Profile,
+    *,
+    link: float,
+    made: tuple[Profile, Plan] | None,
+    is_chosen: bool,
+) -> ShardingRow:
+    sharding, times = way.sharding, _times(step, way.sharding, link)
+    num = step.num_microbatches
+    gradients = sum(each.num_bytes for each in seen.storages if each.is_gradient and each.died >= seen.num_events)
+    return ShardingRow(
+        name=sharding.name,
+        parameter_bytes=sharding.parameter_bytes + sharding.master_bytes,
+        gradient_bytes=gradients + seen.resident_bytes.get("gradients", 0),
+        state_bytes={name: size for each in step.optimizers for name, size in _states(each, sharding)},
+        buffer_bytes=sharding.buffer_bytes + sharding.backward_bytes,
+        plain_peak_bytes=_plain(seen).peak_bytes,
+        sent_bytes=num * (sharding.gathered_bytes + sharding.sent_bytes) + sharding.after_bytes,
+        communication_seconds=num * (times.alone - times.after) + times.after,
+        exposed_seconds=num * (times.forward + times.backward) + times.after,
+        step_seconds=made[1].estimate.step_seconds if made else None,
+        is_chosen=is_chosen,
+    )
+
+
+def _states(cost: OptimizerCost, sharding: Sharding) -> list[tuple[str, int]]:
+    return [(cost.state_format, state_bytes(cost, sharding))] if not cost.host_bytes else []
+
+
+def _binds(plan: Plan, row: ShardingRow) -> str:
+    """Say what stands against a faster step."""
+    estimate = plan.estimate
+    largest = max(estimate.peak_by_category, key=lambda name: estimate.peak_by_category[name])
+    if any(choice.seconds > 0 for choice in plan.choices):
+        return f"on each rank memory binds: {largest.replace('_', ' ')} take most of its peak"
+    if row.exposed_seconds > 0.05 * estimate.step_seconds:
+        return f"the link binds: {row.exposed_seconds:.3g} s of a step wait for it"
+    return "compute binds: everything fits, and communication is hidden"
