@@ -79,9 +79,7 @@ def run(*, script: str, arguments: tuple[str, ...], record: str | None, **option
 @click.option("--save", metavar="FILE", help="Write the plan to this JSON file.")
 @click.option("--hardware", metavar="NAME", help='Plan for this device ("h100-80g"), which need not be here.')
 @click.option("--curve", metavar="N", type=click.IntRange(min=2), help="Tell the step time for N other budgets, too.")
-@click.option(
-    "--world", metavar="N", type=click.IntRange(min=1), help="Plan for N ranks that share the model's states."
-)
+@click.option("--world", metavar="N", type=click.IntRange(min=1), help="Plan for N ranks that share states.")
 @click.option("--engine", type=click.Choice(["ddp", "zero", "fsdp"]), help="What shares them. Default: the fastest.")
 @click.option("--link", metavar="BYTES", help='What a rank sends to the next in a second ("50GB").')
 @_script_arguments

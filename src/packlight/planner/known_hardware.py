@@ -50,8 +50,8 @@ HOST_BYTES_PER_SECOND = 2 * 204.8e9 / 8
 DUPLEX_SHARE = {3: 15 / 31.5, 4: 15 / 31.5, 5: 21 / 63.0}
 """What copies in each direction reach of the link's rate while both are busy, by generation."""
 
-# nccl-tests on 8 H100 SXM: all_reduce reaches a bus bandwidth of about 360 to 370 of NVLink's 450 GB/s in one direction;
-# assumed of the others, and of networks.
+# An assumption: NCCL's all_reduce on 8 H100 SXM is reported with a bus bandwidth of 360 to 370 of NVLink's 450 GB/s in
+# one direction; the same is taken for the others, and for networks.
 COLLECTIVE_SHARE = 0.8
 """What large collectives reach of a link's rate."""
 

@@ -14,14 +14,14 @@ all-reduce (Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from packlight.activations.blocks import find_blocks
-from packlight.budget import BudgetError, least_of
+from packlight.budget import BudgetError, format_bytes, least_of
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.known_hardware import Hardware
 from packlight.planner.outcome import beside_plain
@@ -222,17 +222,17 @@ def fastest_sharding(
     plain = _plain(step)
     tried = [(way, seen_by_rank(step, way.sharding, link)) for way in found]
     tried.sort(key=lambda each: each[1].seconds)
-    made, errors = dict[int, tuple[Profile, Plan]](), list[BudgetError]()
-    for at, (_, seen) in enumerate(tried):
+    made, errors = dict[int, tuple[Profile, Plan]](), dict[str, BudgetError]()
+    for at, (way, seen) in enumerate(tried):
         best = min((plan.estimate.step_seconds for _, plan in made.values()), default=None)
         if best is not None and _plain(seen).seconds >= best:
             continue  # it cannot be faster
         try:
             made[at] = seen, solver(seen)
         except BudgetError as error:
-            errors.append(error)
+            errors[way.sharding.name] = error
     if not made:
-        raise least_of(errors)
+        raise BudgetError(_refusal(errors), smallest_bytes=least_of(errors.values()).smallest_bytes)
     chosen = min(made, key=lambda at: rated(made[at][1].estimate.step_seconds / plain.seconds, at))
     seen, plan = made[chosen]
     rows = tuple(
@@ -241,6 +241,12 @@ def fastest_sharding(
     )
     asked = replace(tried[chosen][0].asked, link_bytes_per_second=link, rows=rows, binds=_binds(plan, rows[chosen]))
     return seen, replace(beside_plain(plan, plain), sharding=asked)
+
+
+def _refusal(errors: Mapping[str, BudgetError]) -> str:
+    """Say what each sharding would need."""
+    needs = ", ".join(f"{format_bytes(error.smallest_bytes or 0)} under {name}" for name, error in errors.items())
+    return f"{least_of(errors.values())}, on more ranks, or on other hardware; on each rank the least is {needs}"
 
 
 def _plain(step: Profile) -> Cost:

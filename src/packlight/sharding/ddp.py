@@ -1,6 +1,6 @@
 """torch's DistributedDataParallel: every rank holds everything, and gradients are averaged in buckets during backward.
 
-With `gradient_as_bucket_view=True`, which plans take for given, gradients lie in the buckets; else they are there twice.
+With `gradient_as_bucket_view=True`, which plans take for given, gradients lie in the buckets; else they are held twice.
 """
 
 from collections.abc import Sequence

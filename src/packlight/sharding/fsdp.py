@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from packlight.records import Plan
 from packlight.sharding.shards import Sharding, Share, Unit, Weight
 
 
@@ -226,28 +227,31 @@ def _is_of(hook: Any, states: set[int]) -> bool:
 # Models that are to be cut
 
 
-def apply(model: nn.Module, modules: Sequence[str], *, mesh: Any = None, keeps: bool = False, **options: Any) -> None:
+def shard(model: nn.Module, plan: Plan, *, mesh: Any = None, **options: Any) -> None:
     """Cut a model as a plan says.
 
     Args:
         model: the module that is trained; changed in place. Make its optimiser after this.
-        modules: paths of the units inside it.
+        plan: made with `world`, with FSDP2 chosen.
         mesh: the device mesh; None for all ranks.
-        keeps: whether units stay gathered from forward until backward.
         options: of `fully_shard` besides, such as `mp_policy` and `offload_policy`.
 
     Raises:
-        ValueError: the model has no such module, or is cut already.
+        ValueError: the plan shares no states by FSDP2, the model has no such module, or is cut already.
     """
     from torch.distributed.fsdp import fully_shard
 
+    sharded = plan.sharding
+    if sharded is None or sharded.engine != "fsdp":
+        came = "is for one rank" if sharded is None else f"shares states by {sharded.engine}"
+        raise ValueError(f'the plan {came}; wanted one made with world and engine "fsdp"')
     if is_sharded(model):
         raise ValueError("fully_shard was applied to the model already; give one that it was not applied to")
     paths = dict(model.named_modules())
-    missing = [path for path in modules if path not in paths]
+    missing = [path for path in sharded.units if path not in paths]
     if missing:
         raise ValueError(f"the model has no module {missing[0]!r}; was the plan made for another model?")
     shared = options if mesh is None else {"mesh": mesh, **options}
-    for path in modules:
-        fully_shard(paths[path], reshard_after_forward=not keeps, **shared)
+    for path in sharded.units:
+        fully_shard(paths[path], reshard_after_forward=not sharded.keeps, **shared)
     fully_shard(model, **shared)

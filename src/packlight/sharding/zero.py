@@ -14,6 +14,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
+from packlight.records import Plan
 from packlight.sharding.shards import Sharding, Weight
 from packlight.sharding.stages import ZeroOptions, zero_sharding
 
@@ -32,6 +33,16 @@ PARTITIONS = (
 def is_engine(module: nn.Module) -> bool:
     """Tell whether a module is DeepSpeed's engine."""
     return isinstance(module, DeepSpeedEngine)
+
+
+STAGE_3 = {
+    "stage3_prefetch_bucket_size": "prefetch_elements",
+    "stage3_param_persistence_threshold": "persistent_elements",
+    "stage3_max_live_parameters": "live_elements",
+    "stage3_max_reuse_distance": "live_elements",
+    "sub_group_size": "sub_group_elements",
+}
+"""DeepSpeed's names of what a plan's options say for stage 3."""
 
 
 class Engine:
@@ -175,50 +186,48 @@ def _is_deepspeeds(hook: Any) -> bool:
     return str(getattr(function, "__module__", "")).startswith("deepspeed")
 
 
-def config_of(
-    options: ZeroOptions,
+def config(
+    plan: Plan,
     *,
-    dtype: torch.dtype = torch.float32,
     microbatch_size: int | None = None,
-    num_microbatches: int = 1,
-    states_on_host: bool = False,
     base: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return a config for `deepspeed.initialize`, with the flags that let packlight's optimisers stay.
+    """Return a config for `deepspeed.initialize` that does what a plan says of sharding.
 
     Args:
-        options: the stage, and the sizes of buffers.
-        dtype: of the model: fp32, bf16 or fp16.
+        plan: made with `world`, with ZeRO chosen.
         microbatch_size: rows of a microbatch on a rank; None where the base says it.
-        num_microbatches: of a step.
-        states_on_host: whether the optimiser's states are in host memory, and stepped there.
         base: a config whose other entries are kept.
 
     Returns:
-        A dict that JSON can hold.
+        A dict that JSON can hold, with the flags that let packlight's optimisers stay.
+
+    Raises:
+        ValueError: the plan shares no states by ZeRO, or nobody says the microbatch's size.
     """
+    sharded = plan.sharding
+    if sharded is None or sharded.engine != "zero":
+        came = "is for one rank" if sharded is None else f"shares states by {sharded.engine}"
+        raise ValueError(f'the plan {came}; wanted one made with world and engine "zero"')
     made = dict(base or {})
+    if microbatch_size is None and not {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(made):
+        raise ValueError("neither the base nor microbatch_size says how many rows a microbatch has; give one of them")
+    options = sharded.options
     zero: dict[str, Any] = {
         **made.get("zero_optimization", {}),
-        "stage": options.stage,
-        "reduce_bucket_size": options.reduce_bucket_elements,
-        "contiguous_gradients": options.contiguous_gradients,
-        "overlap_comm": options.overlaps,
+        "stage": sharded.stage,
+        "reduce_bucket_size": options["reduce_bucket_elements"],
+        "contiguous_gradients": True,
+        "overlap_comm": sharded.stage > 0,
     }
-    if options.stage == 3:
-        zero |= {
-            "stage3_prefetch_bucket_size": options.prefetch_elements,
-            "stage3_param_persistence_threshold": options.persistent_elements,
-            "stage3_max_live_parameters": options.live_elements,
-            "stage3_max_reuse_distance": options.live_elements,
-            "sub_group_size": options.sub_group_elements,
-        }
-    if states_on_host:
+    if sharded.stage == 3:
+        zero |= {name: options[ours] for name, ours in STAGE_3.items()}
+    if any(name.endswith("@host") for name in plan.state_formats.values()):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    made |= {"zero_optimization": zero, "gradient_accumulation_steps": num_microbatches, **FLAGS}
+    made |= {"zero_optimization": zero, "gradient_accumulation_steps": plan.num_microbatches, **FLAGS}
     if microbatch_size is not None:
         made["train_micro_batch_size_per_gpu"] = microbatch_size
-    for name, each in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if dtype is each:
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if sharded.dtype == dtype:
             made[name] = {**made.get(name, {}), "enabled": True}
     return made
