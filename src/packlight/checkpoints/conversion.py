@@ -9,15 +9,17 @@ What is not the optimiser's states is passed on as it is. The largest tensor's f
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from packlight.checkpoints import output
 from packlight.checkpoints.naming import named
 from packlight.checkpoints.recode import Recoder
-from packlight.checkpoints.refusal import CheckpointError
+from packlight.checkpoints.refusal import CheckpointError, UnclearNames
 from packlight.checkpoints.results import Result
 from packlight.checkpoints.scratch import SEGMENT_BYTES, Scratch
 from packlight.checkpoints.sources import Source, model_in, read_model
@@ -87,7 +89,7 @@ def convert(
         optimizer_path = came.optimizer_path(tree)
         found = states_of(at(tree, optimizer_path))
         weights = given if given is not None else model_in(tree, found)
-        states = named(found, weights)
+        states = _named(found, weights, needed=given is not None)
         _check_room(folder, wanted, states, tree)
         recoder = Recoder(states.kind, Scratch(folder))
         optimizer = optimizer_for(wanted, states, recoder, tell)
@@ -99,6 +101,16 @@ def convert(
     before, after = ([each for _, each in tensors_in(one["state"])] for one in (at(tree, optimizer_path), optimizer))
     came_bytes, made_bytes = (sum(each.nbytes for each in one) for one in (before, after))
     return Summary(len(states.parameters), len(after), came_bytes, made_bytes, _notes(wanted, recoder))
+
+
+def _named(found: States, weights: Mapping[str, Tensor] | None, *, needed: bool) -> States:
+    """Return states with the names that can be known; a target that wants them says so where they cannot."""
+    try:
+        return named(found, weights)
+    except UnclearNames:
+        if needed:
+            raise
+        return found
 
 
 def _container(target: str, came: Source) -> str:

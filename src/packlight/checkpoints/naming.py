@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from packlight.checkpoints.refusal import CheckpointError
+from packlight.checkpoints.refusal import CheckpointError, UnclearNames
 from packlight.checkpoints.states import Parameter, States, has_moments
 from packlight.numerics import moment_formats
 from packlight.optim.state import moment_key
@@ -35,6 +35,7 @@ def named(states: States, model: Mapping[str, Tensor] | None) -> States:
 
     Raises:
         CheckpointError: names or shapes of the model are not those of the states.
+        UnclearNames: the states have no names, and may be of several of the model's parameters.
     """
     parameters = states.parameters
     if model is None:
@@ -84,7 +85,7 @@ def _matched(states: States, model: Mapping[str, Tensor]) -> Iterator[tuple[obje
         shape = tuple(tensor.shape)
         fitting = [group for group in waiting if group and _fits(group[0], shape, states)]
         if len(fitting) > 1:
-            raise CheckpointError(
+            raise UnclearNames(
                 f"the optimiser's parameters have no names, and {name!r} may be in {len(fitting)} of its param groups. "
                 f"{HINT}."
             )
@@ -94,13 +95,13 @@ def _matched(states: States, model: Mapping[str, Tensor]) -> Iterator[tuple[obje
         else:
             left.append((name, shape))
     if any(waiting):
-        raise CheckpointError(
+        raise UnclearNames(
             f"the optimiser's parameters have no names, and {sum(map(len, waiting))} of them are not found in the "
             f"model by their order and shapes. {HINT}."
         )
     unclear = [name for name, shape in left if shape in shapes]
     if unclear:
-        raise CheckpointError(
+        raise UnclearNames(
             f"the optimiser's parameters have no names, and {unclear[0]!r} of the model has the shape of one of them "
             f"and may be it. {HINT}."
         )

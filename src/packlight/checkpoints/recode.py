@@ -53,7 +53,6 @@ class Recoder:
             check_sound(state, "its state")
             if parameter.saved_format is not None:
                 values = self._decoded(parameter, moments)
-                self.num_error_bits += "param_error" in state
             elif not moments:
                 values = {}
             elif set(state) - {"step"} == set(moments) and not is_of_other_library(state):
@@ -108,6 +107,10 @@ class Recoder:
         made = layout.init_state(like, moments=self.kind.moments, device=torch.device("cpu"))
         return {key: self.scratch.keep(value) for key, value in made.items()} | counter
 
+    def leave_error_bits(self, state: Mapping[str, Any]) -> None:
+        """Note that a state's error bits, where it has any, are left out."""
+        self.num_error_bits += "param_error" in state
+
     def _as_it_is(self, parameter: Parameter, saved: Layout, wanted: Layout) -> State:
         state, moments = parameter.state, self.moments_of(parameter)
         with refused(str(parameter), ValueError, KeyError):
@@ -125,7 +128,7 @@ class Recoder:
         if not isinstance(error, Tensor):
             return {}
         if wanted.padded:
-            self.num_error_bits += 1
+            self.leave_error_bits(state)
             return {}
         rows = () if wanted.piece is None else wanted.piece.shape[:1]
         return {"param_error": error.reshape(*rows, -1) if rows else error.reshape(-1)}

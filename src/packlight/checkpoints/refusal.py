@@ -12,6 +12,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read, or what is in it cannot be represented; nothing was written."""
 
 
+class UnclearNames(CheckpointError):
+    """Which parameter of the model a state is of is not to be known; some targets need not know it."""
+
+
 @contextmanager
 def refused(place: str, *kinds: type[Exception]) -> Iterator[None]:
     """Raise errors of these kinds as `CheckpointError`, with the place before their words.

@@ -103,6 +103,7 @@ class Target:
         if self.name == DCP and not is_of_other_library(parameter.state):
             recoder.portable(parameter)
             return {key: step_tensor(value) if key == "step" else value for key, value in parameter.state.items()}
+        recoder.leave_error_bits(parameter.state)
         made: State = recoder.portable(parameter)
         return made if recoder.kind.moments == MOMENTS else {key: made[key] for key in made if key != "step"}
 

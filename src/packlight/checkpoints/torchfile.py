@@ -83,6 +83,9 @@ def check_sums(path: Any, place: str) -> None:
 class _Stranger:
     """What stands for an object of a class that nothing is to be known of."""
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Take nothing."""
+
     def __setstate__(self, state: Any) -> None:
         """Take nothing."""
 

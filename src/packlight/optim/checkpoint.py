@@ -88,6 +88,8 @@ class Converter:
             portable: dict[str, Any] = {"step": 1.0, **self.read_state(state, shape=param.shape)}
             compact: State = layout.from_portable(portable, moments=self.moments, device=device)
         else:
+            if "step" not in state:
+                raise ValueError(f"a state with {sorted(state)} came, one with a step count was wanted")
             saved = saved_layout(state, param, saved_format)
             saved.stored(state, moments=moments)
             if saved.has_tensors_of(layout) or not moments:
