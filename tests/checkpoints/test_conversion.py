@@ -245,7 +245,7 @@ def test_error_bits_stay_with_their_format_and_their_loss_is_said(tmp_path: Path
     for number, state in checkpoint["optimizer"]["state"].items():
         assert torch.equal(states[number]["param_error"], state["param_error"])
     (note,) = convert(tmp_path / "in.pt", "torch", tmp_path / "torch.pt").notes
-    assert note.startswith("error bits of 20 bf16 parameters")
+    assert note.startswith("error bits of 17 bf16 parameters")
 
 
 def test_the_commands_choices_are_the_targets() -> None:

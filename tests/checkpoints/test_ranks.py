@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def sources(folder: Path) -> Path:
         model = decoder()
         optimizer = make(kind, model)
         train(model, optimizer, range(2))
-        saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 7}
+        saved: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 7}
         torch.save(saved, place / f"{kind}.pt")
         convert(place / f"{kind}.pt", "dcp", place / f"{kind}-dcp")
         names = [name for group in optimizer.param_groups for name in group["param_names"]]

@@ -1,6 +1,7 @@
 """What cannot be read or represented is refused in one line, with exit status 2, and leaves nothing behind."""
 
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from torch import nn
 
 import packlight
 from packlight.checkpoints import convert, dcpfolder
+from packlight.checkpoints.scratch import Scratch
 from packlight.cli import main
 from tests.checkpoints.ranks import decoder, train
 
@@ -95,21 +97,21 @@ DAMAGED: dict[str, tuple[str, str, Callable[[dict[str, Any]], Any], str]] = {
     "negative moment": ("torch", "dcp", fill("exp_avg_sq", -1.0), "no number below zero was wanted"),
     "NaN in a scale": ("4bit", "4bit", fill("exp_avg_scale", float("nan")), "exp_avg_scale"),
     "no step": ("torch", "8bit", lambda each: state(each).pop("step"), "a step count was wanted"),
-    "no moment": ("torch", "8bit", lambda each: state(each).pop("exp_avg_sq"), "exp_avg_sq"),
-    "no codes": ("4bit", "torch", lambda each: state(each).pop("exp_avg_codes"), "exp_avg_codes"),
+    "no moment": ("torch", "8bit", lambda each: state(each).pop("exp_avg_sq"), "a state with ['exp_avg', 'step'] came"),
+    "no codes": ("4bit", "torch", lambda each: state(each).pop("exp_avg_codes"), "few or no codes"),
     "short codes": (
         "4bit",
         "torch",
         lambda each: state(each).update(exp_avg_codes=state(each)["exp_avg_codes"][1:]),
-        "wte.weight has codes of another number of elements",
+        "wte.weight has too many, too few or no codes",
     ),
     "other shape": (
         "torch",
         "torch",
         lambda each: state(each).update(exp_avg=torch.ones(3, 3)),
-        "wte.weight has moments of shape (3, 3) in the optimiser, and shape (256, 128) in the model",
+        "wte.weight has moments of shape (3, 3) in the optimiser",
     ),
-    "unknown format": ("4bit", "torch", lambda each: group_of(each).update(state_formats=["2bit"] * 20), "'2bit'"),
+    "unknown format": ("4bit", "torch", lambda each: group_of(each).update(state_formats=["2bit"] * 17), "'2bit'"),
     "no model, codes": ("4bit", "torch", lambda each: each.pop("model"), "--model FILE"),
     "no names": (
         "torch",
@@ -118,12 +120,6 @@ DAMAGED: dict[str, tuple[str, str, Callable[[dict[str, Any]], Any], str]] = {
         "parameter 0 has no name, and dcp has parameters by name",
     ),
     "no weights": ("torch", "deepspeed-universal", lambda each: each.pop("model"), "Give the model's state dict"),
-    "other model": (
-        "torch",
-        "torch",
-        lambda each: each.update(model={"other": torch.ones(2, 2)}),
-        "",
-    ),
     "a stranger's state": (
         "torch",
         "torch",
@@ -144,7 +140,6 @@ DAMAGED: dict[str, tuple[str, str, Callable[[dict[str, Any]], Any], str]] = {
         "from 1 to 9 steps",
     ),
 }
-del DAMAGED["other model"]  # a model that lacks the names is not this optimiser's, so it is as if there were none
 
 
 @pytest.mark.parametrize("case", DAMAGED)
@@ -160,7 +155,7 @@ def test_a_damaged_or_unfit_file_is_refused(case: str, originals: Path, place: P
     ("source", "target", "said"),
     [
         ("amsgrad", "4bit", "amsgrad"),
-        ("rmsprop", "torch", "one of AdamW, Adam or SGD was wanted"),
+        ("rmsprop", "torch", "param group 0: a param group with"),
         ("sgd", "deepspeed-universal", "Use --to torch or --to dcp"),
         ("universal", "4bit", "use --to torch, and then --to 4bit on the result"),
         ("nothing", "torch", "is not there"),
@@ -214,8 +209,6 @@ def test_a_dcp_folder_that_lacks_bytes_or_has_others_is_refused(damage: str, ori
 
 @pytest.mark.parametrize("name", ["exp_avg.pt", "step.pt", "fp32.pt"])
 def test_a_universal_folder_without_a_file_is_refused(name: str, originals: Path, place: Path) -> None:
-    import shutil
-
     shutil.copytree(originals / "universal", place / "universal")
     file = place / "universal" / "universal" / "zero" / "head.weight" / name
     file.write_bytes(file.read_bytes()[:-50])
@@ -236,7 +229,7 @@ def test_what_is_there_stays_until_the_result_is_complete(originals: Path, place
     first = out.read_bytes()
     assert command(originals / "torch", "--to", "dcp", place / "dcp").exit_code == 0
     assert command(originals / "4bit", "--to", "dcp", place / "dcp", "--overwrite").exit_code == 0
-    read = dcpfolder.read(place / "dcp", dcpfolder.Scratch(place))
+    read = dcpfolder.read(place / "dcp", Scratch(place))
     assert "exp_avg_codes" in read["optimizer"]["state"]["head.weight"]
     (place / "other").mkdir()
     (place / "other" / "thesis.txt").write_text("mine")
@@ -261,14 +254,15 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(target: str, originals:
     assert list(place.iterdir()) == []
 
 
-def test_a_disk_that_takes_no_more_is_an_error_and_leaves_nothing(originals: Path, place: Path) -> None:
+@pytest.mark.parametrize("target", ["torch", "dcp", "deepspeed-universal"])
+def test_a_disk_that_takes_no_more_is_an_error_and_leaves_nothing(target: str, originals: Path, place: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        result = command(originals / "torch", "--to", "torch", place / "out")
+        result = command(originals / "torch", "--to", target, place / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert result.exit_code == 1 and "File too large" in result.stderr
+    assert result.exit_code == 1 and "File too large" in result.stderr, result
     assert list(place.iterdir()) == []
 
 
@@ -276,4 +270,4 @@ def test_a_success_says_what_was_done_in_one_line(originals: Path, place: Path) 
     command_line = [sys.executable, "-m", "packlight", "convert", str(originals / "torch"), "--to", "4bit"]
     done = subprocess.run([*command_line, str(place / "out")], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout == f"{place / 'out'}: 82 tensors of 18 parameters' states, 1.65 MiB -> 298.29 KiB\n"
+    assert done.stdout == f"{place / 'out'}: 73 tensors of 17 parameters' states, 1.54 MiB -> 298.07 KiB\n"

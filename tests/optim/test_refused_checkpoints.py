@@ -43,27 +43,25 @@ def saved(kind: str, state_format: str) -> dict[str, Any]:
     """A state dict that shares no tensors with an optimiser."""
     model = net()
     if state_format == "torch":
-        named = [(name, param) for group in groups_of(model) for name, param in group["params"]]
-        theirs = torch.optim.AdamW if kind == "AdamW" else lambda groups: torch.optim.SGD(groups, momentum=0.9)
-        optimizer: Any = theirs(groups_of(model))  # type: ignore[operator]
-        assert len(named) == 6
+        groups = groups_of(model)
+        optimizer: Any = torch.optim.AdamW(groups) if kind == "AdamW" else torch.optim.SGD(groups, momentum=0.9)
     else:
         optimizer = KINDS[kind](groups_of(model), state_format)
     steps(model, optimizer, 2, seed=2)
     return copy.deepcopy(optimizer.state_dict())
 
 
-def first(key: str) -> Callable[[dict[str, Any], float], None]:
+def first(key: str, number: float) -> Callable[[dict[str, Any]], None]:
     """Put a number into the first place of the first state's tensor of that name."""
 
-    def put(state_dict: dict[str, Any], number: float) -> None:
+    def put(state_dict: dict[str, Any]) -> None:
         state_dict["state"][0][key].view(-1)[0] = number
 
     return put
 
 
 def numbers(key: str, *values: float) -> list[tuple[str, Callable[[dict[str, Any]], None]]]:
-    return [(f"{key}={value}", lambda state_dict, value=value: first(key)(state_dict, value)) for value in values]
+    return [(f"{key}={value}", first(key, value)) for value in values]
 
 
 def without(key: str) -> Callable[[dict[str, Any]], None]:

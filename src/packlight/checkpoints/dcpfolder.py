@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
@@ -56,7 +57,7 @@ def read(path: Path, scratch: Scratch) -> Any:
     metadata = reader.read_metadata()
     _check_chunks(path, metadata)
     flat = {key: _place_for(each, scratch) for key, each in metadata.state_dict_metadata.items()}
-    with refused(str(path), Exception), _alone():
+    with refused(str(path), Exception, CheckpointException), _alone():
         state_dict_loader.load(
             flat,
             storage_reader=reader,
@@ -67,8 +68,12 @@ def read(path: Path, scratch: Scratch) -> Any:
 
 
 def write(tree: Any, path: Path) -> None:
-    """Write a new folder, and wait until it is on the disk."""
-    with _alone():
+    """Write a new folder, and wait until it is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _alone(), _as_os_error(path):
         state_dict_saver.save(tree, storage_writer=FileSystemWriter(path, sync_files=True), no_dist=True)
 
 
@@ -194,6 +199,17 @@ def _with_lists(tree: Any) -> Any:
     if made and all(isinstance(key, int) for key in made) and sorted(made) == list(range(len(made))):
         return [made[at] for at in range(len(made))]
     return made
+
+
+@contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """Raise what the library makes of a full disk as an error of the system."""
+    try:
+        yield
+    except (RuntimeError, CheckpointException) as error:
+        causes = getattr(error, "failures", {})
+        first = next((each[0] for each in causes.values()), error)
+        raise OSError(f"{path.name} could not be written: {first.__context__ or first}") from error
 
 
 @contextmanager

@@ -54,9 +54,10 @@ def named(states: States, model: Mapping[str, Tensor] | None) -> States:
 
 def _shaped(parameter: Parameter, shape: tuple[int, ...], states: States) -> Parameter:
     if not _fits(parameter, shape, states):
-        came = f"moments of shape {parameter.shape}" if parameter.shape else "codes of another number of elements"
+        came = f"moments of shape {parameter.shape}" if parameter.shape else "too many, too few or no codes and scales"
         raise CheckpointError(
-            f"{parameter} has {came} in the optimiser, and shape {shape} in the model. Give the model of this run."
+            f"{parameter} has {came} in the optimiser (of {', '.join(map(str, parameter.state))}), and shape {shape} "
+            "in the model. Give the model of this run."
         )
     return replace(parameter, shape=shape)
 

@@ -17,7 +17,7 @@ class UnclearNames(CheckpointError):
 
 
 @contextmanager
-def refused(place: str, *kinds: type[Exception]) -> Iterator[None]:
+def refused(place: str, *kinds: type[BaseException]) -> Iterator[None]:
     """Raise errors of these kinds as `CheckpointError`, with the place before their words.
 
     Args:
@@ -31,7 +31,7 @@ def refused(place: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except Exception as error:
+    except BaseException as error:
         if not isinstance(error, kinds or ValueError):
             raise
         raise CheckpointError(f"{place}: {str(error) or type(error).__name__}") from error

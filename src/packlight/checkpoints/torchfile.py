@@ -52,9 +52,16 @@ def read(path: Path, *, strangers: tuple[str, ...] = ()) -> Any:
 
 
 def write(tree: Any, path: Path) -> None:
-    """Write a new file, as torch.save does, and wait until it is on the disk."""
+    """Write a new file, as torch.save does, and wait until it is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     with path.open("xb") as file:
-        torch.save(tree, file)
+        try:
+            torch.save(tree, file)
+        except RuntimeError as error:  # what torch's writer makes of a full disk
+            raise OSError(f"{path.name} could not be written: {error.__context__ or error}") from error
         file.flush()
         os.fsync(file.fileno())
 
