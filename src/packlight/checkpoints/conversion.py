@@ -19,7 +19,7 @@ from torch import Tensor
 from packlight.checkpoints import output
 from packlight.checkpoints.naming import named
 from packlight.checkpoints.recode import Recoder
-from packlight.checkpoints.refusal import CheckpointError, UnclearNames
+from packlight.checkpoints.refusal import CheckpointError, UnclearNames, refused
 from packlight.checkpoints.results import Result
 from packlight.checkpoints.scratch import SEGMENT_BYTES, Scratch
 from packlight.checkpoints.sources import Source, model_in, read_model
@@ -83,7 +83,7 @@ def convert(
     wanted = Target(target, _container(target, came))
     output.check_place(place, path, overwrite=overwrite)
     given = None if model is None else read_model(Path(model))
-    with output.beside(path) as folder:
+    with refused(str(place)), output.beside(path) as folder:
         output.check_room(folder, 2 * came.nbytes() if came.kind != TORCH else 0)
         tree = came.read(folder)
         optimizer_path = came.optimizer_path(tree)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from packlight.checkpoints.refusal import CheckpointError, refused
+from packlight.numerics import state_format
 from packlight.optim import SGD, Adam, AdamW
 from packlight.optim.checkpoint import Converter, saved_layout
 from packlight.optim.foreign import NESTED_KEY
@@ -155,6 +156,9 @@ def _of_group(group: Mapping[str, Any], number: int, states: Mapping[Any, Any]) 
             raise CheckpointError(
                 f"param group {number} has {len(keys)} parameters and {len(listed)} {what}; as many were wanted"
             )
+    for name in dict.fromkeys(formats or ()):
+        with refused(f"param group {number}"):
+            state_format(name)
     made = []
     for at, key in enumerate(keys):
         name = key if isinstance(key, str) else None if names is None else names[at]

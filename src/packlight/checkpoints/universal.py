@@ -13,6 +13,7 @@ Source: deepspeed 0.19, deepspeed/checkpoint/ds_to_universal.py, universal_check
 runtime/zero/stage3.py.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -61,11 +62,11 @@ def read(path: Path) -> dict[str, Any]:
     if model_file is None:
         raise CheckpointError(f"{folder}: neither {MODEL_FILES[0]} nor {MODEL_FILES[1]} is there. Copy all files.")
     beside = _file(model_file)
-    names = _names_by_group(common, beside, folder)
+    shapes = _shapes_by_group(common, beside, folder)
     weights, states = {}, {}
-    for name in (each for group in names for each in group):
-        weights[name], states[name] = _parameter(folder / "zero" / name, common)
-    groups = [{**group, "params": list(each)} for group, each in zip(common["param_groups"], names, strict=True)]
+    for name, shape in (each for group in shapes for each in group.items()):
+        weights[name], states[name] = _parameter(folder / "zero" / name, tuple(shape), common)
+    groups = [{**group, "params": list(each)} for group, each in zip(common["param_groups"], shapes, strict=True)]
     others = {key: value for key, value in beside.items() if key not in _OWN}
     module = beside.get("module") or {}
     model = {**{key: value for key, value in module.items() if isinstance(value, Tensor)}, **weights}
@@ -165,18 +166,16 @@ def _file(path: Path) -> Any:
     return torchfile.read(path, strangers=STRANGERS)
 
 
-def _parameter(place: Path, common: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def _parameter(place: Path, shape: tuple[int, ...], common: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     loaded = {key: _file(place / f"{key}.pt") for key in ("fp32", *MOMENTS)}
-    tensors = {}
+    tensors = {}  # flat where stage 3 wrote them
     for key, value in loaded.items():
         tensor = value.get("param") if isinstance(value, Mapping) else value
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{place / key}.pt holds no tensor under 'param'")
-        tensors[key] = tensor
-    shape = tensors["fp32"].shape
-    for key in MOMENTS:
-        if tensors[key].numel() != shape.numel():
-            raise CheckpointError(f"{place / key}.pt has shape {tuple(tensors[key].shape)}, {tuple(shape)} was wanted")
+        if tensor.numel() != math.prod(shape):
+            raise CheckpointError(f"{place / key}.pt has shape {tuple(tensor.shape)}, {shape} was wanted")
+        tensors[key] = tensor.view(shape)
     if (place / "step.pt").is_file():
         step = _file(place / "step.pt")
     else:  # stage 3 has one for all
@@ -184,20 +183,22 @@ def _parameter(place: Path, common: Mapping[str, Any]) -> tuple[Tensor, dict[str
         step = next((each["step"] for each in inner.values() if "step" in each), None)
     if step is None:
         raise CheckpointError(f"{place}: step.pt is missing, and optimizer_state.pt has no step")
-    return tensors["fp32"], {"step": step, **{key: tensors[key].view(shape) for key in MOMENTS}}
+    return tensors["fp32"], {"step": step, **{key: tensors[key] for key in MOMENTS}}
 
 
-def _names_by_group(common: Mapping[str, Any], beside: Mapping[str, Any], folder: Path) -> list[list[str]]:
-    """Return the parameters of each group: DeepSpeed keeps shapes by group, stage 3 by sub-group."""
+def _shapes_by_group(
+    common: Mapping[str, Any], beside: Mapping[str, Any], folder: Path
+) -> list[dict[str, Sequence[int]]]:
+    """Return the parameters of each group, and their shapes: DeepSpeed keeps shapes by group, stage 3 by sub-group."""
     shapes, groups = beside.get("param_shapes"), common.get("param_groups")
     if not isinstance(shapes, list) or not isinstance(groups, list):
         raise CheckpointError(f"{folder}: its files have no param_shapes or no param_groups, which tell the groups")
-    names = [list(each) for each in shapes]
+    found = [dict(each) for each in shapes]
     if len(groups) == 1:
-        return [[name for each in names for name in each]]
-    if len(names) != len(groups):
+        return [{name: shape for each in found for name, shape in each.items()}]
+    if len(found) != len(groups):
         raise CheckpointError(
-            f"{folder}: {len(groups)} param groups and {len(names)} lists of parameters came, as many were wanted to "
+            f"{folder}: {len(groups)} param groups and {len(found)} lists of parameters came, as many were wanted to "
             "tell which parameter is in which group"
         )
-    return names
+    return found
