@@ -3,6 +3,7 @@
 Each rank writes FOLDER/RANK.json. The model is that of the other tests here, which import it.
 """
 
+import copy
 import json
 import random
 import sys
@@ -122,10 +123,23 @@ def load_sharded(kind: str, place: Path, wanted: dict[str, Any]) -> dict[str, An
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
     wrong = same_states(full(model, optimizer), wanted)
+    said = refused_by(model, optimizer) if kind != "torch" else ""
+    wrong += same_states(full(model, optimizer), wanted)
     lr = sorted({group["lr"] for group in optimizer.param_groups})
     train(model, optimizer, range(2, 3))
     steps = {float(each["step"]) for each in optimizer.state.values()}
-    return {"wrong": wrong, "lr": lr, "steps": sorted(steps)}
+    return {"wrong": wrong, "lr": lr, "steps": sorted(steps), "said": said}
+
+
+def refused_by(model: nn.Module, optimizer: Optimizer) -> str:
+    """What is said to a state whose scales are NaN on all ranks."""
+    state: Any = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    state["state"]["head.weight"]["exp_avg_scale"].to_local().fill_(float("nan"))
+    try:
+        set_optimizer_state_dict(model, optimizer, optim_state_dict=state)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def same_states(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -213,6 +227,21 @@ def load_universal(stage: int, kind: str, place: Path, wanted: dict[str, Any]) -
     return {"wrong": wrong, "steps": steps, "losses": losses, "dtypes": dtypes, "decay": decay, **known}
 
 
+def refused_by_zero(place: Path) -> dict[str, Any]:
+    """What DeepSpeed says to as many files as there are not ranks, and whether the optimiser is as it was."""
+    engine = engine_of(2, "4bit")
+    steps_of(engine, range(1))
+    optimizer = engine.optimizer.optimizer
+    before = copy.deepcopy([dict(state) for state in optimizer.state.values()])
+    try:
+        engine.load_checkpoint(str(place), tag="t")
+    except Exception as error:
+        pairs = zip(before, optimizer.state.values(), strict=True)
+        same = all(torch.equal(state[key], one[key]) for one, state in pairs for key in one)
+        return {"said": f"{type(error).__name__}: {error}", "same": same}
+    return {"said": ""}
+
+
 def saves(folder: Path, _: Path) -> Iterator[dict[str, Any]]:
     for kind in ("4bit", "torch"):
         save_sharded(kind, folder)
@@ -225,6 +254,8 @@ def loads(_: Path, source: Path) -> Iterator[dict[str, Any]]:
     for kind in ("torch", "4bit", "8bit"):
         wanted = torch.load(source / f"{kind}-wanted.pt", weights_only=True)
         yield {"name": f"dcp {kind}", **load_sharded(kind, source / f"{kind}-dcp", wanted)}
+    if distributed.get_world_size() == 1:
+        yield {"name": "zero of two ranks", **refused_by_zero(source.parent / "saves" / "zero2")}
     wanted = torch.load(source / "universal-wanted.pt", weights_only=True)
     for stage, kind in ((2, "torch"), (2, "4bit"), (3, "torch")):
         yield {

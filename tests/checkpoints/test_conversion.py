@@ -248,5 +248,23 @@ def test_error_bits_stay_with_their_format_and_their_loss_is_said(tmp_path: Path
     assert note.startswith("error bits of 17 bf16 parameters")
 
 
+def test_states_of_bitsandbytes_go_where_loading_them_takes_them(tmp_path: Path) -> None:
+    model = nn.Linear(128, 64)
+    theirs = torch.optim.AdamW(named(model)).state_dict()
+    generator, count = torch.Generator().manual_seed(1), 128 * 64
+    codes = [torch.randint(0, 256, (64, 128), dtype=torch.uint8, generator=generator) for _ in range(2)]
+    tables = {"qmap1": torch.linspace(-1, 1, 256), "qmap2": torch.linspace(0, 1, 256)}
+    scales = {f"absmax{at}": torch.rand(count // 256, generator=generator) for at in (1, 2)}
+    small = {"step": 2, "state1": torch.randn(64, generator=generator), "state2": torch.rand(64, generator=generator)}
+    theirs["state"] = {0: {"step": 2, "state1": codes[0], "state2": codes[1], **tables, **scales}, 1: small}
+    torch.save(theirs, tmp_path / "in.pt")
+    convert(tmp_path / "in.pt", "8bit", tmp_path / "out.pt")
+    direct = packlight.AdamW(named(model), state_format="8bit")
+    direct.load_state_dict(theirs)
+    assert difference(load(tmp_path / "out.pt")["state"], direct.state_dict()["state"]) is None
+    convert(tmp_path / "in.pt", "torch", tmp_path / "torch.pt")
+    torch.optim.AdamW(named(model)).load_state_dict(load(tmp_path / "torch.pt"))
+
+
 def test_the_commands_choices_are_the_targets() -> None:
     assert set(_TARGETS) == set(TARGETS)

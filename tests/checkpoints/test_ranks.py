@@ -51,6 +51,7 @@ def sources(folder: Path) -> Path:
 
 @cache
 def loads(num_ranks: int, folder: Path) -> list[Found]:
+    saves(folder)
     return found_by(num_ranks, SCRIPT, "loads", folder / f"loads-{num_ranks}", str(sources(folder)))
 
 
@@ -67,6 +68,7 @@ def test_fsdp2_loads_a_converted_folder_bit_for_bit_and_trains_on(num_ranks: int
     assert [each["name"] for each in found] == ["dcp torch", "dcp 4bit", "dcp 8bit"]
     for each in found:
         assert each["wrong"] == [] and each["lr"] == [1e-3] and each["steps"] == [3.0], each
+        assert each["name"] == "dcp torch" or "exp_avg_scale from nan to nan" in each["said"], each
     assert all(each["steps"] == [3.0] for other in others for each in other if each["name"].startswith("dcp"))
 
 
@@ -81,6 +83,11 @@ def test_deepspeed_loads_a_converted_folder_bit_for_bit_and_trains_on(num_ranks:
             assert max(each["losses"]) < 6
         assert "torch.uint8" in found[1]["dtypes"]
         assert found[0]["decay"] == [0.1, 0.0]
+
+
+def test_zero_refuses_a_checkpoint_of_another_number_of_ranks_and_keeps_the_states(folder: Path) -> None:
+    (found,) = (each for each in loads(1, folder)[0] if each["name"] == "zero of two ranks")
+    assert found["said"].startswith("ZeRORuntimeException") and found["same"], found
 
 
 @pytest.mark.parametrize("kind", ["torch", "4bit"])

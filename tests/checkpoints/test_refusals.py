@@ -2,8 +2,6 @@
 
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -267,7 +265,6 @@ def test_a_disk_that_takes_no_more_is_an_error_and_leaves_nothing(target: str, o
 
 
 def test_a_success_says_what_was_done_in_one_line(originals: Path, place: Path) -> None:
-    command_line = [sys.executable, "-m", "packlight", "convert", str(originals / "torch"), "--to", "4bit"]
-    done = subprocess.run([*command_line, str(place / "out")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stderr == ""
+    done = command(originals / "torch", "--to", "4bit", place / "out")
+    assert done.exit_code == 0 and done.stderr == ""
     assert done.stdout == f"{place / 'out'}: 73 tensors of 17 parameters' states, 1.54 MiB -> 298.07 KiB\n"

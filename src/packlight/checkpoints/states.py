@@ -121,9 +121,10 @@ def states_of(optimizer: Mapping[str, Any]) -> States:
 
 
 def moment_shape(state: Mapping[str, Any]) -> Shape | None:
-    """Return the shape of a state's plain moments, which is the parameter's; None where it has none."""
-    for name in (*MOMENTS, *MOMENTUM):
-        value = state.get(name)
+    """Return the shape of plain moments or bitsandbytes' codes, which is the parameter's; None where there are none."""
+    lifted = {**state, **state.get(NESTED_KEY, {})}
+    for name in (*MOMENTS, *MOMENTUM, "state1"):
+        value = lifted.get(name)
         if isinstance(value, Tensor):
             return tuple(value.shape)
     return None

@@ -18,7 +18,8 @@ from torch import Tensor
 from packlight.optim.piece import local_of
 
 _E4M3_NAN = 0x7F
-_SIGNED = ("exp_avg", "momentum_buffer", "state1")
+# The last are bitsandbytes' first moment, and the values of its codes.
+_SIGNED = ("exp_avg", "momentum_buffer", "state1", "qmap1")
 
 
 def check_sound(state: Mapping[str, Any], what: str) -> None:
