@@ -30,10 +30,11 @@ ARROWS: dict[str, set[str]] = {
     "activations": {"numerics"},
     "pipeline": {"activations.engine", "activations.offload", "activations.tier"},
     "sharding": set(),
+    "checkpoints": {"optim", "numerics"},
     "planner": {"optim", "activations", "pipeline", "sharding", "numerics.formats"},
     "report": set(),
     "integrations": {"planner"},
-    "cli": {"planner", "integrations.script", "report", "demo"},
+    "cli": {"planner", "integrations.script", "report", "demo", "checkpoints"},
     "demo": set(),
     "": {"numerics", "optim", "activations", "pipeline", "sharding", "planner", "report"},
     "__main__": {"cli"},  # `python -m packlight` is the console script

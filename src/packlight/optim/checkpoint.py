@@ -88,7 +88,9 @@ class Converter:
             portable: dict[str, Any] = {"step": 1.0, **self.read_state(state, shape=param.shape)}
             compact: State = layout.from_portable(portable, moments=self.moments, device=device)
         else:
-            saved = _saved_layout(state, param, saved_format)
+            if "step" not in state:
+                raise ValueError(f"a state with {sorted(state)} came, one with a step count was wanted")
+            saved = saved_layout(state, param, saved_format)
             saved.stored(state, moments=moments)
             if saved.has_tensors_of(layout) or not moments:
                 compact = layout.copied_state(saved.bare(state) if saved.piece != layout.piece else state, device)
@@ -110,8 +112,17 @@ class Converter:
         return lies.from_portable(portable, moments=self.moments, device=flat.device)
 
 
-def _saved_layout(state: Mapping[str, Any], param: Tensor, saved_format: str) -> Layout:
-    """Return the layout that a saved state has: a plain parameter's may have been cut, and put together to be saved."""
+def saved_layout(state: Mapping[str, Any], param: Tensor, saved_format: str) -> Layout:
+    """Return the layout that a saved state has: a plain parameter's may have been cut, and put together to be saved.
+
+    Args:
+        state: compact.
+        param: its parameter, of which only the shape is looked at, and whether it is a DTensor.
+        saved_format: the name of the state's format.
+
+    Raises:
+        ValueError: no format has that name.
+    """
     own = layout_of(param, saved_format)
     codes = [value for key, value in state.items() if key.endswith("_codes")]
     has_rows = any(each.dim() > 1 for each in codes)

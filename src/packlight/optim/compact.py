@@ -33,12 +33,8 @@ from packlight.optim.piece import local_of
 from packlight.optim.policy import format_of
 from packlight.optim.release import Release
 from packlight.optim.roster import Options, Roster
-from packlight.optim.state import (
-    State,
-    check_dtype,
-    check_range,
-    nbytes,
-)
+from packlight.optim.soundness import check_loaded
+from packlight.optim.state import State, check_dtype, check_range, nbytes
 from packlight.optim.stepping import Scalars, check_dense, run, settle_all
 
 ROUNDINGS = ("stochastic", "nearest", "master24", "master32")
@@ -239,17 +235,21 @@ class CompactOptimizer(Optimizer):
             state_dict: it is not changed and shares no tensors with the result.
 
         Raises:
-            ValueError: it has amsgrad's or another optimiser's states, or does not fit the param groups; nothing
-                has changed then.
+            ValueError: it has amsgrad's or another optimiser's states, does not fit the param groups, is damaged
+                (see `soundness`), or has parameters' names in another order; nothing has changed then.
         """
         own = [dict(group) for group in self.param_groups]
         taken: dict[Tensor, State] = {}
 
         def take(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             groups = loaded["param_groups"]
+            options = [self.converter.own_group(group) for group in groups]
+            for before, group in zip(own, options, strict=False):
+                self.check({**before, **group, "bf16_rounding": before["bf16_rounding"]})
             if [len(group["params"]) for group in groups] == [len(group["params"]) for group in own]:
+                check_loaded(loaded, own)
                 taken.update(self._converted(loaded))
-            return {**loaded, "state": {}, "param_groups": [self.converter.own_group(group) for group in groups]}
+            return {**loaded, "state": {}, "param_groups": options}
 
         def put(_: Optimizer) -> None:
             for group, before in zip(self.param_groups, own, strict=True):
