@@ -174,7 +174,7 @@ class Mend(Tightener):
     def _take(self, plan: Plan, *, is_final: bool = True) -> None:
         """Carry out another plan, which counts from the next step on."""
         if self.plan is not None and plan is not self.plan:
-            plan = like(rescale(plan, *self.pace), self.plan)
+            plan = self._agreement.plan(like(rescale(plan, *self.pace), self.plan))
         self._change(plan)
         self._watch.end_step()
         self._watch.measure_again()

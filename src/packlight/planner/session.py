@@ -294,7 +294,7 @@ class Session(Listener):
             )
             if self._mend.limit_bytes is None:  # else step 1 did some of its work twice, and planned in between
                 self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
-            plan = rescale(plan, *self._pace)
+            plan = self._agreement.plan(rescale(plan, *self._pace))
             self._tell(plan, f"after step 1, {title}")
             self.plan, self._call = plan, None  # a batch is not held longer than it is needed
             self._carry_out(plan)

@@ -34,7 +34,8 @@ def on_rank(step: Profile, sharding: Sharding, *, resident: Mapping[str, int] | 
     """
     lines = _Lines(step, sharding)
     held = dict(step.resident_bytes)
-    held["parameters"] = sharding.parameter_bytes + sharding.master_bytes
+    if sharding.engine != "ddp":  # else they are as they were, with what an allocator adds to each
+        held["parameters"] = sharding.parameter_bytes + sharding.master_bytes
     held["gradients"] = math.ceil(held.get("gradients", 0) * sharding.gradient_share) + sharding.kept_gradient_bytes
     held["other"] = held.get("other", 0) + sharding.buffer_bytes
     at_stage_3 = sharding.engine == "zero" and sharding.stage == 3

@@ -98,7 +98,7 @@ def ways(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], world: W
     if world.engine in (None, "ddp"):
         found.append(Way(ddp_sharding(weights, num_ranks=num_ranks), made("ddp", 0)))
     for stage in range(4) if world.engine == "zero" else range(1, 4) if world.engine is None else ():
-        options = zero_options(stage, num_ranks)
+        options = zero_options(stage, num_ranks, numel=sum(weight.numel for weight in weights))
         found.append(Way(zero_sharding(weights, options), made("zero", stage, options=_sizes(options))))
     for keeps in (True, False) if world.engine in (None, "fsdp") else ():
         units = _units(model)
@@ -135,14 +135,15 @@ def solver_in(
     return solve_in_world
 
 
-def zero_options(stage: int, num_ranks: int) -> ZeroOptions:
-    """Return what packlight asks of DeepSpeed's ZeRO."""
+def zero_options(stage: int, num_ranks: int, *, numel: int) -> ZeroOptions:
+    """Return what packlight asks of DeepSpeed's ZeRO for a model of so many parameters."""
+    bucket = min(BUCKET_ELEMENTS, numel)  # DeepSpeed makes buckets of the size it is told, whatever the model's
     return ZeroOptions(
         stage,
         num_ranks,
-        reduce_bucket_elements=BUCKET_ELEMENTS,
+        reduce_bucket_elements=bucket,
         overlaps=stage in (1, 2),
-        prefetch_elements=BUCKET_ELEMENTS,
+        prefetch_elements=bucket,
         live_elements=LIVE_ELEMENTS,
     )
 

@@ -55,7 +55,7 @@ def sharding_of(cuts: Sequence[Cut], *, num_ranks: int) -> Sharding:
     weights = [weight for cut in cuts for weight in cut.weights]
     units = tuple(_unit(cut, num_ranks) for cut in cuts if cut.weights)
     share = _share(weights, num_ranks)
-    trained = [weight for weight in weights if weight.is_trained]
+    trained = sorted((weight for weight in weights if weight.is_trained), key=lambda weight: weight.name)
     return Sharding(
         engine="fsdp",
         stage=2 if all(cut.is_kept for cut in cuts) else 3,

@@ -1,0 +1,181 @@
+"""What ranks hold: `torchrun tests/sharding/held.py WHAT FOLDER`; a rank writes FOLDER/RANK.json."""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+
+LENGTH = 32
+
+
+class Decoder(nn.Module):
+    """A causal language model on bytes with a tied head, of widths that no number of ranks divides."""
+
+    def __init__(self, width: int = 36, num_blocks: int = 2) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(257, width), nn.Embedding(LENGTH, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 4 * width + 3, dropout=0.0, batch_first=True)
+            for _ in range(num_blocks)
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 257, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            hidden = block(hidden)
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """Two groups, as trainers make them."""
+    params = list(model.parameters())
+    groups = [{"params": [at for at in params if at.dim() > 1]}, {"params": [at for at in params if at.dim() == 1]}]
+    return torch.optim.AdamW(groups, lr=1e-3)
+
+
+def storages() -> dict[int, int]:
+    """Return the bytes of all storages on the CPU but for scalars, by address."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor) and item.device.type == "cpu" and item.layout == torch.strided:
+            if type(item) in (Tensor, nn.Parameter):
+                found[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
+    return {key: size for key, size in found.items() if size > 64}
+
+
+def zero(sizes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train two steps at each stage and dtype; what lives then, and what was said from shapes."""
+    import deepspeed
+
+    from packlight.planner.sharded import state_bytes
+    from packlight.sharding import weights_of
+    from packlight.sharding.stages import ZeroOptions, zero_sharding
+    from packlight.sharding.zero import Engine
+    from packlight.step import OptimizerCost
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.logger.setLevel("ERROR")
+    found = []
+    for stage in range(4):
+        for dtype in (torch.float32, torch.bfloat16):
+            before = storages()
+            model = Decoder()
+            config = {
+                "train_micro_batch_size_per_gpu": 2,
+                "zero_optimization": {"stage": stage, **sizes},
+                "bf16": {"enabled": dtype is torch.bfloat16},
+            }
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)
+            for _ in range(2):
+                ids = torch.randint(0, 257, (2, LENGTH))
+                loss = functional.cross_entropy(engine(ids).float().flatten(0, 1), ids.flatten())
+                engine.backward(loss)
+                engine.step()
+                del loss, ids
+            held = sum(size for key, size in storages().items() if key not in before)
+            with torch.device("meta"):
+                meta = Decoder().to(dtype)
+            options = ZeroOptions(
+                stage,
+                distributed.get_world_size(),
+                reduce_bucket_elements=sizes["reduce_bucket_size"],
+                persistent_elements=sizes["stage3_param_persistence_threshold"],
+            )
+            said = zero_sharding(weights_of(meta, [optimizer_of(meta)]), options)
+            cost = OptimizerCost("fp32", 0, 0, 0.0, {name: "fp32" for name, _ in meta.named_parameters()})
+            states = 8 * max(sum(share.numel for share in shares) for shares in said.shares)
+            assert state_bytes(cost, said) == states + 4 * said.num_flats
+            found.append(
+                {
+                    "stage": stage,
+                    "dtype": str(dtype),
+                    "held": held,
+                    "said": said.parameter_bytes
+                    + said.master_bytes
+                    + states
+                    + said.kept_gradient_bytes
+                    + said.buffer_bytes,
+                    "same": Engine(engine).sharding().shares == said.shares,
+                }
+            )
+            engine.destroy()
+            del engine, model
+    return found
+
+
+def fsdp() -> list[dict[str, Any]]:
+    """Cut a model as a plan says; what is found of it, and what was said from shapes."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from packlight.planner.timeline import storage_bytes
+    from packlight.sharding import fsdp as cutting
+    from packlight.sharding import weights_of
+
+    with torch.device("meta"):
+        meta = Decoder()
+    num_ranks = distributed.get_world_size()
+    units = ["blocks.0", "blocks.1"]
+    found = []
+    for keeps in (False, True):
+        model = Decoder()
+        for path in units:
+            fully_shard(model.get_submodule(path), reshard_after_forward=not keeps)
+        fully_shard(model)
+        cuts, ranks = cutting.found_cuts(model)
+        planned = cutting.planned_cuts(weights_of(meta), units, keeps=keeps)
+        said = cutting.sharding_of(planned, num_ranks=num_ranks)
+        at_hand = cutting.sharding_of(sorted(cuts, key=lambda cut: cut.module), num_ranks=ranks)
+        found.append(
+            {
+                "held": storage_bytes(model.parameters()),
+                "said": said.parameter_bytes,
+                "same": at_hand == said,
+                "trains": _trains(model),
+            }
+        )
+    half = Decoder()
+    fully_shard(half, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    (cut,), _ = cutting.found_cuts(half)
+    found.append({"gathered": str(cut.gathered_dtype), "kept": cut.is_kept})
+    return found
+
+
+def _trains(model: nn.Module) -> bool:
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    ids = torch.randint(0, 257, (2, LENGTH))
+    for _ in range(4):
+        loss = functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses[-1] < losses[0]
+
+
+def main() -> None:
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    torch.manual_seed(3)
+    if what == "zero":
+        sizes = {"reduce_bucket_size": 30_000, "stage3_param_persistence_threshold": 200, "sub_group_size": 10**9}
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+        found = zero(sizes)
+    else:
+        distributed.init_process_group("gloo")
+        found = fsdp()
+    (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
