@@ -35,13 +35,20 @@ class Decoder(nn.Module):
         return logits
 
 
-def made(budget: int | str, world: World | int, *, width: int = 64, dtype: torch.dtype = torch.float32) -> Plan:
+def made(
+    budget: int | str,
+    world: World | int,
+    *,
+    width: int = 64,
+    dtype: torch.dtype = torch.float32,
+    exact: bool = False,
+) -> Plan:
     with torch.device("meta"):
         model = Decoder(width).to(dtype)
         ids = torch.zeros(2, 64, dtype=torch.long)
     optimizer = torch.optim.AdamW(model.parameters())
     given = packlight.Budget.of(budget)
-    return packlight.plan(model, ids, optimizer, budget=given, hardware="h100-80g", world=world)
+    return packlight.plan(model, ids, optimizer, budget=given, hardware="h100-80g", world=world, exact=exact)
 
 
 def rows(plan: Plan) -> dict[str, object]:
@@ -59,10 +66,12 @@ def test_where_everything_fits_nothing_is_cut_and_the_plan_says_what_binds() -> 
     assert sum(row.is_chosen for row in plan.sharding.rows) == 1
 
 
-def test_where_states_are_too_many_for_a_rank_they_are_cut_before_anything_is_recomputed() -> None:
-    whole = made("1GiB", World(8, engine="ddp", link_bytes_per_second=1e12), width=256).estimate.plain_peak_bytes
-    plan = made(int(0.8 * whole), World(8, link_bytes_per_second=1e12), width=256)
+def test_where_states_are_too_many_for_a_rank_an_exact_plan_cuts_them_before_anything_is_recomputed() -> None:
+    link = 1e12
+    alone = made("1GiB", World(8, engine="ddp", link_bytes_per_second=link), width=256).estimate
+    plan = made(int(0.8 * alone.plain_peak_bytes), World(8, link_bytes_per_second=link), width=256, exact=True)
     assert plan.sharding is not None and plan.sharding.engine in ("zero", "fsdp")
+    assert not plan.recomputed() and set(plan.state_formats.values()) == {"fp32"}
 
 
 def test_on_more_ranks_states_take_less_and_low_bit_formats_are_not_chosen_for_nothing() -> None:

@@ -52,7 +52,7 @@ def storages() -> dict[int, int]:
     return {key: size for key, size in found.items() if size > 64}
 
 
-def zero(sizes: dict[str, Any]) -> list[dict[str, Any]]:
+def zero(sizes: dict[str, int]) -> list[dict[str, Any]]:
     """Train two steps at each stage and dtype; what lives then, and what was said from shapes."""
     import deepspeed
 
@@ -62,8 +62,6 @@ def zero(sizes: dict[str, Any]) -> list[dict[str, Any]]:
     from packlight.sharding.zero import Engine
     from packlight.step import OptimizerCost
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.logger.setLevel("ERROR")
     found = []
     for stage in range(4):
         for dtype in (torch.float32, torch.bfloat16):
@@ -112,6 +110,92 @@ def zero(sizes: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def configured() -> dict[str, Any]:
+    """Let DeepSpeed take the config that a plan makes, with packlight's optimiser; what came of it."""
+    import deepspeed
+
+    import packlight
+    from packlight.planner.world import World
+    from packlight.sharding.zero import config
+
+    num_ranks = distributed.get_world_size()
+    with torch.device("meta"):
+        meta, ids = Decoder(), torch.zeros(2, LENGTH, dtype=torch.long)
+    plan = packlight.plan(
+        meta,
+        ids,
+        torch.optim.AdamW(meta.parameters()),
+        budget="1GiB",
+        hardware="h100-80g",
+        world=World(num_ranks, engine="zero", link_bytes_per_second=1e12),
+    )
+    made = config(plan, microbatch_size=2, base={"gradient_clipping": 1.0})
+    model = Decoder()
+    optimizer = packlight.AdamW(model.named_parameters(), lr=1e-2, state_format="4bit")
+    engine, wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=made)
+    ids, losses = torch.randint(0, 257, (2, LENGTH)), []
+    for _ in range(4):
+        loss = functional.cross_entropy(engine(ids).flatten(0, 1), ids.flatten())
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    zero_config = engine._config.zero_config
+    return {
+        "stage": plan.sharding.stage if plan.sharding else None,
+        "taken_stage": int(zero_config.stage),
+        "bucket": int(zero_config.reduce_bucket_size),
+        "wanted_bucket": plan.sharding.options["reduce_bucket_elements"] if plan.sharding else None,
+        "is_ours": getattr(wrapped, "optimizer", wrapped) is optimizer,
+        "clipping": engine.gradient_clipping(),
+        "learns": losses[-1] < losses[0],
+        "json": json.loads(json.dumps(made)) == made,
+    }
+
+
+class ModelParallel:
+    """What DeepSpeed asks of whoever cuts a model over all ranks."""
+
+    def get_model_parallel_rank(self) -> int:
+        return distributed.get_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return distributed.get_world_size()
+
+    def get_model_parallel_group(self) -> Any:
+        return distributed.group.WORLD
+
+
+def residual() -> list[dict[str, int]]:
+    """Checkpoint blocks as DeepSpeed does; what lives of their inputs after forward, and what was said."""
+    import deepspeed
+
+    from packlight.sharding.residual import Checkpointing, checkpoint_bytes
+
+    num_ranks, shape, num_blocks, found = distributed.get_world_size(), (6, 20, 40), 4, []
+    for partitions, is_contiguous in ((False, False), (True, False), (True, True)):
+        how = Checkpointing(num_ranks, partitions, is_contiguous=is_contiguous, num_checkpoints=num_blocks + 1)
+        blocks = [nn.Sequential(nn.Linear(40, 80), nn.GELU(), nn.Linear(80, 40)) for _ in range(num_blocks)]
+        deepspeed.checkpointing.configure(
+            ModelParallel(),
+            partition_activations=partitions,
+            contiguous_checkpointing=is_contiguous,
+            num_checkpoints=how.num_checkpoints,
+        )
+        before = storages()
+        hidden = torch.randn(shape, requires_grad=True)
+        for block in blocks:
+            hidden = deepspeed.checkpointing.checkpoint(block, hidden)
+        random_state = torch.get_rng_state().nbytes
+        new = [size for key, size in storages().items() if key not in before]
+        held = sum(size for size in new if size not in (random_state, 8 * 3 * (num_blocks + 1))) - hidden.nbytes
+        said = checkpoint_bytes([(shape, torch.float32)], num_blocks, how)
+        hidden.sum().backward()
+        found.append({"held": held, "said": said.device_bytes})
+        deepspeed.checkpointing.reset()
+        del hidden, blocks
+    return found
+
+
 def fsdp() -> list[dict[str, Any]]:
     """Cut a model as a plan says; what is found of it, and what was said from shapes."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -124,7 +208,7 @@ def fsdp() -> list[dict[str, Any]]:
         meta = Decoder()
     num_ranks = distributed.get_world_size()
     units = ["blocks.0", "blocks.1"]
-    found = []
+    found = list[dict[str, Any]]()
     for keeps in (False, True):
         model = Decoder()
         for path in units:
@@ -145,8 +229,7 @@ def fsdp() -> list[dict[str, Any]]:
     half = Decoder()
     fully_shard(half, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     (cut,), _ = cutting.found_cuts(half)
-    found.append({"gathered": str(cut.gathered_dtype), "kept": cut.is_kept})
-    return found
+    return [*found, {"gathered": str(cut.gathered_dtype), "kept": cut.is_kept}]
 
 
 def _trains(model: nn.Module) -> bool:
@@ -168,8 +251,10 @@ def main() -> None:
         sizes = {"reduce_bucket_size": 30_000, "stage3_param_persistence_threshold": 200, "sub_group_size": 10**9}
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.logger.setLevel("ERROR")
         deepspeed.init_distributed("gloo")
-        found = zero(sizes)
+        found: list[Any] = [*zero(sizes), configured(), residual()]
     else:
         distributed.init_process_group("gloo")
         found = fsdp()

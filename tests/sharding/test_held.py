@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,13 +22,29 @@ def ranks(what: str, num_ranks: int, folder: Path) -> list[Found]:
 
 
 def test_what_deepspeed_holds_between_steps_is_what_shapes_say_in_all_stages_and_dtypes(folder: Path) -> None:
-    for found in ranks("zero", 3, folder):
+    for *found, _, _ in ranks("zero", 3, folder):
         assert {(each["stage"], each["dtype"]) for each in found} == {
             (stage, dtype) for stage in range(4) for dtype in ("torch.float32", "torch.bfloat16")
         }
         for each in found:
             assert each["held"] == each["said"], each
             assert each["same"], each  # the engine at hand says the same of the optimiser's shares
+
+
+def test_deepspeed_takes_the_config_of_a_plan_and_keeps_packlights_optimiser(folder: Path) -> None:
+    for *_, made, _ in ranks("zero", 3, folder):
+        assert made["stage"] == made["taken_stage"] and made["bucket"] == made["wanted_bucket"]
+        assert made["is_ours"] and made["learns"] and made["json"] and made["clipping"] == 1.0
+
+
+def test_partitioned_checkpoints_hold_a_part_of_each_blocks_input_and_contiguous_ones_all_buffers(
+    folder: Path,
+) -> None:
+    for each_rank in ranks("zero", 3, folder):
+        found: Any = each_rank[-1]
+        plain, partitioned, contiguous = found
+        assert all(each["held"] == each["said"] for each in found)
+        assert partitioned["held"] == plain["held"] // 3 and contiguous["held"] == partitioned["held"] * 5 // 4
 
 
 def test_what_fully_shard_holds_is_what_shapes_say_and_a_cut_model_tells_how_it_is_cut(folder: Path) -> None:

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from packlight.sharding import Share, Weight, weights_of
+from packlight.sharding.residual import Checkpointing, checkpoint_bytes
 from packlight.sharding.stages import ALIGNMENT, ZeroOptions, paper_bytes, zero_sharding
 
 
@@ -96,3 +98,29 @@ def test_parameters_of_several_dtypes_are_refused() -> None:
 def test_a_share_is_frozen_data() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Share("a", (2,), (1,), torch.float32).name = "b"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_parallel": 0}, "1 or more"),
+        ({"is_contiguous": True, "num_checkpoints": 2}, "partitioned activations only"),
+        ({"partitions": True, "is_contiguous": True}, "say it in num_checkpoints"),
+    ],
+)
+def test_checkpointing_that_deepspeed_refuses_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Checkpointing(**options)
+
+
+def test_inputs_that_cannot_be_divided_and_too_few_buffers_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be divided among 2 ranks"):
+        checkpoint_bytes([((3, 5), torch.float32)], 2, Checkpointing(2, partitions=True))
+    with pytest.raises(ValueError, match="raise num_checkpoints"):
+        how = Checkpointing(2, partitions=True, is_contiguous=True, num_checkpoints=1)
+        checkpoint_bytes([((4, 5), torch.float32)], 2, how)
+
+
+def test_checkpoints_in_host_memory_take_none_of_the_devices_but_what_is_gathered() -> None:
+    found = checkpoint_bytes([((4, 6), torch.bfloat16)], 3, Checkpointing(2, partitions=True, on_host=True))
+    assert (found.device_bytes, found.host_bytes, found.gathered_bytes, found.sent_bytes) == (0, 72, 48, 72)
