@@ -6,10 +6,12 @@ group ask at the same points of a step, in the same order.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from torch.utils._python_dispatch import _disable_current_modes
 
+from packlight.budget import BudgetError
 from packlight.planner.request import SessionStop
 from packlight.records import Plan
 from packlight.step import Profile
@@ -49,23 +51,24 @@ class Agreement:
             This rank's profile, and everybody's plan.
 
         Raises:
-            SessionStop: on all ranks, where one of them cannot be planned for; the one that needs most is named.
+            SessionStop: on all ranks, where `make` raises it on one of them; that which needs most is named.
+            BudgetError: the same.
+            ValueError: the same.
         """
         if self._group is None:
             return make()
-        step, own = None, dict[str, Any]()
+        made: tuple[Profile, Plan] | None = None
+        refusal: _Refusal | None = None
         try:
-            step, plan = make()
-            own["plan"] = plan
-        except SessionStop as stop:
-            own["stop"] = str(stop), stop.exit_status, stop.smallest_bytes
-        found = self._gathered(own)
-        stops = [each["stop"] for each in found if "stop" in each]
-        if stops:
-            message, exit_status, smallest = max(stops, key=lambda each: each[2] or 0)
-            raise SessionStop(message, exit_status=exit_status, smallest_bytes=smallest)
-        assert step is not None
-        return step, _of_fullest([each["plan"] for each in found])
+            made = make()
+        except (SessionStop, ValueError) as error:
+            refusal = _Refusal(str(error), getattr(error, "exit_status", 0), getattr(error, "smallest_bytes", None))
+        found = self._gathered((None if made is None else made[1], refusal))
+        refusals = [each for _, each in found if each is not None]
+        if refusals:
+            max(refusals, key=lambda each: each.smallest_bytes or 0).stop()
+        assert made is not None
+        return made[0], _of_fullest([plan for plan, _ in found])
 
     def plan(self, plan: Plan) -> Plan:
         """Return everybody's plan, from each rank's own."""
@@ -82,6 +85,23 @@ class Agreement:
         with _disable_current_modes():
             distributed.all_gather_object(found, own, group=self._group)
         return found
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a rank has no plan; `exit_status` is 0 where no script is to be ended."""
+
+    message: str
+    exit_status: int
+    smallest_bytes: int | None
+
+    def stop(self) -> NoReturn:
+        """Raise on this rank what was raised on that one."""
+        if self.exit_status:
+            raise SessionStop(self.message, exit_status=self.exit_status, smallest_bytes=self.smallest_bytes)
+        if self.smallest_bytes is not None:
+            raise BudgetError(self.message, smallest_bytes=self.smallest_bytes)
+        raise ValueError(self.message)
 
 
 def _of_fullest(plans: list[Plan]) -> Plan:

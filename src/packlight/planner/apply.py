@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from packlight.budget import Budget
+from packlight.planner.agree import Agreement
 from packlight.planner.carry import Adopted, adopt_formats, carry_out
+from packlight.planner.cut import cut_of
 from packlight.planner.listen import BackwardStandIn
 from packlight.planner.loop import Call, Loss, num_elements
 from packlight.planner.measure import StepWatch
@@ -94,7 +96,10 @@ class Applied:
 
     def _begin_to_mend(self, step: Profile | None, num_elements: int | None) -> None:
         """Repeat what fails for want of memory in the first steps, and hold their peak against the plan."""
-        self._mend = Mend(self._model, self._watch, change=self._change, tell=_warn, num_steps=2)
+        cut = cut_of(self._model)
+        agreement = Agreement(cut.group if cut is not None else None)
+        options: Any = {"change": self._change, "tell": _warn, "num_steps": 2, "agreement": agreement}
+        self._mend = Mend(self._model, self._watch, **options)
         self._mend.begin(self.plan, step, num_elements=num_elements)
         self._backward = BackwardStandIn(self._mend.backward)
         self._undo += [self._backward.remove, self._mend.remove]

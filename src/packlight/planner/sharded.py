@@ -45,7 +45,7 @@ def on_rank(step: Profile, sharding: Sharding, *, resident: Mapping[str, int] | 
         notes=(*step.notes, *[ONLY_RECOMPUTED] * at_stage_3),
         resident_bytes=held | dict(resident or {}),
         storages=(*lines.gradients(), *lines.gathered(), *lines.reduced()),
-        optimizers=tuple(_optimizer(cost, sharding) for cost in step.optimizers),
+        optimizers=tuple(_optimizer(cost, sharding) for cost in step.optimizers if not cost.host_bytes),
     )
 
 
@@ -174,7 +174,7 @@ _AFTER = 64
 
 
 def _optimizer(cost: OptimizerCost, sharding: Sharding) -> OptimizerCost:
-    """Return what an optimiser costs on a rank; its states are cut with what it steps."""
+    """Return what an optimiser costs on a rank; its states are cut with what it steps, and lie beside it."""
     share = sharding.state_share
     return replace(
         cost,
@@ -182,10 +182,6 @@ def _optimizer(cost: OptimizerCost, sharding: Sharding) -> OptimizerCost:
         temporary_bytes=max(math.ceil(cost.temporary_bytes * share), sharding.step_bytes),
         seconds=cost.seconds * share,
         alone_bytes=math.ceil(cost.alone_bytes * share),
-        host_bytes=math.ceil(cost.host_bytes * share),
-        host_seconds=cost.host_seconds * share,
-        out_bytes=math.ceil(cost.out_bytes * share),
-        in_bytes=math.ceil(cost.in_bytes * share),
     )
 
 
@@ -194,7 +190,7 @@ def state_bytes(cost: OptimizerCost, sharding: Sharding) -> int:
     if sharding.state_share == 1.0 and not sharding.num_flats:
         return cost.state_bytes
     formats, names = cost.formats, {share.name for shares in sharding.shares for share in shares if share.name}
-    if cost.own_format == "as is" or not names.issubset(formats) or cost.host_bytes:
+    if cost.own_format == "as is" or not names.issubset(formats):
         return math.ceil(cost.state_bytes * sharding.state_share)
     if sharding.num_flats and set(formats.values()) == {"fp32"}:
         return STEP_BYTES * sharding.num_flats + 8 * max(sum(each.numel for each in own) for own in sharding.shares)

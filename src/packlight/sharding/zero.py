@@ -114,9 +114,14 @@ class Engine:
         ]
 
     def sharding(self) -> Sharding:
-        """Return what a rank holds."""
+        """Return what a rank holds.
+
+        Raises:
+            ValueError: it does what is not planned for: states or parameters in a GPU's host memory, pipelines.
+        """
         engine = self._engine
         zero = engine._config.zero_config
+        self._refuse_others(zero)
         return zero_sharding(
             self.weights(),
             ZeroOptions(
@@ -132,6 +137,17 @@ class Engine:
                 accumulates=engine.gradient_accumulation_steps() > 1,
             ),
         )
+
+    def _refuse_others(self, zero: Any) -> None:
+        device = next((param.device.type for param in self.model.parameters()), "cpu")
+        offloads = [each for each in (zero.offload_optimizer, zero.offload_param) if each is not None]
+        if device != "cpu" and any(str(each.device.value) != "none" for each in offloads):
+            raise ValueError(
+                "DeepSpeed keeps states or parameters in host memory (offload_optimizer, offload_param), which is not "
+                "planned for yet; leave them out of its config"
+            )
+        if type(self._engine).__name__ == "PipelineEngine":
+            raise ValueError("DeepSpeed's pipelines are not planned for; see packlight.pipeline")
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
@@ -222,8 +238,6 @@ def config(
     }
     if sharded.stage == 3:
         zero |= {name: options[ours] for name, ours in STAGE_3.items()}
-    if any(name.endswith("@host") for name in plan.state_formats.values()):
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     made |= {"zero_optimization": zero, "gradient_accumulation_steps": plan.num_microbatches, **FLAGS}
     if microbatch_size is not None:
         made["train_micro_batch_size_per_gpu"] = microbatch_size
