@@ -60,6 +60,7 @@ class Engine:
         self._engine, self._optimizer = engine, engine.optimizer
         self.model: nn.Module = engine.module
         self.stage = int(engine.zero_optimization_stage())
+        self._param_groups = list(self.optimizer.param_groups) if self.optimizer is not None else []
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -152,27 +153,38 @@ class Engine:
     @contextmanager
     def hidden(self) -> Iterator[None]:
         """Give the optimiser the model's own parameters, and the modules no hooks, for as long as they are copied."""
-        optimizer = self.optimizer
-        groups = optimizer.param_groups if optimizer is not None else []
-        before = [group["params"] for group in groups]
-        states: Any = optimizer.state if optimizer is not None else {}
         modules = [(module, dict(module.__dict__)) for module in self.model.modules()]
         try:
-            for group, params in zip(groups, self.groups(), strict=True):
-                group["params"] = params
-            if optimizer is not None:
-                optimizer.state = defaultdict(dict)
             for module, _ in modules:
                 _drop(module)
-            yield
+            with self._whole_optimizer():
+                yield
         finally:
             for module, attributes in modules:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
-            for group, params in zip(groups, before, strict=True):
+
+    @contextmanager
+    def _whole_optimizer(self) -> Iterator[None]:
+        """Give the optimiser all its groups, also where DeepSpeed shows it one of them, with the model's parameters."""
+        optimizer = self.optimizer
+        if optimizer is None:
+            yield
+            return
+        shown, states, before = (
+            optimizer.param_groups,
+            optimizer.state,
+            [group["params"] for group in self._param_groups],
+        )
+        try:
+            optimizer.param_groups, optimizer.state = self._param_groups, defaultdict(dict)
+            for group, params in zip(self._param_groups, self.groups(), strict=True):
                 group["params"] = params
-            if optimizer is not None:
-                optimizer.state = states
+            yield
+        finally:
+            for group, params in zip(self._param_groups, before, strict=True):
+                group["params"] = params
+            optimizer.param_groups, optimizer.state = shown, states
 
 
 def _shape(param: torch.Tensor) -> tuple[int, ...]:
