@@ -41,15 +41,20 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3)
 
 
-def storages() -> dict[int, int]:
-    """Return the bytes of all storages on the CPU but for scalars, by address."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Return all storages on the CPU but for scalars, by address, which no other gets while they are held."""
     gc.collect()
-    found: dict[int, int] = {}
+    found = {}
     for item in gc.get_objects():
         if issubclass(type(item), torch.Tensor) and item.device.type == "cpu" and item.layout == torch.strided:
-            if type(item) in (Tensor, nn.Parameter):
-                found[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
-    return {key: size for key, size in found.items() if size > 64}
+            if type(item) in (Tensor, nn.Parameter) and item.untyped_storage().nbytes() > 64:
+                found[item.untyped_storage()._cdata] = item.untyped_storage()
+    return found
+
+
+def new_sizes(before: dict[int, torch.UntypedStorage]) -> list[int]:
+    """Return the bytes of each storage that has come since."""
+    return [storage.nbytes() for key, storage in storages().items() if key not in before]
 
 
 def zero(sizes: dict[str, int]) -> list[dict[str, Any]]:
@@ -79,7 +84,7 @@ def zero(sizes: dict[str, int]) -> list[dict[str, Any]]:
                 engine.backward(loss)
                 engine.step()
                 del loss, ids
-            held = sum(size for key, size in storages().items() if key not in before)
+            held = sum(new_sizes(before))
             with torch.device("meta"):
                 meta = Decoder().to(dtype)
             options = ZeroOptions(
@@ -101,7 +106,8 @@ def zero(sizes: dict[str, int]) -> list[dict[str, Any]]:
                     + said.master_bytes
                     + states
                     + said.kept_gradient_bytes
-                    + said.buffer_bytes,
+                    + said.buffer_bytes
+                    + said.persistent_bytes,
                     "same": Engine(engine).sharding().shares == said.shares,
                 }
             )
@@ -186,8 +192,10 @@ def residual() -> list[dict[str, int]]:
         for block in blocks:
             hidden = deepspeed.checkpointing.checkpoint(block, hidden)
         random_state = torch.get_rng_state().nbytes
-        new = [size for key, size in storages().items() if key not in before]
-        held = sum(size for size in new if size not in (random_state, 8 * 3 * (num_blocks + 1))) - hidden.nbytes
+        held = (
+            sum(size for size in new_sizes(before) if size not in (random_state, 8 * 3 * (num_blocks + 1)))
+            - hidden.nbytes
+        )
         said = checkpoint_bytes([(shape, torch.float32)], num_blocks, how)
         hidden.sum().backward()
         found.append({"held": held, "said": said.device_bytes})

@@ -75,8 +75,10 @@ def cut_of(model: nn.Module) -> Cut | None:
 def _cut_by_deepspeed(model: nn.Module, engine: "Engine") -> Cut:
     weights = {weight.name: weight for weight in engine.weights()}
     whole = {id(each): (weights[name].shape, each.dtype) for name, each in model.named_parameters()}
-    there = replace(engine.sharding(), buffer_bytes=0, kept_gradient_bytes=0)  # they live since the engine was made
-    return Cut(there, whole, {"parameters": storage_bytes([*model.parameters(), *engine.flats()])}, engine.group)
+    sharding = replace(engine.sharding(), buffer_bytes=0)  # what it would say lives by now, and is counted as such
+    if sharding.stage == 3:
+        sharding = replace(sharding, kept_gradient_bytes=0)
+    return Cut(sharding, whole, {"parameters": storage_bytes([*model.parameters(), *engine.flats()])}, engine.group)
 
 
 def trained_by(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

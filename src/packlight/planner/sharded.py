@@ -37,7 +37,7 @@ def on_rank(step: Profile, sharding: Sharding, *, resident: Mapping[str, int] | 
     if sharding.engine != "ddp":  # else they are as they were, with what an allocator adds to each
         held["parameters"] = sharding.parameter_bytes + sharding.master_bytes
     held["gradients"] = math.ceil(held.get("gradients", 0) * sharding.gradient_share) + sharding.kept_gradient_bytes
-    held["other"] = held.get("other", 0) + sharding.buffer_bytes
+    held["other"] = held.get("other", 0) + sharding.buffer_bytes + sharding.persistent_bytes
     at_stage_3 = sharding.engine == "zero" and sharding.stage == 3
     return replace(
         step,

@@ -271,7 +271,7 @@ def _row(
         parameter_bytes=sharding.parameter_bytes + sharding.master_bytes,
         gradient_bytes=gradients + seen.resident_bytes.get("gradients", 0),
         state_bytes={name: size for each in step.optimizers for name, size in _states(each, sharding)},
-        buffer_bytes=sharding.buffer_bytes + sharding.backward_bytes,
+        buffer_bytes=sharding.buffer_bytes + sharding.persistent_bytes + sharding.backward_bytes,
         plain_peak_bytes=_plain(seen).peak_bytes,
         sent_bytes=num * (sharding.gathered_bytes + sharding.sent_bytes) + sharding.after_bytes,
         communication_seconds=num * (times.alone - times.after) + times.after,

@@ -61,7 +61,7 @@ def sharding_of(cuts: Sequence[Cut], *, num_ranks: int) -> Sharding:
         stage=2 if all(cut.is_kept for cut in cuts) else 3,
         num_ranks=num_ranks,
         parameter_bytes=sum(_padded(weight, num_ranks) * weight.dtype.itemsize for weight in weights),
-        buffer_bytes=units[-1].extra_bytes if units else 0,
+        persistent_bytes=units[-1].extra_bytes if units else 0,
         gradient_share=share,
         state_share=share,
         shares=(tuple(Share(each.name, each.shape, _rows(each, num_ranks), each.dtype) for each in trained),),

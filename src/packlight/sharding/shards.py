@@ -99,13 +99,14 @@ class Sharding:
         num_ranks: that the states are cut for.
         parameter_bytes: of parameters.
         master_bytes: of fp32 copies that are stepped in the place of parameters.
-        buffer_bytes: what the engine keeps through the whole step.
+        buffer_bytes: what the engine has made before the first step, and keeps.
+        persistent_bytes: of parameters that are gathered once and stay so.
         shares: of the optimiser's states, for each rank that may have most.
         state_share: of the optimiser's work, what a rank does.
         gradient_share: of each gradient, what a rank keeps in a tensor of its own once it is reduced.
         bucket_bytes: of gradients that are reduced together, and
         partition_bytes: of the buffer in which these are left; it lives from the first full bucket until the step.
-        kept_gradient_bytes: of one that lives always.
+        kept_gradient_bytes: of one that lives always; or between microbatches, which add up there.
         backward_bytes: what reducing takes from the begin of backward to its end.
         step_bytes: what the optimiser's step takes for copies of gradients.
         units: what is gathered; empty where parameters are whole.
@@ -123,6 +124,7 @@ class Sharding:
     shares: tuple[tuple[Share, ...], ...]
     master_bytes: int = 0
     buffer_bytes: int = 0
+    persistent_bytes: int = 0
     state_share: float = 1.0
     gradient_share: float = 1.0
     bucket_bytes: int = 0

@@ -8,7 +8,8 @@ counted as the code allocates (deepspeed 0.19, runtime/zero/stage_1_and_2.py and
                  rank's part of it, which is stepped. Backward: a bucket, and a buffer of all parameters that this part
                  touches. Step: that buffer flattened, and in fp32.
     stage 3      of each parameter ceil(numel / ranks) elements, an fp32 copy of these, a buffer of as many gradients,
-                 and a bucket, always. Small parameters are gathered always, the others as they are used.
+                 and a bucket, always. Small parameters are gathered always, the others as they are used, from a copy of
+                 this rank's elements of them.
     stage 0      everything, and in bf16 and fp16 fp32 copies of all parameters; gradients are reduced in buckets.
 """
 
@@ -119,7 +120,8 @@ def _in_partitions(weights: Sequence[Weight], options: ZeroOptions) -> Sharding:
         state_share=numel / max(1, sum(map(_elements, groups))),
         gradient_share=1.0 if keeps_whole else 0.0,
         bucket_bytes=options.reduce_bucket_elements * itemsize,
-        partition_bytes=touched * itemsize * (2 if options.stage == 2 and options.accumulates else 1),
+        partition_bytes=touched * itemsize,
+        kept_gradient_bytes=touched * itemsize * (options.stage == 2 and options.accumulates),
         backward_bytes=buckets if options.contiguous_gradients else 0,
         step_bytes=numel * itemsize + (4 * numel if itemsize < 4 else 0),
         num_flats=len(groups),
@@ -147,13 +149,14 @@ def _in_shares(weights: Sequence[Weight], options: ZeroOptions) -> Sharding:
         num_ranks=ranks,
         parameter_bytes=sum(part * weight.dtype.itemsize for weight, part in parts),
         master_bytes=4 * numel,
-        buffer_bytes=options.reduce_bucket_elements * itemsize + sum(weight.nbytes for weight in persistent),
+        buffer_bytes=options.reduce_bucket_elements * itemsize,
+        persistent_bytes=sum(weight.nbytes for weight in persistent),
         shares=(tuple(_share(weight, part) for weight, part in parts if weight.is_trained),),
         state_share=numel / max(1, _elements(trained)),
         gradient_share=0.0,
         kept_gradient_bytes=numel * itemsize,
         step_bytes=4 * step + (itemsize * step if itemsize < 4 else 0),
-        units=(Unit("", live * itemsize, is_kept=True),) if live else (),
+        units=(Unit("", live * itemsize, extra_bytes=-(-live // ranks) * itemsize, is_kept=True),) if live else (),
         num_flats=max(1, -(-numel // options.sub_group_elements)),
         sent_bytes=_elements(trained) * itemsize * (ranks - 1) // ranks,
         gathered_bytes=2 * gathered,
