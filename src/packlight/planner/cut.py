@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from packlight.optim.flat import Flat, Origin, flat_layout
 from packlight.planner.loop import parameters_of, unwrapped
@@ -34,12 +35,18 @@ class Cut:
         whole: the shape of each parameter that is not whole here, and the dtype in which it is used, by its id.
         resident: bytes by category that are here.
         group: the process group over which it is cut.
+        units: of FSDP2, which cast what they take and return.
     """
 
     sharding: Sharding
     whole: Mapping[int, tuple[tuple[int, ...], torch.dtype]]
     resident: Mapping[str, int]
     group: Any
+    units: tuple[fsdp.Cut, ...] = ()
+
+    def cast(self, copied: nn.Module) -> list[RemovableHandle]:
+        """Let a copy cast what its modules take and return as the engine does; return what ends that."""
+        return fsdp.cast(copied, self.units)
 
 
 def model_of(module: nn.Module) -> nn.Module:
@@ -69,7 +76,7 @@ def cut_of(model: nn.Module) -> Cut | None:
     dtypes = {weight.name: cut.gathered_dtype or weight.dtype for cut in cuts for weight in cut.weights}
     whole = {id(each): (tuple(each.shape), dtypes.get(name, each.dtype)) for name, each in model.named_parameters()}
     held = {"parameters": storage_bytes(model.parameters())}
-    return Cut(fsdp.sharding_of(cuts, num_ranks=num_ranks), whole, held, fsdp.process_group(model))
+    return Cut(fsdp.sharding_of(cuts, num_ranks=num_ranks), whole, held, fsdp.process_group(model), tuple(cuts))
 
 
 def _cut_by_deepspeed(model: nn.Module, engine: "Engine") -> Cut:

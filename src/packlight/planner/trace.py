@@ -88,7 +88,7 @@ class Trace:
         self._lasting = Resident((), ())
         self._named: set[int] = set()
         self.notes: list[str] = []
-        self._hooks: list[RemovableHandle | ModuleWatch] = []
+        self._hooks: list[RemovableHandle | ModuleWatch] = [*self.cut.cast(self.model)] if self.cut else []
         self.resident: dict[str, int] = {}
         self.num_resident = self.num_events = self.forward_end = self.backward_start = 0
         self.seconds = self.forward_seconds = 0.0

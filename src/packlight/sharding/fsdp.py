@@ -13,6 +13,7 @@ torch/distributed/fsdp/_fully_shard), for a unit of gathered size G:
 The root's parameters stay gathered from forward to backward. Shares are rows, as many on each rank, padded with zeros.
 """
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from packlight.records import Plan
 from packlight.sharding.shards import Sharding, Share, Unit, Weight
@@ -36,6 +39,8 @@ class Cut:
         is_kept: whether they stay gathered from forward until backward.
         gathered_dtype: in which they are gathered; None: their own.
         reduced_dtype: in which gradients are reduced; None: that of the gradients.
+        casts_inputs: whether what the module is called with is cast to `gathered_dtype`.
+        output_dtype: to which what it returns is cast; None: not.
     """
 
     module: str
@@ -43,6 +48,8 @@ class Cut:
     is_kept: bool
     gathered_dtype: torch.dtype | None = None
     reduced_dtype: torch.dtype | None = None
+    casts_inputs: bool = True
+    output_dtype: torch.dtype | None = None
 
 
 def sharding_of(cuts: Sequence[Cut], *, num_ranks: int) -> Sharding:
@@ -62,7 +69,7 @@ def sharding_of(cuts: Sequence[Cut], *, num_ranks: int) -> Sharding:
         num_ranks=num_ranks,
         parameter_bytes=sum(_padded(weight, num_ranks) * weight.dtype.itemsize for weight in weights),
         persistent_bytes=units[-1].extra_bytes if units else 0,
-        gradient_share=share,
+        gradient_share=share * _widening(cuts),
         state_share=share,
         shares=(tuple(Share(each.name, each.shape, _rows(each, num_ranks), each.dtype) for each in trained),),
         units=units,
@@ -83,6 +90,13 @@ def _unit(cut: Cut, num_ranks: int) -> Unit:
         if weight.is_trained
     )
     return Unit(cut.module, gathered, gathered if num_ranks > 1 else 0, reduced if num_ranks > 1 else 0, cut.is_kept)
+
+
+def _widening(cuts: Sequence[Cut]) -> float:
+    """Return how many times the bytes of backward's gradients those take that are kept, in the parameters' dtype."""
+    trained = [(cut, weight) for cut in cuts for weight in cut.weights if weight.is_trained]
+    made = sum(weight.numel * (cut.gathered_dtype or weight.dtype).itemsize for cut, weight in trained)
+    return sum(weight.nbytes for _, weight in trained) / max(1, made)
 
 
 def _rows(weight: Weight, num_ranks: int) -> tuple[int, ...]:
@@ -139,7 +153,8 @@ def found_cuts(model: nn.Module) -> tuple[list[Cut], int]:
             sizes.add(_ranks_of(group))
             keeps = not group._reshard_after_forward or (is_root and state._auto_reshard_after_forward is not False)
             policy = group.mp_policy
-            cuts.append(Cut(path, tuple(own), bool(keeps), policy.param_dtype, policy.reduce_dtype))
+            casts = bool(policy.cast_forward_inputs), policy.output_dtype
+            cuts.append(Cut(path, tuple(own), bool(keeps), policy.param_dtype, policy.reduce_dtype, *casts))
     if len(sizes) != 1:
         raise ValueError(f"fully_shard cut parts of the model over {sorted(sizes)} ranks; wanted one number for all")
     return cuts, sizes.pop()
@@ -231,6 +246,24 @@ def _drop(module: nn.Module, states: set[int]) -> None:
 def _is_of(hook: Any, states: set[int]) -> bool:
     owner = getattr(hook, "__self__", None)
     return id(owner) in states or getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
+
+
+def cast(model: nn.Module, cuts: Iterable[Cut]) -> list[RemovableHandle]:
+    """Let a copy of a model cast what its units take and return, as `fully_shard` does under mixed precision."""
+
+    def to(dtype: torch.dtype, value: Any) -> Any:
+        return tree_map_only(torch.Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, value)
+
+    handles = []
+    for cut in cuts:
+        module, taken, returned = model.get_submodule(cut.module), cut.gathered_dtype, cut.output_dtype
+        if taken is not None and cut.casts_inputs:
+            before = functools.partial(lambda dtype, _, args, kwargs: (to(dtype, args), to(dtype, kwargs)), taken)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        if returned is not None:
+            after = functools.partial(lambda dtype, _module, _args, output: to(dtype, output), returned)
+            handles.append(module.register_forward_hook(after))
+    return handles
 
 
 # Models that are to be cut
