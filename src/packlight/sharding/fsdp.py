@@ -144,14 +144,17 @@ def found_cuts(model: nn.Module) -> tuple[list[Cut], int]:
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     cuts, sizes = list[Cut](), set[int]()
+    paths = [path for path, _ in _units(model)]
     for path, module in _units(model):
-        is_root = not path
+        is_root = not any(path.startswith(f"{other}.") or not other for other in paths if other != path)
         state = module._get_fsdp_state()
         for group in _groups(state):
             own = [_weight(each, names) for each in group.fsdp_params]
             _refuse_offload(group)
             sizes.add(_ranks_of(group))
-            keeps = not group._reshard_after_forward or (is_root and state._auto_reshard_after_forward is not False)
+            keeps = not group._reshard_after_forward or (
+                is_root and getattr(state, "_auto_reshard_after_forward", True)
+            )
             policy = group.mp_policy
             casts = bool(policy.cast_forward_inputs), policy.output_dtype
             cuts.append(Cut(path, tuple(own), bool(keeps), policy.param_dtype, policy.reduce_dtype, *casts))
@@ -166,9 +169,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def process_group(model: nn.Module) -> Any:
-    """Return the process group over which rows are cut."""
+    """Return the process group over which rows are cut; that of the replicas where none are."""
     _, module = next(_units(model))
-    return _groups(module._get_fsdp_state())[0].mesh_info.shard_process_group
+    mesh = _groups(module._get_fsdp_state())[0].mesh_info
+    return getattr(mesh, "shard_process_group", None) or mesh.replicate_process_group
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -214,6 +218,9 @@ def hidden(model: nn.Module) -> Iterator[None]:
     Parameters stay cut; whoever copies puts whole ones in their place.
     """
     found = [(module, type(module), module._get_fsdp_state()) for _, module in _units(model)]
+    if not found:
+        yield
+        return
     everywhere = [each for module in model.modules() for each in [(module, dict(module.__dict__))]]
     states = {id(state) for _, _, state in found}
     try:
