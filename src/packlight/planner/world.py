@@ -25,7 +25,6 @@ from packlight.budget import BudgetError, format_bytes, least_of
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.known_hardware import Hardware
 from packlight.planner.outcome import beside_plain
-from packlight.planner.program import rated
 from packlight.planner.sharded import on_rank, state_bytes
 from packlight.ranks import Sharded, ShardingRow
 from packlight.records import Plan
@@ -234,7 +233,7 @@ def fastest_sharding(
             errors[way.sharding.name] = error
     if not made:
         raise BudgetError(_refusal(errors), smallest_bytes=least_of(errors.values()).smallest_bytes)
-    chosen = min(made, key=lambda at: rated(made[at][1].estimate.step_seconds / plain.seconds, at))
+    chosen = min(made, key=lambda at: made[at][1].estimate.step_seconds)  # of several the one with least communication
     seen, plan = made[chosen]
     rows = tuple(
         _row(way, each, step, link=link, made=made.get(at), is_chosen=at == chosen)
