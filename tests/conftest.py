@@ -9,6 +9,10 @@ import threading
 import time
 from collections.abc import Iterator
 
+# Before torch is imported, and for the programs that tests start: `pytest -n auto` has a process for each core, and
+# threads of two processes that wait for each other on the same cores took most of the suite's time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
@@ -54,6 +58,12 @@ hypothesis.settings.load_profile("packlight")
 
 def pytest_report_header() -> str:
     return f"{SEED_VARIABLE}={SEED}"
+
+
+def pytest_collection_finish() -> None:
+    """Spare each collection of garbage, and each look for tensors, the hundreds of thousands of objects of imports."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

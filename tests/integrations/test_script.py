@@ -19,7 +19,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 CASES = {
     "plain_gpt": ("plain_gpt.py", "--steps", "4"),
     "llama_transformers": ("llama_transformers.py", "--steps", "4"),
-    "bert_accumulate": ("bert_accumulate.py", "--steps", "4", "--accumulate", "2", "--batch", "6"),
+    "bert_accumulate": ("bert_accumulate.py", "--steps", "4", "--accumulate", "2", "--batch", "3", "--context", "64"),
     "digits_convnet": ("digits_convnet.py", "--steps", "5"),
     "run_by_module_name": ("-m", "packaged.train", "--steps", "4"),
     "evaluate_and_save": ("evaluate_and_save.py", "--steps", "6"),
@@ -46,9 +46,29 @@ def packlight_run(options: list[str], name: str, folder: Path) -> tuple[Run, str
 
 
 @cache
-def _plain(name: str, folder: Path) -> tuple[int, str]:
+def _measured(name: str, folder: Path) -> tuple[Run, str]:
+    """A case with nothing changed, run once for all tests."""
     run, output, _ = packlight_run(["--measure-only"], name, folder)
+    return run, output
+
+
+def _plain(name: str, folder: Path) -> tuple[int, str]:
+    run, output = _measured(name, folder)
     return run.measurement.device_peak_bytes, output
+
+
+@cache
+def _without_packlight(script: str) -> str:
+    """What a script prints under python alone."""
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=SCRIPTS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +121,8 @@ def test_with_gradients_released_a_script_fits_a_budget_that_it_did_not_and_prin
 
     def run(*options: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "packlight", "run", *options, "deep.py"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     plain = run("--measure-only")
     refused = run("--budget", "1MB", "--exact", "--release-gradients")
@@ -195,10 +216,10 @@ def test_a_checkpoint_saved_under_four_bit_states_resumes_in_plain_torch(plain_f
     assert done.returncode == 0, told
 
 
-def test_gradients_and_losses_of_a_run_are_in_its_record(plain_folder: Path, tmp_path: Path) -> None:
-    _, plain_output = _plain("plain_gpt", plain_folder)
-    run, _, _ = packlight_run(["--measure-only"], "plain_gpt", tmp_path)
-    printed = [float(value) for value in re.findall(r"step \d+ loss (\S+)", plain_output)]
+def test_gradients_and_losses_of_a_run_are_in_its_record(plain_folder: Path) -> None:
+    run, output = _measured("plain_gpt", plain_folder)
+    printed = [float(value) for value in re.findall(r"step \d+ loss (\S+)", output)]
+    assert len(printed) == 4
     assert list(run.measurement.losses["first"]) == printed
     assert list(run.measurement.losses["last"]) == printed
 
@@ -207,17 +228,9 @@ def test_gradients_and_losses_of_a_run_are_in_its_record(plain_folder: Path, tmp
 def test_a_script_whose_memory_runs_out_in_its_first_steps_prints_the_same_bits(
     where: str, call: int, tmp_path: Path
 ) -> None:
-    plain = subprocess.run(
-        [sys.executable, "memory_runs_out.py"],
-        cwd=SCRIPTS,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     CASES["memory_runs_out"] = ("memory_runs_out.py", "--where", where, "--call", str(call))
     run, output, told = packlight_run(["--budget", "12MiB", "--exact"], "memory_runs_out", tmp_path)
-    assert output == plain.stdout
+    assert output == _without_packlight("memory_runs_out.py")
     assert told.count(f"out of memory in {where} of step {(call + 1) // 2}") == 1
     assert run.measurement.plan_peak_bytes is not None and run.plan is not None
     assert run.measurement.plan_peak_bytes <= 1.02 * run.plan.estimate.device_peak_bytes

@@ -1,15 +1,18 @@
 """The Triton kernels against the reference, bit for bit.
 
 With a GPU, the checks run there, against the reference on the CPU. Without one, Triton's interpreter runs them on
-CPU tensors. It has to be asked for by an environment variable before Triton is imported, so each check has a
-process of its own: `TRITON_INTERPRET=1 python tests/numerics/test_gpu.py NAME`.
+CPU tensors. It has to be asked for by an environment variable before Triton is imported, so the checks have a
+process of their own: `TRITON_INTERPRET=1 python tests/numerics/test_gpu.py NAME...`.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -344,24 +347,45 @@ CHECKS: dict[str, Callable[[str], None]] = {
     },
 }
 
+
+def what_is_wrong(name: str) -> str:
+    """Run a check; return its traceback, or nothing where it passes."""
+    try:
+        compiled_code_contracts_and_flushes_nothing() if name == "compiled_code" else CHECKS[name]("cpu")
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-def run_alone(name: str, **variables: str) -> None:
-    """Run a check in a process of its own: the variables have to be there before Triton is imported."""
+def run_alone(*names: str, **variables: str) -> dict[str, str]:
+    """Run checks in a process of their own: the variables have to be there before Triton is imported.
+
+    Returns what went wrong in each.
+    """
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
     # The interpreter is numpy, which warns of divisions by zero and of NaNs.
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", __file__, name]
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", __file__, *names]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    wrong: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return wrong
+
+
+@cache
+def interpreted() -> dict[str, str]:
+    """What the interpreter found wrong in each check; one process for all, because a start takes longer than most."""
+    return run_alone(*CHECKS, TRITON_INTERPRET="1")
 
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU")
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_the_interpreter(name: str) -> None:
-    run_alone(name, TRITON_INTERPRET="1")
+    assert interpreted()[name] == ""
 
 
 @needs_triton
@@ -373,11 +397,8 @@ def test_on_a_gpu(name: str) -> None:
 
 @needs_triton
 def test_compiled_code_contracts_and_flushes_nothing(tmp_path: Path) -> None:
-    run_alone("compiled_code", TRITON_CACHE_DIR=str(tmp_path))
+    assert run_alone("compiled_code", TRITON_CACHE_DIR=str(tmp_path)) == {"compiled_code": ""}
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "compiled_code":
-        compiled_code_contracts_and_flushes_nothing()
-    else:
-        CHECKS[sys.argv[1]]("cpu")
+    print(json.dumps({name: what_is_wrong(name) for name in sys.argv[1:]}))

@@ -1,6 +1,6 @@
-"""Optimisers on FSDP2's parameters, one process a rank: `torchrun tests/optim/sharded.py WHAT FOLDER [...]`.
+"""Optimisers on FSDP2's parameters, one process a rank: `torchrun tests/optim/sharded.py WHAT,... FOLDER [SOURCE]`.
 
-Each rank writes FOLDER/RANK.json. Gradients are the same on any number of ranks, unless a model makes them.
+Each rank writes FOLDER/WHAT/RANK.json. Gradients are the same on any number of ranks, unless a model makes them.
 """
 
 import copy
@@ -340,7 +340,7 @@ def learns(_: Path) -> Iterator[dict[str, Any]]:
         if name != "torch":
             optimizer = packlight.AdamW(model.named_parameters(), lr=2e-3, weight_decay=0.0, state_format=name)
         generator, losses = torch.Generator().manual_seed(5), []
-        for _step in range(60):
+        for _step in range(24):
             starts = torch.randint(0, text.numel() - 65, (12,), generator=generator)
             rows = torch.stack([text[start : start + 65] for start in starts.tolist()])[rank::num_ranks]
             loss = functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
@@ -366,12 +366,13 @@ WHAT: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
 
 
 def main() -> None:
-    """Run one of them."""
+    """Run some of them, one after the other."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    folder = Path(sys.argv[2])
-    found = list(WHAT[sys.argv[1]](folder))
-    (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(found))
+    for what in sys.argv[1].split(","):
+        folder = Path(sys.argv[2]) / what
+        found = list(WHAT[what](folder))
+        (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ import torch
 import packlight
 from packlight.numerics.noise import key_at, seed_at, seed_of, words
 from packlight.optim.state import from_portable
-from tests.torchrun import Found, found_by
+from tests.torchrun import Found, all_found_by
 
 SCRIPT = Path(__file__).parent / "sharded.py"
 
@@ -20,10 +20,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sharded")
 
 
+WHATS = {
+    1: ("load",),
+    2: ("bits", "nbytes", "save", "load", "portable", "refusals", "placed", "learns"),
+    3: ("bits", "nbytes", "load", "learns"),
+}
+
+
 @cache
-def run(what: str, num_ranks: int, folder: Path, *args: str) -> list[Found]:
-    """Start a process for each rank by torchrun, and return what each found."""
-    return found_by(num_ranks, SCRIPT, what, folder / f"{what}-{num_ranks}", *args)
+def start(num_ranks: int, folder: Path) -> dict[str, list[Found]]:
+    """Start a process for each rank by torchrun, once for all tests; two ranks save what any number loads."""
+    if num_ranks != 2:
+        start(2, folder)
+    return all_found_by(num_ranks, SCRIPT, WHATS[num_ranks], folder / str(num_ranks), str(folder / "2" / "save"))
+
+
+def run(what: str, num_ranks: int, folder: Path) -> list[Found]:
+    """Return what each rank found."""
+    return start(num_ranks, folder)[what]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -64,7 +78,7 @@ def test_checkpoints_of_two_ranks_are_loaded_by_one_two_and_three_bit_for_bit(fo
     saved = run("save", 2, folder)
     assert [each["name"] for each in saved[0]] == ["whole-4bit", "whole-8bit", "odd-4bit", "odd-8bit"]
     for num_ranks in (1, 2, 3):
-        for found in run("load", num_ranks, folder, str(folder / "save-2")):
+        for found in run("load", num_ranks, folder):
             for each in found:
                 assert each["steps_before"] == [0.0], "making states to load into is no step"
                 assert each["loaded"] and each["ended"]
@@ -107,7 +121,7 @@ def test_a_language_model_learns_with_sharded_states_as_with_fp32_ones(num_ranks
         begins = {each["name"]: each["losses"][0] for each in found}
         assert len(set(begins.values())) == 1 and ends["torch"] < 0.7 * begins["torch"]
         assert abs(ends["fp32"] - ends["torch"]) < 1e-3
-        assert abs(ends["4bit"] - ends["torch"]) < 0.05 and abs(ends["8bit"] - ends["torch"]) < 0.02
+        assert abs(ends["4bit"] - ends["torch"]) < 0.03 and abs(ends["8bit"] - ends["torch"]) < 0.01
 
 
 @pytest.mark.usefixtures("seed")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torchrun import ENVIRONMENT, Found, found_by
+from tests.torchrun import ENVIRONMENT, Found, all_found_by
 
 SCRIPT = Path(__file__).parent / "zero.py"
 
@@ -18,14 +18,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("zero")
 
 
+WHATS = {
+    1: ("universal-2", "universal-3"),
+    2: ("learns-1", *(f"{what}-{stage}" for stage in (2, 3) for what in ("learns", "stops", "resumes", "offloaded"))),
+    3: ("learns-2", "learns-3"),
+}
+
+
 @cache
-def found(num_ranks: int, what: str, stage: int, folder: Path, *args: str) -> list[Found]:
-    return found_by(num_ranks, SCRIPT, what, folder / f"{what}-{stage}-{num_ranks}", str(stage), *args)
+def start(num_ranks: int, folder: Path) -> dict[str, list[Found]]:
+    """Start a process for each rank by torchrun, once for all tests; one rank loads what two have saved."""
+    if num_ranks == 1:
+        for stage in (2, 3):
+            make_universal(stage, folder)
+    return all_found_by(num_ranks, SCRIPT, WHATS[num_ranks], folder / str(num_ranks), str(folder / "universal"))
 
 
-def run(what: str, stage: int, folder: Path, *args: str, num_ranks: int = 2) -> list[Found]:
-    """Start a process for each rank by torchrun, and return what each found; once for all tests that ask for it."""
-    return found(num_ranks, what, stage, folder, *args)
+def run(what: str, stage: int, folder: Path, *, num_ranks: int = 2) -> list[Found]:
+    """Return what each rank found."""
+    return start(num_ranks, folder)[f"{what}-{stage}"]
+
+
+def make_universal(stage: int, folder: Path) -> None:
+    """Convert what two ranks have saved by DeepSpeed's own command."""
+    start(2, folder)
+    made = folder / "universal" / str(stage)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
+            *("--input_folder", str(folder / "2" / f"stops-{stage}" / "4bit" / "t")),
+            *("--output_folder", str(made / "t")),
+        ],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (made / "latest").write_text("t")
 
 
 def formula(numel: int, state_format: str) -> int:
@@ -90,7 +120,7 @@ def test_fragments_are_cut_where_parameters_begin_and_have_their_formats(stage: 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_that_is_resumed_equals_one_that_never_stopped(stage: int, folder: Path) -> None:
     stopped = run("stops", stage, folder)
-    resumed = run("resumes", stage, folder, str(folder / f"stops-{stage}-2"))
+    resumed = run("resumes", stage, folder)
     for before, after in zip(stopped, resumed, strict=True):
         for one, other in zip(before, after, strict=True):
             assert other["equal"] and other["losses"] == one["losses"][4:]
@@ -99,21 +129,7 @@ def test_a_run_that_is_resumed_equals_one_that_never_stopped(stage: int, folder:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_universal_checkpoint_of_two_ranks_is_loaded_by_one(stage: int, folder: Path) -> None:
-    run("stops", stage, folder)
-    made = folder / f"universal-checkpoint-{stage}"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
-            *("--input_folder", str(folder / f"stops-{stage}-2" / "4bit" / "t"), "--output_folder", str(made / "t")),
-        ],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    (made / "latest").write_text("t")
-    ((found,),) = run("universal", stage, folder, str(made), num_ranks=1)
+    ((found,),) = run("universal", stage, folder, num_ranks=1)
     assert found["steps"] == [8.0]
     assert "torch.uint8" in found["dtypes"]
     assert max(found["losses"]) < 4.0  # it goes on where the two had come to, from 5.75 at the begin

@@ -1,4 +1,7 @@
-"""Optimisers under ZeRO: `torchrun tests/optim/zero.py WHAT FOLDER STAGE [...]`; a rank writes FOLDER/RANK.json."""
+"""Optimisers under ZeRO: `torchrun tests/optim/zero.py WHAT-STAGE,... FOLDER [SOURCE]`.
+
+Each rank writes FOLDER/WHAT-STAGE/RANK.json.
+"""
 
 import json
 import os
@@ -108,7 +111,7 @@ def learns(stage: int, _: Path) -> Iterator[dict[str, Any]]:
     """Train with every format; count bytes fragment by fragment."""
     for state_format in ("torch", "fp32", "4bit", "8bit", "fp8"):
         engine, optimizer = engine_of(stage, state_format)
-        losses = train(engine, range(40))
+        losses = train(engine, range(20))
         found: dict[str, Any] = {"format": state_format, "losses": losses, "kinds": type(engine.optimizer).__name__}
         if state_format != "torch":
             states = partitions(optimizer)
@@ -145,9 +148,9 @@ def stops(stage: int, folder: Path) -> Iterator[dict[str, Any]]:
         yield {"format": state_format, "losses": before + after}
 
 
-def resumes(stage: int, _: Path) -> Iterator[dict[str, Any]]:
+def resumes(stage: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Load what `stops` has saved, by as many ranks, and go on."""
-    source = Path(sys.argv[4])
+    source = folder.with_name(f"stops-{stage}")
     for state_format in ("4bit", "8bit"):
         engine, optimizer = engine_of(stage, state_format)
         engine.load_checkpoint(str(source / state_format), tag="t")
@@ -167,7 +170,7 @@ def universal(stage: int, _: Path) -> Iterator[dict[str, Any]]:
     """Load a universal checkpoint, by another number of ranks."""
     engine, optimizer = engine_of(stage, "4bit", extra=None)
     engine._config.load_universal_checkpoint = True
-    engine.load_checkpoint(sys.argv[4], tag="t")
+    engine.load_checkpoint(str(Path(sys.argv[3]) / str(stage)), tag="t")
     after = train(engine, range(4, 8))
     dtypes = sorted({str(value.dtype) for state in optimizer.state.values() for value in state.values()})
     steps = sorted({float(v) for state in optimizer.state.values() for k, v in state.items() if k.endswith("step")})
@@ -194,12 +197,14 @@ WHAT: dict[str, Callable[[int, Path], Iterator[dict[str, Any]]]] = {
 
 
 def main() -> None:
-    """Run one of them."""
+    """Run some of them, one after the other."""
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
-    folder, stage = Path(sys.argv[2]), int(sys.argv[3])
-    found = list(WHAT[sys.argv[1]](stage, folder))
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    for each in sys.argv[1].split(","):
+        what, stage = each.split("-")
+        folder = Path(sys.argv[2]) / each
+        found = list(WHAT[what](int(stage), folder))
+        (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 
 

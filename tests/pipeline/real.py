@@ -1,4 +1,6 @@
-"""Real pipelines, one process a rank: `torchrun tests/pipeline/real.py WHAT FOLDER`; each rank writes FOLDER/RANK.json.
+"""Real pipelines, one process a rank: `torchrun tests/pipeline/real.py WHAT,... FOLDER`.
+
+Each rank writes FOLDER/WHAT/RANK.json.
 
 The model is a decoder on the characters of Python's own sources, cut into a stage of blocks for each chunk.
 """
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -536,16 +539,17 @@ WHAT: dict[str, Callable[[Callable[[int, int], Job]], Iterator[dict[str, Any]]]]
 
 
 def main() -> None:
-    """Run one of them."""
-    what, folder = WHAT[sys.argv[1]], Path(sys.argv[2])
+    """Run some of them, one after the other."""
     torch.set_num_threads(1)
-    spilled = folder / "spilled"
-    spilled.mkdir(exist_ok=True)
     context: AbstractContextManager[None] = group()
     with context:
         rank = distributed.get_rank()
-        found = list(what(lambda num_chunks, num: Job(num_chunks, num, spilled)))
-        (folder / f"{rank}.json").write_text(json.dumps(found))
+        for what in sys.argv[1].split(","):
+            folder = Path(sys.argv[2]) / what
+            spilled = folder / "spilled"
+            spilled.mkdir(parents=True, exist_ok=True)
+            found = list(WHAT[what](partial(Job, folder=spilled)))
+            (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

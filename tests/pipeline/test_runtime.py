@@ -14,7 +14,7 @@ from torch import nn
 from packlight.activations.offload import HostTier
 from packlight.pipeline import Runtime, ScheduleError, Stage, grouped, uniform
 from tests.pipeline.real import with_copies
-from tests.torchrun import ENVIRONMENT, Found, found_by, free_port, torchrun
+from tests.torchrun import ENVIRONMENT, Found, all_found_by, free_port, torchrun
 
 SCRIPT = Path(__file__).parent / "real.py"
 
@@ -24,12 +24,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pipeline")
 
 
+TOGETHER = {
+    2: ("steps", "gradients", "bytes", "planned", "disagreeing", "replicated", "compiled"),
+    4: ("gradients", "bytes"),
+}
+
+
 @cache
+def start(whats: tuple[str, ...], num_ranks: int, folder: Path) -> dict[str, list[Found]]:
+    """Start a process for each rank by torchrun, once for all that these tests ask for."""
+    return all_found_by(num_ranks, SCRIPT, whats, folder / f"{num_ranks}-{whats[0]}")
+
+
 def run(what: str, num_ranks: int, folder: Path) -> list[Found]:
-    """Start a process for each rank by torchrun, and return what each found."""
-    own = folder / f"{what}-{num_ranks}"
-    found = found_by(num_ranks, SCRIPT, what, own)
-    assert not list((own / "spilled").iterdir())
+    """Return what each rank found; what fails has processes of its own."""
+    whats = TOGETHER[num_ranks] if what in TOGETHER[num_ranks] else (what,)
+    found = start(whats, num_ranks, folder)[what]
+    assert not list((folder / f"{num_ranks}-{whats[0]}" / what / "spilled").iterdir())
     return found
 
 
@@ -149,9 +160,9 @@ def test_a_rank_that_is_killed_ends_the_others_with_an_error_and_leaves_no_file(
         for each in started:
             each.kill()
     assert codes[1] == -9
-    assert not list((tmp_path / "spilled").iterdir())
+    assert not list((tmp_path / "killed" / "spilled").iterdir())
     for rank in (0, 2, 3):
-        (found,) = json.loads((tmp_path / f"{rank}.json").read_text())
+        (found,) = json.loads((tmp_path / "killed" / f"{rank}.json").read_text())
         assert found["error"] and found["seconds"] < 30 + 5  # the group's timeout
         assert found["stored"] == 0
 

@@ -1,6 +1,7 @@
 """Plans for named hardware with optimiser states in host memory: counted, bounded by the host's budget, and named."""
 
 import itertools
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ def step_of(host_budget: str | None, model: nn.Module) -> Profile:
     return profile(model, batch, optimizer, loss=summed, hardware=HARDWARE, link=link)
 
 
+@cache
+def usual_step(host_budget: str | None) -> Profile:
+    return step_of(host_budget, net())
+
+
+@cache
 def plan_for(budget: int | str, host_budget: int | str | None, *, exact: bool = False, release: bool = False) -> Plan:
     model = net()
     return plan(
@@ -116,9 +123,9 @@ def test_a_step_takes_the_longer_of_copies_and_kernels_and_both_where_each_param
 
 @pytest.mark.parametrize("host_budget", [None, "1MiB"])
 def test_without_room_on_the_host_states_stay(host_budget: str | None) -> None:
-    step = step_of(host_budget, net())
+    step = usual_step(host_budget)
     assert not [cost for cost in allowed_formats(step, exact=False) if cost.host_bytes]
-    assert allowed_formats(step_of(AMPLE, net()), exact=True) == [step_of(AMPLE, net()).optimizers[0]]
+    assert allowed_formats(usual_step(AMPLE), exact=True) == [usual_step(AMPLE).optimizers[0]]
 
 
 def test_room_on_the_host_makes_smaller_budgets_possible_and_the_plan_says_what_lies_there() -> None:
@@ -128,7 +135,7 @@ def test_room_on_the_host_makes_smaller_budgets_possible_and_the_plan_says_what_
     assert formats(with_host) == {"fp32"}, "where everything fits nothing is changed"
     made = plan_for(with_host.smallest_budget_bytes, AMPLE)
     (chosen,) = {name for name in formats(made) if name.endswith(ON_HOST)}
-    cost = hosted(step_of(AMPLE, net()))[chosen]
+    cost = hosted(usual_step(AMPLE))[chosen]
     assert made.estimate.host_peak_bytes >= cost.host_bytes
     assert made.estimate.device_peak_bytes <= with_host.smallest_budget_bytes
     assert chosen in str(made)
@@ -139,7 +146,7 @@ def test_room_on_the_host_makes_smaller_budgets_possible_and_the_plan_says_what_
 
 def test_the_budget_of_the_host_bounds_which_format_lies_there() -> None:
     tight = plan_for("16GiB", AMPLE).smallest_budget_bytes
-    costs = hosted(step_of(AMPLE, net()))
+    costs = hosted(usual_step(AMPLE))
     for name in ("8bit" + ON_HOST, "4bit" + ON_HOST):
         made = plan_for(int(1.05 * tight), costs[name].host_bytes)
         assert made.estimate.host_peak_bytes <= costs[name].host_bytes
@@ -195,7 +202,7 @@ def test_states_on_the_host_are_searched_for_with_all_that_may_be_done_besides()
 
 
 def test_a_place_is_no_loss_and_a_format_counts_once() -> None:
-    step = step_of(AMPLE, net())
+    step = usual_step(AMPLE)
     numbers = dict(zip((cost.state_format for cost in step.optimizers), lossiness(step.optimizers), strict=True))
     assert numbers == {"fp32": 0, "fp32@host": 1, "8bit": 1, "8bit@host": 2, "4bit": 2, "4bit@host": 3}
 
@@ -255,7 +262,7 @@ def test_such_a_plan_is_carried_out_on_a_model(monkeypatch: pytest.MonkeyPatch) 
         nn.init.normal_(param, std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     batch = torch.randn(4, 1024)
-    cost = next(each for each in hosted(step_of(AMPLE, net())).values() if each.formats == made.state_formats)
+    cost = next(each for each in hosted(usual_step(AMPLE)).values() if each.formats == made.state_formats)
     for device, host_bytes in (("cuda", cost.host_bytes), ("cpu", 0)):  # a CPU's own memory is no other
         watch = StepWatch(model, [optimizer])
         with monkeypatch.context() as patch:

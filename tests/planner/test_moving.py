@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -85,7 +86,10 @@ class LateTier(Shelf[bytes]):
         return OffloadError("full")
 
 
-def profiled(case: Case) -> Profile:
+@cache
+def profiled(name: str) -> Profile:
+    """The step of a case: shapes and names, which are those of every model of that name."""
+    case = CASES[name]()
     with mock.patch.object(trace, "MIN_BYTES", 0):  # the models are small
         step = profile(case.model, case.batch, None, loss=case.loss, seen=DROPPED)
     return replace(step, link=LINK)
@@ -126,8 +130,7 @@ def choices_of(step: Profile, costs: StepCost, treated: Mapping[str, Treatment])
 @pytest.mark.parametrize("num_groups", [0, 1, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_moved_groups_take_the_predicted_bytes(name: str, num_groups: int) -> None:
-    case = CASES[name]()
-    step = profiled(case)
+    step, case = profiled(name), CASES[name]()
     largest_bytes = max(StepCost(step).group_bytes(group) for group in StepCost(step).groups)
     costs = StepCost(step).through(max(1, num_groups * largest_bytes))
     treated = {name: Treatment("offload") for name in costs.groups if random.random() < 0.7}
@@ -145,8 +148,7 @@ def test_codes_that_move_take_no_more_than_predicted(name: str, num_groups: int)
 
     And where one function saves several tensors, those that are put first make room before the others are encoded.
     """
-    case = CASES[name]()
-    step = profiled(case)
+    step, case = profiled(name), CASES[name]()
     largest_bytes = max(StepCost(step).group_bytes(group) for group in StepCost(step).groups)
     costs = StepCost(step).through(max(1, num_groups * largest_bytes))
     able = [group for group in costs.groups.values() if group.can_encode and not has_sign(step, group)]
@@ -161,8 +163,7 @@ def test_codes_that_move_take_no_more_than_predicted(name: str, num_groups: int)
 
 def test_codes_and_scales_leave_a_window_one_after_the_other() -> None:
     """The codes of one group make room for those of another, and the first one's scales stay: 128 bytes."""
-    case = CASES["flat"]()
-    step = profiled(case)
+    step, case = profiled("flat"), CASES["flat"]()
     (largest_bytes,) = {StepCost(step).group_bytes(f"{place}:0") for place in (6, 9, 12, 15, 18, 21)}
     costs = StepCost(step).through(2 * largest_bytes)
     treated = {f"{place}:0": Treatment("compress+offload", "int8") for place in (6, 9, 12, 21)}
@@ -174,8 +175,7 @@ def test_codes_and_scales_leave_a_window_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_disk_takes_the_predicted_bytes(name: str, tmp_path: Path) -> None:
-    case = CASES[name]()
-    step = profiled(case)
+    step, case = profiled(name), CASES[name]()
     largest_bytes = max(StepCost(step).group_bytes(group) for group in StepCost(step).groups)
     costs = StepCost(step).through(2 * largest_bytes)
     treated = {name: Treatment("offload") for name in costs.groups if random.random() < 0.7}

@@ -11,7 +11,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 scaler = torch.amp.GradScaler("cpu")
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
 for step in range(6):
-    inputs = torch.randn(64, 64, 64)
+    inputs = torch.randn(16, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(inputs).float().pow(2).mean()
     optimizer.zero_grad(set_to_none=False)
