@@ -77,13 +77,16 @@ class Buffers:
                     yield owner._buffers, (position, name), buffer
 
     def parameters(self) -> list[Any]:
-        """Return every parameter likewise; `torch.func.functional_call` puts others in place for one call."""
+        """Return every parameter likewise; `torch.func.functional_call` puts others in place for one call.
+
+        A unit of `fully_shard` puts gathered ones in the place of its DTensors by itself, before the second run too.
+        """
         owners = (owner for module in self._modules for owner in module.modules())
         return [
             (owner._parameters, (position, name), parameter)
             for position, owner in enumerate(owners)
             for name, parameter in owner._parameters.items()
-            if parameter is not None
+            if parameter is not None and not _is_sharded_by_unit(owner)
         ]
 
     def attributes(self) -> Attributes:
@@ -120,6 +123,11 @@ class Buffers:
             for owner, key, _ in present:
                 owner[key[1]] = noted[key].clone()
         return present
+
+
+def _is_sharded_by_unit(owner: nn.Module) -> bool:
+    """Tell whether `fully_shard` manages a module's parameters."""
+    return bool(getattr(owner, "_is_fsdp_managed_module", False))
 
 
 def _differs(buffer: torch.Tensor, before: torch.Tensor) -> bool:

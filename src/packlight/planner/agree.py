@@ -27,22 +27,28 @@ class Agreement:
 
     Args:
         group: a process group of torch.distributed; None for one process.
+        is_shared: whether its ranks compute with what they gather from each other, so that none may do a part of a step
+            again or otherwise than the others. Replicas (DDP) agree on plans alone, for their states' formats.
     """
 
-    def __init__(self, group: Any = None) -> None:
-        self._group = group
+    def __init__(self, group: Any = None, *, is_shared: bool = True) -> None:
+        self._group, self._is_shared = group, is_shared
 
     @property
     def is_shared(self) -> bool:
-        """Whether there are others."""
-        return self._group is not None
+        """Whether a step is the work of several ranks."""
+        return self._group is not None and self._is_shared
 
     @property
     def leads(self) -> bool:
         """Whether this rank speaks for all."""
         from torch import distributed
 
-        return self._group is None or distributed.get_rank(self._group) == 0
+        return not self.is_shared or distributed.get_rank(self._group) == 0
+
+    def in_step(self) -> "Agreement":
+        """Return with whom a step's own choices are agreed on: with nobody, among replicas."""
+        return self if self.is_shared else Agreement()
 
     def made(self, make: Callable[[], tuple[Profile, Plan]]) -> tuple[Profile, Plan]:
         """Make a plan, and agree on it.
@@ -58,12 +64,15 @@ class Agreement:
         if self._group is None:
             return make()
         made: tuple[Profile, Plan] | None = None
-        refusal: _Refusal | None = None
+        refusal, failure = None, None
         try:
             made = make()
-        except (SessionStop, ValueError) as error:
+        except (SessionStop, Exception) as error:  # the others wait for an answer, whatever it is
             refusal = _Refusal(str(error), getattr(error, "exit_status", 0), getattr(error, "smallest_bytes", None))
+            failure = None if isinstance(error, SessionStop | ValueError) else error
         found = self._gathered((None if made is None else made[1], refusal))
+        if failure is not None:
+            raise failure
         refusals = [each for _, each in found if each is not None]
         if refusals:
             max(refusals, key=lambda each: each.smallest_bytes or 0).stop()

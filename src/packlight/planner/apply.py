@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from packlight.budget import Budget
-from packlight.planner.agree import Agreement
 from packlight.planner.carry import Adopted, adopt_formats, carry_out
-from packlight.planner.cut import cut_of
+from packlight.planner.cut import agreement_of
 from packlight.planner.listen import BackwardStandIn
 from packlight.planner.loop import Call, Loss, num_elements
 from packlight.planner.measure import StepWatch
@@ -96,8 +95,7 @@ class Applied:
 
     def _begin_to_mend(self, step: Profile | None, num_elements: int | None) -> None:
         """Repeat what fails for want of memory in the first steps, and hold their peak against the plan."""
-        cut = cut_of(self._model)
-        agreement = Agreement(cut.group if cut is not None else None)
+        agreement = agreement_of(self._model).in_step()
         options: Any = {"change": self._change, "tell": _warn, "num_steps": 2, "agreement": agreement}
         self._mend = Mend(self._model, self._watch, **options)
         self._mend.begin(self.plan, step, num_elements=num_elements)

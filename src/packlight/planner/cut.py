@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from packlight.optim.flat import Flat, Origin, flat_layout
+from packlight.planner.agree import Agreement
 from packlight.planner.loop import parameters_of, unwrapped
 from packlight.planner.timeline import storage_bytes
 from packlight.sharding import Sharding, fsdp
@@ -23,6 +24,7 @@ from packlight.sharding import Sharding, fsdp
 if TYPE_CHECKING:
     from packlight.sharding.zero import Engine
 
+_replicas: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
 _engines: "weakref.WeakKeyDictionary[nn.Module, Engine]" = weakref.WeakKeyDictionary()
 
 
@@ -58,7 +60,20 @@ def model_of(module: nn.Module) -> nn.Module:
             engine = zero.Engine(module)
             _engines[engine.model] = engine
             return engine.model
-    return unwrapped(module)
+    model = unwrapped(module)
+    if model is not module:
+        _replicas[model] = module.process_group
+    return model
+
+
+def agreement_of(model: nn.Module) -> Agreement:
+    """Return with whom plans for a model are agreed on: ranks that share its states, or have replicas of it.
+
+    Raises:
+        ValueError: it is cut in a way that plans are not made for.
+    """
+    cut = cut_of(model)
+    return Agreement(cut.group) if cut is not None else Agreement(_replicas.get(model), is_shared=False)
 
 
 def cut_of(model: nn.Module) -> Cut | None:

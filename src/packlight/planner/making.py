@@ -12,10 +12,9 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.budget import Budget, BudgetError
-from packlight.planner.agree import Agreement
 from packlight.planner.beside import other_bytes
 from packlight.planner.curve import with_curve
-from packlight.planner.cut import cut_of
+from packlight.planner.cut import agreement_of
 from packlight.planner.hardware import measure
 from packlight.planner.known_hardware import named
 from packlight.planner.loop import Call, Seen
@@ -49,10 +48,9 @@ class Maker:
         self.is_busy = False
         self.held: Plan | None = None
         try:
-            cut = cut_of(model)
+            self.agreement = agreement_of(model)
         except ValueError as error:
             raise SessionStop(str(error), exit_status=2) from error
-        self.agreement = Agreement(cut.group if cut is not None else None)
 
     def other_bytes(self) -> int | None:
         """Return the bytes that live beside the model and its optimisers before the first step; None elsewhere."""
@@ -180,9 +178,14 @@ class Maker:
         """
         if limit_bytes is None or limit_bytes >= budget_bytes:
             return *self.make_together(call, seen, before=before), ""
-        step, plan, fits = self.make_or_least(call, seen, budget=limit_bytes, before=before)
-        title = "" if fits else "with nothing that fits what there was when memory ran out, the smallest "
-        return step, replace(plan, budget_bytes=budget_bytes), title
+        titles = []
+
+        def tight() -> tuple[Profile, Plan]:
+            step, plan, fits = self.make_or_least(call, seen, budget=limit_bytes, before=before)
+            titles.append("" if fits else "with nothing that fits what there was when memory ran out, the smallest ")
+            return step, replace(plan, budget_bytes=budget_bytes)
+
+        return *self.agreement.made(tight), titles[0]
 
 
 def _noted(step: Profile, model: nn.Module) -> Profile:

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from packlight.budget import Budget, format_bytes
-from packlight.planner.agree import Agreement
 from packlight.planner.beside import other_bytes
-from packlight.planner.cut import cut_of
+from packlight.planner.cut import agreement_of
 from packlight.planner.hardware import measure
 from packlight.planner.known_hardware import named
 from packlight.planner.links import find_link, unused
@@ -154,9 +153,7 @@ def profiled(
     if world is not None:
         ranks = World(world) if isinstance(world, int) else world
         solver = solver_in(ranks, model=model, optimizers=listed(optimizer), hardware=known, solver=solver)
-    cut = cut_of(model)
-    agreement = Agreement(cut.group if cut is not None else None)
-    return agreement.made(lambda: fastest_split(tried, step_of, solver))
+    return agreement_of(model).made(lambda: fastest_split(tried, step_of, solver))
 
 
 def _beside_whole(step: Profile, whole: Profile, *, is_cut: bool) -> Profile:

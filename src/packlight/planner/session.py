@@ -179,7 +179,7 @@ class Session(Listener):
                 change=self._change,
                 tell=self._tell,
                 num_steps=num_steps,
-                agreement=self._agreement,
+                agreement=self._agreement.in_step(),
             )
             self._mend.begin(plan, self._step, is_final=self._first is None)
 

@@ -139,8 +139,8 @@ def found_cuts(model: nn.Module) -> tuple[list[Cut], int]:
     """Return the units of a model that `fully_shard` was applied to, and over how many ranks rows are cut.
 
     Raises:
-        ValueError: it is cut in a way that is not planned for: over several meshes, along other axes than rows, or with
-            shares in a GPU's host memory.
+        ValueError: it is cut in a way that is not planned for: over several meshes or with replicas, along other axes
+            than rows, or with shares in a GPU's host memory.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     cuts, sizes = list[Cut](), set[int]()
@@ -150,7 +150,7 @@ def found_cuts(model: nn.Module) -> tuple[list[Cut], int]:
         state = module._get_fsdp_state()
         for group in _groups(state):
             own = [_weight(each, names) for each in group.fsdp_params]
-            _refuse_offload(group)
+            _refuse_others(group)
             sizes.add(_ranks_of(group))
             keeps = not group._reshard_after_forward or (
                 is_root and getattr(state, "_auto_reshard_after_forward", True)
@@ -169,10 +169,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def process_group(model: nn.Module) -> Any:
-    """Return the process group over which rows are cut; that of the replicas where none are."""
+    """Return the process group over which rows are cut."""
     _, module = next(_units(model))
-    mesh = _groups(module._get_fsdp_state())[0].mesh_info
-    return getattr(mesh, "shard_process_group", None) or mesh.replicate_process_group
+    return _groups(module._get_fsdp_state())[0].mesh_info.shard_process_group
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -191,7 +190,12 @@ def _groups(state: Any) -> list[Any]:
     return list(groups)
 
 
-def _refuse_offload(group: Any) -> None:
+def _refuse_others(group: Any) -> None:
+    if getattr(group.mesh_info, "replicate_process_group", None) is not None:
+        raise ValueError(
+            "fully_shard replicates shares over a second axis of the mesh (HSDP), which is not planned for; wanted a "
+            "mesh of one axis"
+        )
     if type(group.offload_policy).__name__ == "CPUOffloadPolicy" and group.device.type != "cpu":
         raise ValueError(
             "fully_shard keeps shares in host memory (CPUOffloadPolicy), which is not planned for yet; leave it out"
