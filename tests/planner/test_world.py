@@ -123,6 +123,7 @@ def test_in_sixteen_bits_deepspeeds_stages_have_fp32_copies_to_step_and_others_h
     plan = made("1GiB", 4, dtype=torch.bfloat16)
     with torch.device("meta"):
         numel = sum(each.numel() for each in Decoder().parameters())
+    assert any("which trains differently" in note for note in plan.notes)
     found = rows(plan)
     assert found["DDP"].parameter_bytes == 2 * numel  # type: ignore[attr-defined]
     assert 2 * numel + numel <= found["ZeRO-2"].parameter_bytes < 2 * numel + 1.01 * numel  # type: ignore[attr-defined]

@@ -50,6 +50,12 @@ LIVE_ELEMENTS = 100_000_000
 """`stage3_max_live_parameters` and `stage3_max_reuse_distance`: of DeepSpeed's own, a tenth."""
 
 
+IN_SIXTEEN_BITS = (
+    "in 16 bits DeepSpeed steps fp32 copies of the parameters, DDP and FSDP2 the parameters themselves, which trains "
+    "differently; --engine leaves one of them"
+)
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks that a plan is for.
@@ -240,7 +246,9 @@ def fastest_sharding(
         for at, (way, each) in enumerate(tried)
     )
     asked = replace(tried[chosen][0].asked, link_bytes_per_second=link, rows=rows, binds=_binds(plan, rows[chosen]))
-    return seen, replace(beside_plain(plan, plain), sharding=asked)
+    differ = asked.dtype in ("bfloat16", "float16") and len({way.sharding.engine for way in found}) > 1
+    notes = (*plan.notes, *[IN_SIXTEEN_BITS] * differ)
+    return seen, replace(beside_plain(plan, plain), sharding=asked, notes=notes)
 
 
 def _refusal(errors: Mapping[str, BudgetError]) -> str:
