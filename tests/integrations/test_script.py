@@ -19,7 +19,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 CASES = {
     "plain_gpt": ("plain_gpt.py", "--steps", "4"),
     "llama_transformers": ("llama_transformers.py", "--steps", "4"),
-    "bert_accumulate": ("bert_accumulate.py", "--steps", "4", "--accumulate", "2", "--batch", "3", "--context", "64"),
+    "bert_accumulate": ("bert_accumulate.py", "--steps", "4", "--accumulate", "2", "--batch", "6"),
     "digits_convnet": ("digits_convnet.py", "--steps", "5"),
     "run_by_module_name": ("-m", "packaged.train", "--steps", "4"),
     "evaluate_and_save": ("evaluate_and_save.py", "--steps", "6"),
