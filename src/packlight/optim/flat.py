@@ -58,20 +58,25 @@ class Origin(NamedTuple):
 
     @property
     def piece_format(self) -> str:
-        """The name of what a fragment is stored as.
+        """The name of what a fragment is stored as; errors are `fragment_format`'s."""
+        return fragment_format(self.state_format, self.shape)
 
-        Raises:
-            ValueError: the format's scales are of whole tensors.
-        """
-        moments = moment_formats(self.state_format, self.shape)
-        if moments[1] is ROOT_MATRIX:
-            moments = moments[0], ROOT_BLOCKS
-        if moments not in PIECE_FORMATS:
-            raise ValueError(
-                f"state format {self.state_format!r} came for parameters that ZeRO has put into a flat partition, and "
-                "its scales are of whole tensors; '4bit', '8bit', 'fp8' or 'fp32' was wanted"
-            )
-        return PIECE_FORMATS[moments]
+
+def fragment_format(state_format: str, shape: tuple[int, ...]) -> str:
+    """Return the name of what a fragment of a parameter of that shape is stored as.
+
+    Raises:
+        ValueError: the format's scales are of whole tensors.
+    """
+    moments = moment_formats(state_format, shape)
+    if moments[1] is ROOT_MATRIX:
+        moments = moments[0], ROOT_BLOCKS
+    if moments not in PIECE_FORMATS:
+        raise ValueError(
+            f"state format {state_format!r} came for parameters that ZeRO has put into a flat partition, and "
+            "its scales are of whole tensors; '4bit', '8bit', 'fp8' or 'fp32' was wanted"
+        )
+    return PIECE_FORMATS[moments]
 
 
 def shape_of(param: Tensor) -> tuple[int, ...]:

@@ -2,8 +2,7 @@
 
 import torch
 
-from packlight.numerics import moment_formats
-from packlight.numerics.formats import PIECE_FORMATS, ROOT_BLOCKS, ROOT_MATRIX
+from packlight.optim.flat import fragment_format
 from packlight.optim.layout import gathered_layout
 from packlight.optim.state import MOMENTS, state_bytes
 
@@ -37,10 +36,4 @@ def fragment_bytes(shape: tuple[int, ...], numel: int, state_format: str) -> int
     Raises:
         ValueError: the format is of whole tensors.
     """
-    first, second = moment_formats(state_format, shape)
-    name = PIECE_FORMATS.get((first, ROOT_BLOCKS if second is ROOT_MATRIX else second))
-    if name is None:
-        raise ValueError(
-            f"state format {state_format!r} is of whole tensors; '4bit', '8bit', 'fp8' or 'fp32' was wanted"
-        )
-    return state_bytes((numel,), torch.float32, name, moments=MOMENTS)
+    return state_bytes((numel,), torch.float32, fragment_format(state_format, shape), moments=MOMENTS)

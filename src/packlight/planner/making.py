@@ -5,7 +5,7 @@ it after. While one is made the model runs on fake tensors, and what a listener 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -114,19 +114,16 @@ class Maker:
     def _solve(self, step: Profile, allowed: Budget) -> Plan:
         """Solve; once the optimiser has stepped, gradients go on living as they do."""
         exact, world = self._settings.exact, self._settings.world
-        if world is not None:
-            solver = functools.partial(
-                solve_releasing if self._settings.release_gradients else solve, budget=allowed, exact=exact
-            )
-            hardware = named(self._settings.hardware)
-            return solver_in(world, model=self._model, optimizers=self._optimizers, hardware=hardware, solver=solver)(
-                step
-            )
-        if self.held is None and self._settings.release_gradients:
-            return solve_releasing(step, allowed, exact=exact)
         if self.held is not None and self.held.releases_gradients:
             return as_released(solve(as_planned(step, self.held), allowed, exact=exact), step)
-        return solve(step, allowed, exact=exact)
+        releases = self.held is None and self._settings.release_gradients
+        solver: Callable[[Profile], Plan] = functools.partial(
+            solve_releasing if releases else solve, budget=allowed, exact=exact
+        )
+        if world is not None:
+            hardware = named(self._settings.hardware)
+            solver = solver_in(world, model=self._model, optimizers=self._optimizers, hardware=hardware, solver=solver)
+        return solver(step)
 
     def make_or_least(
         self, call: Call, seen: Seen, *, budget: int | None = None, before: Plan | None = None

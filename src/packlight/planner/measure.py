@@ -27,7 +27,7 @@ from torch import nn
 from packlight.planner.cut import stepped_by
 from packlight.planner.listen import ModuleHook
 from packlight.planner.loop import Seen
-from packlight.planner.resident import reset_resident_peak, resident_bytes
+from packlight.planner.process import reset_resident_peak, resident_bytes
 from packlight.planner.tail import TailWatch
 from packlight.planner.timeline import (
     Resizes,

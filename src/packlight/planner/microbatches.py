@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from packlight.budget import BudgetError, least_of
-from packlight.planner.cost import Cost, StepCost
-from packlight.planner.outcome import beside_plain
+from packlight.planner.outcome import beside_plain, plain_cost
 from packlight.planner.profile import ProfileError
 from packlight.planner.program import rated
 from packlight.records import Plan
@@ -103,7 +102,7 @@ def fastest_split(
         ProfileError: the whole batch cannot be traced; a part that cannot is left out, with a note.
     """
     whole = step_of(1)
-    plain = functools.cache(lambda: _plain(whole))
+    plain = functools.cache(lambda: plain_cost(whole))
     found, errors, notes = list[tuple[float, Profile, Plan]](), list[BudgetError](), list[str]()
     for position, num in enumerate(tried):
         try:
@@ -126,7 +125,3 @@ def fastest_split(
     _, step, made = min(found, key=lambda each: each[0])
     least_bytes = min(each for each in smallest if each is not None)
     return step, replace(made, smallest_budget_bytes=least_bytes, notes=(*made.notes, *notes))
-
-
-def _plain(step: Profile) -> Cost:
-    return StepCost(step).price((), step.optimizers[0] if step.optimizers else None)

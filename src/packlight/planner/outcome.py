@@ -11,7 +11,7 @@ from packlight.planner.moving import order_of_use
 from packlight.planner.options import by_name
 from packlight.planner.search import Chosen
 from packlight.records import Choice, Estimate, Plan
-from packlight.step import OptimizerCost, Save
+from packlight.step import OptimizerCost, Profile, Save
 
 
 def plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, exact: bool, smallest_bytes: int) -> Plan:
@@ -137,6 +137,11 @@ def _held_seconds(saves: Collection[Save]) -> float:
 def treated_by(plan: Plan) -> dict[str, Treatment]:
     """Return what a plan does with groups, as `StepCost.price` takes it."""
     return {each.group: Treatment(each.choice, each.codec) for each in plan.choices if each.sites}
+
+
+def plain_cost(step: Profile) -> Cost:
+    """Return what a step costs if nothing is changed."""
+    return StepCost(step).price((), step.optimizers[0] if step.optimizers else None)
 
 
 def beside_plain(made: Plan, plain: Cost) -> Plan:

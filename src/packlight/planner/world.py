@@ -22,16 +22,16 @@ from torch import nn
 
 from packlight.activations.blocks import find_blocks
 from packlight.budget import BudgetError, format_bytes, least_of
-from packlight.planner.cost import Cost, StepCost
+from packlight.planner.cost import Cost
 from packlight.planner.known_hardware import Hardware
-from packlight.planner.outcome import beside_plain
+from packlight.planner.outcome import beside_plain, plain_cost
 from packlight.planner.sharded import on_rank, state_bytes
 from packlight.ranks import Sharded, ShardingRow
 from packlight.records import Plan
 from packlight.sharding import Sharding, fsdp, weights_of
 from packlight.sharding.ddp import ddp_sharding
 from packlight.sharding.stages import ZeroOptions, zero_sharding
-from packlight.step import OptimizerCost, Profile
+from packlight.step import Profile
 
 ENGINES = ("ddp", "zero", "fsdp")
 
@@ -48,7 +48,6 @@ BUCKET_ELEMENTS = 50_000_000
 
 LIVE_ELEMENTS = 100_000_000
 """`stage3_max_live_parameters` and `stage3_max_reuse_distance`: of DeepSpeed's own, a tenth."""
-
 
 IN_SIXTEEN_BITS = (
     "in 16 bits DeepSpeed steps fp32 copies of the parameters, DDP and FSDP2 the parameters themselves, which trains "
@@ -133,11 +132,7 @@ def solver_in(
         A function of a profile; it raises BudgetError where nothing fits.
     """
     found, link = ways(model, optimizers, world), world.link(hardware)
-
-    def solve_in_world(step: Profile) -> Plan:
-        return fastest_sharding(step, found, link=link, solver=solver)[1]
-
-    return solve_in_world
+    return functools.partial(fastest_sharding, found=found, link=link, solver=solver)
 
 
 def zero_options(stage: int, num_ranks: int, *, numel: int) -> ZeroOptions:
@@ -208,9 +203,7 @@ def _times(step: Profile, sharding: Sharding, link: float) -> _Times:
     )
 
 
-def fastest_sharding(
-    step: Profile, found: Sequence[Way], *, link: float, solver: Callable[[Profile], Plan]
-) -> tuple[Profile, Plan]:
+def fastest_sharding(step: Profile, found: Sequence[Way], *, link: float, solver: Callable[[Profile], Plan]) -> Plan:
     """Choose among shardings.
 
     Args:
@@ -220,35 +213,34 @@ def fastest_sharding(
         solver: makes a plan for a profile.
 
     Returns:
-        The profile as a rank sees it, and the fastest plan, whose `sharding` has a row for each that was weighed.
+        The fastest plan, whose `sharding` has a row for each that was weighed.
 
     Raises:
         BudgetError: nothing fits under any of them; it names the smallest budget that would.
     """
-    plain = _plain(step)
-    tried = [(way, seen_by_rank(step, way.sharding, link)) for way in found]
-    tried.sort(key=lambda each: each[1].seconds)
-    made, errors = dict[int, tuple[Profile, Plan]](), dict[str, BudgetError]()
-    for at, (way, seen) in enumerate(tried):
-        best = min((plan.estimate.step_seconds for _, plan in made.values()), default=None)
-        if best is not None and _plain(seen).seconds >= best:
+    seen = [(way, seen_by_rank(step, way.sharding, link)) for way in found]
+    tried = [(way, rank, plain_cost(rank)) for way, rank in sorted(seen, key=lambda each: each[1].seconds)]
+    made, errors = dict[int, Plan](), dict[str, BudgetError]()
+    for at, (way, rank, as_it_is) in enumerate(tried):
+        best = min((plan.estimate.step_seconds for plan in made.values()), default=None)
+        if best is not None and as_it_is.seconds >= best:
             continue  # it cannot be faster
         try:
-            made[at] = seen, solver(seen)
+            made[at] = solver(rank)
         except BudgetError as error:
             errors[way.sharding.name] = error
     if not made:
         raise BudgetError(_refusal(errors), smallest_bytes=least_of(errors.values()).smallest_bytes)
-    chosen = min(made, key=lambda at: made[at][1].estimate.step_seconds)  # of several the one with least communication
-    seen, plan = made[chosen]
+    chosen = min(made, key=lambda at: made[at].estimate.step_seconds)  # of several the one with least communication
+    plan = made[chosen]
     rows = tuple(
-        _row(way, each, step, link=link, made=made.get(at), is_chosen=at == chosen)
-        for at, (way, each) in enumerate(tried)
+        replace(_row(way.sharding, step, rank, as_it_is=as_it_is, link=link, plan=made.get(at)), is_chosen=at == chosen)
+        for at, (way, rank, as_it_is) in enumerate(tried)
     )
     asked = replace(tried[chosen][0].asked, link_bytes_per_second=link, rows=rows, binds=_binds(plan, rows[chosen]))
     differ = asked.dtype in ("bfloat16", "float16") and len({way.sharding.engine for way in found}) > 1
     notes = (*plan.notes, *[IN_SIXTEEN_BITS] * differ)
-    return seen, replace(beside_plain(plan, plain), sharding=asked, notes=notes)
+    return replace(beside_plain(plan, plain_cost(step)), sharding=asked, notes=notes)
 
 
 def _refusal(errors: Mapping[str, BudgetError]) -> str:
@@ -257,39 +249,23 @@ def _refusal(errors: Mapping[str, BudgetError]) -> str:
     return f"{least_of(errors.values())}, on more ranks, or on other hardware; on each rank the least is {needs}"
 
 
-def _plain(step: Profile) -> Cost:
-    return StepCost(step).price((), step.optimizers[0] if step.optimizers else None)
-
-
 def _row(
-    way: Way,
-    seen: Profile,
-    step: Profile,
-    *,
-    link: float,
-    made: tuple[Profile, Plan] | None,
-    is_chosen: bool,
+    sharding: Sharding, step: Profile, seen: Profile, *, as_it_is: Cost, link: float, plan: Plan | None
 ) -> ShardingRow:
-    sharding, times = way.sharding, _times(step, way.sharding, link)
-    num = step.num_microbatches
+    num, times = step.num_microbatches, _times(step, sharding, link)
     gradients = sum(each.num_bytes for each in seen.storages if each.is_gradient and each.died >= seen.num_events)
     return ShardingRow(
         name=sharding.name,
         parameter_bytes=sharding.parameter_bytes + sharding.master_bytes,
         gradient_bytes=gradients + seen.resident_bytes.get("gradients", 0),
-        state_bytes={name: size for each in step.optimizers for name, size in _states(each, sharding)},
+        state_bytes={each.state_format: state_bytes(each, sharding) for each in step.optimizers if not each.host_bytes},
         buffer_bytes=sharding.buffer_bytes + sharding.persistent_bytes + sharding.backward_bytes,
-        plain_peak_bytes=_plain(seen).peak_bytes,
+        plain_peak_bytes=as_it_is.peak_bytes,
         sent_bytes=num * (sharding.gathered_bytes + sharding.sent_bytes) + sharding.after_bytes,
         communication_seconds=num * (times.alone - times.after) + times.after,
         exposed_seconds=num * (times.forward + times.backward) + times.after,
-        step_seconds=made[1].estimate.step_seconds if made else None,
-        is_chosen=is_chosen,
+        step_seconds=None if plan is None else plan.estimate.step_seconds,
     )
-
-
-def _states(cost: OptimizerCost, sharding: Sharding) -> list[tuple[str, int]]:
-    return [(cost.state_format, state_bytes(cost, sharding))] if not cost.host_bytes else []
 
 
 def _binds(plan: Plan, row: ShardingRow) -> str:

@@ -4,9 +4,13 @@ ZeRO (arXiv 1910.02054) names the states that need not be on every rank: the opt
 parameters (3). DeepSpeed and torch's FSDP2 do it; here is what each of them holds on a rank and when, byte for byte,
 and how it is told to do what a plan says.
 
-    shards.py   what a rank holds of a model, whoever cuts it
-    fsdp.py     torch's fully_shard: what it holds of a model at hand or to come, and how it is applied
-    zero.py     DeepSpeed's stages 0 to 3, as the formulas of its code say; and its config
+    shards.py    what a rank holds of a model, whoever cuts it: the record that the others make
+    ddp.py       replicas
+    fsdp.py      torch's fully_shard: of a model at hand or to come; and how it is applied
+    stages.py    DeepSpeed's ZeRO, stages 0 to 3, from shapes alone
+    residual.py  its ZeRO-R: inputs of checkpointed blocks
+    zero.py      its engine at hand, and its config from a plan; imports deepspeed
+    bare.py      modules without an engine's hooks, to be copied
 
 >>> import torch
 >>> from packlight.sharding import weights_of

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from packlight.records import Plan
+from packlight.sharding.bare import bare
 from packlight.sharding.shards import Sharding, Share, Unit, Weight
 
 
@@ -225,38 +226,20 @@ def hidden(model: nn.Module) -> Iterator[None]:
     if not found:
         yield
         return
-    everywhere = [each for module in model.modules() for each in [(module, dict(module.__dict__))]]
     states = {id(state) for _, _, state in found}
+
+    def is_of_state(hook: Any) -> bool:
+        is_fsdp2s = getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
+        return is_fsdp2s or id(getattr(hook, "__self__", None)) in states
+
     try:
         for module, kind, _ in found:
             module.__class__ = kind.__bases__[1]
-        for module, _ in everywhere:
-            _drop(module, states)
-        yield
+        with bare(model, is_engines_key=lambda key: key.startswith("__composable_api"), is_engines_hook=is_of_state):
+            yield
     finally:
-        for module, before in everywhere:
-            module.__dict__.clear()
-            module.__dict__.update(before)
         for module, kind, _ in found:
             module.__class__ = kind
-
-
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-
-
-def _drop(module: nn.Module, states: set[int]) -> None:
-    """Let a module have no state of fully_shard's, nor hooks of it; the dictionaries that it had stay as they are."""
-    attributes = module.__dict__
-    for key in [key for key in attributes if key.startswith("__composable_api")]:
-        del attributes[key]
-    for name in HOOKS:
-        hooks = attributes[name]
-        attributes[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_of(hook, states))
-
-
-def _is_of(hook: Any, states: set[int]) -> bool:
-    owner = getattr(hook, "__self__", None)
-    return id(owner) in states or getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
 
 
 def cast(model: nn.Module, cuts: Iterable[Cut]) -> list[RemovableHandle]:

@@ -15,6 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from packlight.records import Plan
+from packlight.sharding.bare import bare
 from packlight.sharding.shards import Sharding, Weight
 from packlight.sharding.stages import ZeroOptions, zero_sharding
 
@@ -153,16 +154,11 @@ class Engine:
     @contextmanager
     def hidden(self) -> Iterator[None]:
         """Give the optimiser the model's own parameters, and the modules no hooks, for as long as they are copied."""
-        modules = [(module, dict(module.__dict__)) for module in self.model.modules()]
-        try:
-            for module, _ in modules:
-                _drop(module)
+        with bare(self.model, is_engines_key=lambda key: key.startswith(OWN), is_engines_hook=_is_deepspeeds):
+            for module in self.model.modules():  # stage 3 has dictionaries of a kind of its own
+                module.__dict__["_parameters"] = dict(module.__dict__["_parameters"].items())
             with self._whole_optimizer():
                 yield
-        finally:
-            for module, attributes in modules:
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
 
     @contextmanager
     def _whole_optimizer(self) -> Iterator[None]:
@@ -192,21 +188,8 @@ def _shape(param: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 OWN = ("ds_", "_ds_", "_external_params", "_original_parameters", "all_parameters", "z3_", "_autocast")
-
-
-def _drop(module: nn.Module) -> None:
-    """Let a module have nothing of DeepSpeed's; the dictionaries that it had stay as they are."""
-    attributes = module.__dict__
-    for key in [key for key in attributes if key.startswith(OWN)]:
-        del attributes[key]
-    for name in HOOKS:
-        hooks = attributes[name]
-        kept = ((key, hook) for key, hook in hooks.items() if not _is_deepspeeds(hook))
-        attributes[name] = type(hooks)(kept)
-    if type(attributes["_parameters"]) is not dict:
-        attributes["_parameters"] = dict(attributes["_parameters"].items())
+"""What DeepSpeed's attributes of modules begin with."""
 
 
 def _is_deepspeeds(hook: Any) -> bool:
