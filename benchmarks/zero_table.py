@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import packlight
-from packlight.planner.world import World
+from packlight.planner.request import World
 from packlight.sharding.stages import paper_bytes
 
 WORLDS = (1, 4, 16, 64)

@@ -325,7 +325,7 @@ def _run(
 
 def _world(options: Mapping[str, Any]) -> Any:
     """Return the ranks that are asked for."""
-    from packlight.planner.world import World
+    from packlight.planner.request import World
 
     num_ranks, engine, link = (options.get(name) for name in ("world", "engine", "link"))
     if num_ranks is None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import packlight
 from packlight.budget import BudgetError
 from packlight.planner.known_hardware import named
-from packlight.planner.world import World, seen_by_rank, ways
+from packlight.planner.request import World
+from packlight.planner.world import seen_by_rank, ways
 from packlight.records import Plan
 
 

@@ -121,7 +121,7 @@ def configured() -> dict[str, Any]:
     import deepspeed
 
     import packlight
-    from packlight.planner.world import World
+    from packlight.planner.request import World
     from packlight.sharding.zero import config
 
     num_ranks = distributed.get_world_size()
@@ -232,12 +232,25 @@ def fsdp() -> list[dict[str, Any]]:
                 "said": said.parameter_bytes,
                 "same": at_hand == said,
                 "trains": _trains(model),
+                "refusal": _refusal_of_world(model),
             }
         )
     half = Decoder()
     fully_shard(half, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     (cut,), _ = cutting.found_cuts(half)
     return [*found, {"gathered": str(cut.gathered_dtype), "kept": cut.is_kept}]
+
+
+def _refusal_of_world(model: nn.Module) -> str:
+    """Ask for a plan that would cut a model once more; return why there is none."""
+    import packlight
+
+    try:
+        ids = torch.zeros(2, LENGTH, dtype=torch.long)
+        packlight.plan(model, ids, torch.optim.AdamW(model.parameters()), budget="1GiB", world=4)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _trains(model: nn.Module) -> bool:

@@ -52,4 +52,5 @@ def test_what_fully_shard_holds_is_what_shapes_say_and_a_cut_model_tells_how_it_
         *cut, half = found
         for each in cut:
             assert each["held"] == each["said"] and each["same"] and each["trains"], each
+            assert "cut over processes already" in each["refusal"]
         assert half == {"gathered": "torch.bfloat16", "kept": True}

@@ -22,8 +22,9 @@ from packlight.planner.loop import Loss, Seen, listed
 from packlight.planner.microbatches import NOT_SPLIT, fastest_split, numbers, split
 from packlight.planner.profile import profile
 from packlight.planner.released import solve_releasing
+from packlight.planner.request import World
 from packlight.planner.solve import solve
-from packlight.planner.world import World, solver_in
+from packlight.planner.world import solver_in
 from packlight.records import Plan
 from packlight.step import Profile
 

@@ -1,4 +1,4 @@
-"""What is asked of a session, and how a session ends a script.
+"""What is asked of a session, for which ranks, and how a session ends a script.
 
 A plan is made in the middle of somebody else's program, many calls deep, so whatever is wrong there has to travel up
 through code that may catch errors. `SessionStop` is therefore no `Exception`, like `SystemExit`.
@@ -10,11 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from packlight.budget import Budget, parse_bytes
-from packlight.planner.known_hardware import named
+from packlight.planner.known_hardware import Hardware, named
 from packlight.planner.links import find_link, host_memory_bytes, unused
-from packlight.planner.world import World
 from packlight.records import Plan
 from packlight.step import Link
+
+ENGINES = ("ddp", "zero", "fsdp")
+
+# An assumption: 10 Gb/s.
+UNKNOWN_LINK_BYTES_PER_SECOND = 1.25e9
+"""Of ranks on hardware that is at hand, whose network nobody has named."""
 
 
 class SessionStop(BaseException):
@@ -25,6 +30,36 @@ class SessionStop(BaseException):
         super().__init__(message)
         self.exit_status = exit_status
         self.smallest_bytes = smallest_bytes
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks that a plan is for.
+
+    Attributes:
+        num_ranks: each has the batch that is given, and a share of the states.
+        engine: one of `ENGINES`; None: whichever is fastest.
+        link_bytes_per_second: what a rank sends to the next; None: the hardware's, or 10 Gb/s.
+    """
+
+    num_ranks: int
+    engine: str | None = None
+    link_bytes_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be planned for."""
+        if self.num_ranks < 1:
+            raise ValueError(f"world {self.num_ranks} came; wanted the number of ranks, 1 or more")
+        if self.engine is not None and self.engine not in ENGINES:
+            raise ValueError(f"engine {self.engine!r} came; wanted one of {', '.join(ENGINES)}")
+        if self.link_bytes_per_second is not None and self.link_bytes_per_second <= 0:
+            raise ValueError(f"a link of {self.link_bytes_per_second} bytes a second came; wanted more than 0")
+
+    def link(self, hardware: Hardware | None) -> float:
+        """Return what a rank sends to the next, in bytes a second."""
+        if self.link_bytes_per_second is not None:
+            return self.link_bytes_per_second
+        return UNKNOWN_LINK_BYTES_PER_SECOND if hardware is None else hardware.link_bytes_per_second(self.num_ranks)
 
 
 @dataclass(frozen=True)

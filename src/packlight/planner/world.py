@@ -23,8 +23,10 @@ from torch import nn
 from packlight.activations.blocks import find_blocks
 from packlight.budget import BudgetError, format_bytes, least_of
 from packlight.planner.cost import Cost
+from packlight.planner.cut import cut_of
 from packlight.planner.known_hardware import Hardware
 from packlight.planner.outcome import beside_plain, plain_cost
+from packlight.planner.request import World
 from packlight.planner.sharded import on_rank, state_bytes
 from packlight.ranks import Sharded, ShardingRow
 from packlight.records import Plan
@@ -33,15 +35,9 @@ from packlight.sharding.ddp import ddp_sharding
 from packlight.sharding.stages import ZeroOptions, zero_sharding
 from packlight.step import Profile
 
-ENGINES = ("ddp", "zero", "fsdp")
-
 # An assumption: NCCL starts a collective over a few ranks in 10 to 30 us.
 MESSAGE_SECONDS = 20e-6
 """What a collective takes besides its bytes."""
-
-# An assumption: 10 Gb/s.
-UNKNOWN_LINK_BYTES_PER_SECOND = 1.25e9
-"""Of ranks on hardware that is at hand, whose network nobody has named."""
 
 BUCKET_ELEMENTS = 50_000_000
 """`reduce_bucket_size` and the prefetch of stage 3 in configs that packlight makes: a tenth of DeepSpeed's own."""
@@ -53,36 +49,6 @@ IN_SIXTEEN_BITS = (
     "in 16 bits DeepSpeed steps fp32 copies of the parameters, DDP and FSDP2 the parameters themselves, which trains "
     "differently; --engine leaves one of them"
 )
-
-
-@dataclass(frozen=True)
-class World:
-    """The ranks that a plan is for.
-
-    Attributes:
-        num_ranks: each has the batch that is given, and a share of the states.
-        engine: one of `ENGINES`; None: whichever is fastest.
-        link_bytes_per_second: what a rank sends to the next; None: the hardware's, or 10 Gb/s.
-    """
-
-    num_ranks: int
-    engine: str | None = None
-    link_bytes_per_second: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be planned for."""
-        if self.num_ranks < 1:
-            raise ValueError(f"world {self.num_ranks} came; wanted the number of ranks, 1 or more")
-        if self.engine is not None and self.engine not in ENGINES:
-            raise ValueError(f"engine {self.engine!r} came; wanted one of {', '.join(ENGINES)}")
-        if self.link_bytes_per_second is not None and self.link_bytes_per_second <= 0:
-            raise ValueError(f"a link of {self.link_bytes_per_second} bytes a second came; wanted more than 0")
-
-    def link(self, hardware: Hardware | None) -> float:
-        """Return what a rank sends to the next, in bytes a second."""
-        if self.link_bytes_per_second is not None:
-            return self.link_bytes_per_second
-        return UNKNOWN_LINK_BYTES_PER_SECOND if hardware is None else hardware.link_bytes_per_second(self.num_ranks)
 
 
 @dataclass(frozen=True)
@@ -130,7 +96,15 @@ def solver_in(
 
     Returns:
         A function of a profile; it raises BudgetError where nothing fits.
+
+    Raises:
+        ValueError: the model is cut over processes already, so its profile is a rank's.
     """
+    if cut_of(model) is not None:
+        raise ValueError(
+            "the model's states are cut over processes already, and world plans how to cut a whole one; leave it out or "
+            "give the model before fully_shard or deepspeed.initialize"
+        )
     found, link = ways(model, optimizers, world), world.link(hardware)
     return functools.partial(fastest_sharding, found=found, link=link, solver=solver)
 
