@@ -102,8 +102,8 @@ def solver_in(
     """
     if cut_of(model) is not None:
         raise ValueError(
-            "the model's states are cut over processes already, and world plans how to cut a whole one; leave it out or "
-            "give the model before fully_shard or deepspeed.initialize"
+            "the model's states are cut over processes already, and world plans how to cut a whole one; leave it out, "
+            "or give the model before fully_shard or deepspeed.initialize"
         )
     found, link = ways(model, optimizers, world), world.link(hardware)
     return functools.partial(fastest_sharding, found=found, link=link, solver=solver)
