@@ -16,7 +16,7 @@ import packlight
 from packlight.checkpoints import TARGETS, CheckpointError, convert, dcpfolder
 from packlight.checkpoints.scratch import Scratch
 from packlight.checkpoints.tree import difference
-from packlight.cli import _TARGETS
+from packlight.cli.convert import TARGETS as OFFERED
 from tests.checkpoints.ranks import decoder, train
 
 OURS: dict[str, Callable[..., Any]] = {
@@ -267,4 +267,4 @@ def test_states_of_bitsandbytes_go_where_loading_them_takes_them(tmp_path: Path)
 
 
 def test_the_commands_choices_are_the_targets() -> None:
-    assert set(_TARGETS) == set(TARGETS)
+    assert set(OFFERED) == set(TARGETS)
