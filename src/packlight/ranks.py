@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 
 from packlight.budget import format_bytes
 
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+"""What parameters may be cast to where they are used, by the name that trainers give it, and torch's name of it."""
+
 
 @dataclass(frozen=True)
 class ShardingRow:
     """A way to share a model's states among ranks, and what it would take.
 
     Attributes:
-        name: "DDP", "ZeRO-0" to "ZeRO-3", "FSDP2", or "FSDP2 (kept)", whose parameters stay gathered until backward.
+        name: "DDP", "ZeRO-0" to "ZeRO-3", or "FSDP2", with "kept" where parameters stay gathered until backward, and
+            "host" where shares are in host memory.
         parameter_bytes: of parameters, with the fp32 copies that are stepped in their place.
         gradient_bytes: of gradients when the optimiser steps.
         state_bytes: of the optimiser's states, by format.
@@ -25,6 +29,7 @@ class ShardingRow:
         exposed_seconds: what of it compute does not hide.
         step_seconds: of the fastest plan that fits; None where none does.
         is_chosen: whether the plan takes it.
+        host_bytes: of parameters and gradients in host memory; states are there, too, where it is more than 0.
     """
 
     name: str
@@ -38,6 +43,7 @@ class ShardingRow:
     exposed_seconds: float
     step_seconds: float | None
     is_chosen: bool = False
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Sharded:
         num_ranks: of the data-parallel group.
         units: paths of the modules that `fully_shard` is to be applied to, before the root.
         keeps: whether they stay gathered from forward until backward (`reshard_after_forward=False`).
+        offloads: whether shares are in host memory (`CPUOffloadPolicy`).
+        precision: of `PRECISIONS`, what parameters are cast to where they are used; "": nothing.
         options: of DeepSpeed's `zero_optimization`, where the engine is "zero".
         dtype: of the parameters.
         link_bytes_per_second: what a rank sends to the next, in one direction.
@@ -62,6 +70,8 @@ class Sharded:
     num_ranks: int
     units: tuple[str, ...] = ()
     keeps: bool = False
+    offloads: bool = False
+    precision: str = ""
     options: Mapping[str, int] = field(default_factory=dict)
     dtype: str = "float32"
     link_bytes_per_second: float = 0.0

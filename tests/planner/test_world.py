@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from packlight.budget import BudgetError
 from packlight.planner.known_hardware import named
 from packlight.planner.request import World
 from packlight.planner.world import seen_by_rank, ways
+from packlight.ranks import ShardingRow
 from packlight.records import Plan
 
 
@@ -43,16 +45,18 @@ def made(
     width: int = 64,
     dtype: torch.dtype = torch.float32,
     exact: bool = False,
+    host_budget: str | None = None,
 ) -> Plan:
     with torch.device("meta"):
         model = Decoder(width).to(dtype)
         ids = torch.zeros(2, 64, dtype=torch.long)
     optimizer = torch.optim.AdamW(model.parameters())
     given = packlight.Budget.of(budget)
-    return packlight.plan(model, ids, optimizer, budget=given, hardware="h100-80g", world=world, exact=exact)
+    asked: Any = {"hardware": "h100-80g", "world": world, "exact": exact, "host_budget": host_budget}
+    return packlight.plan(model, ids, optimizer, budget=given, **asked)
 
 
-def rows(plan: Plan) -> dict[str, object]:
+def rows(plan: Plan) -> dict[str, ShardingRow]:
     assert plan.sharding is not None
     return {row.name: row for row in plan.sharding.rows}
 
@@ -80,7 +84,7 @@ def test_on_more_ranks_states_take_less_and_low_bit_formats_are_not_chosen_for_n
     few, many = (made("1GiB", World(number, engine="zero")) for number in (2, 64))
     for stage in (1, 2, 3):
         one, other = (rows(plan)[f"ZeRO-{stage}"] for plan in (few, many))
-        assert other.state_bytes["fp32"] < one.state_bytes["fp32"] / 16  # type: ignore[attr-defined]
+        assert other.state_bytes["fp32"] < one.state_bytes["fp32"] / 16
     assert set(many.state_formats.values()) == {"fp32"}
 
 
@@ -127,8 +131,46 @@ def test_in_sixteen_bits_deepspeeds_stages_have_fp32_copies_to_step_and_others_h
         numel = sum(each.numel() for each in Decoder().parameters())
     assert any("which trains differently" in note for note in plan.notes)
     found = rows(plan)
-    assert found["DDP"].parameter_bytes == 2 * numel  # type: ignore[attr-defined]
-    assert 2 * numel + numel <= found["ZeRO-2"].parameter_bytes < 2 * numel + 1.01 * numel  # type: ignore[attr-defined]
+    assert found["DDP"].parameter_bytes == 2 * numel
+    assert 2 * numel + numel <= found["ZeRO-2"].parameter_bytes < 2 * numel + 1.01 * numel
+
+
+def test_with_a_precision_fp32_shares_are_used_in_sixteen_bits_and_no_engine_trains_differently() -> None:
+    plan = made("1GiB", World(4, precision="bf16"))
+    halves, wholes = rows(made("1GiB", 4, dtype=torch.bfloat16)), rows(made("1GiB", 4))
+    found = rows(plan)
+    assert set(found) == set(halves) - {"DDP"} and not any("differently" in note for note in plan.notes)
+    for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3"):  # DeepSpeed steps fp32 copies, so this is what a model in bf16 takes
+        assert replace(found[name], is_chosen=False, step_seconds=None) == replace(
+            halves[name], is_chosen=False, step_seconds=None
+        )
+    for name in ("FSDP2", "FSDP2 (kept)"):
+        cast, half, whole = found[name], halves[name], wholes[name]
+        assert (cast.parameter_bytes, cast.state_bytes["fp32"]) == (whole.parameter_bytes, whole.state_bytes["fp32"])
+        assert cast.sent_bytes == half.sent_bytes == whole.sent_bytes // 2
+        assert cast.buffer_bytes < whole.buffer_bytes and cast.plain_peak_bytes < whole.plain_peak_bytes
+        assert half.state_bytes["fp32"] < whole.state_bytes["fp32"] * 0.51  # torch's own are in bf16 there
+    with pytest.raises(ValueError, match=r"precision bf16 is of fp32 parameters; some are torch\.bfloat16"):
+        made("1GiB", World(4, precision="bf16"), dtype=torch.bfloat16)
+
+
+def test_where_host_memory_may_be_used_shares_are_kept_there_when_a_rank_has_no_room_for_them() -> None:
+    roomy = made("1GiB", World(4, engine="fsdp", link_bytes_per_second=1e12), width=256, host_budget="1GiB")
+    assert roomy.sharding is not None and not roomy.sharding.offloads
+    found = rows(roomy)
+    device, host = found["FSDP2"], found["FSDP2 (host)"]
+    assert host.parameter_bytes == host.gradient_bytes == device.host_bytes == 0
+    with torch.device("meta"):
+        shares = [torch.Size((-(-each.shape[0] // 4), *each.shape[1:])).numel() for each in Decoder(256).parameters()]
+    assert host.host_bytes == 2 * 4 * sum(shares) and host.sent_bytes == device.sent_bytes
+    assert host.plain_peak_bytes < device.plain_peak_bytes - 2 * 4 * sum(shares)  # states go, the rest is copied
+    tight = int(0.8 * (device.plain_peak_bytes + host.plain_peak_bytes) / 2)
+    plan = made(tight, World(4, engine="fsdp", link_bytes_per_second=1e12), width=256, host_budget="1GiB", exact=True)
+    assert plan.sharding is not None and plan.sharding.offloads and plan.estimate.device_peak_bytes <= tight
+    states = host.state_bytes["fp32"]
+    assert plan.estimate.host_peak_bytes >= host.host_bytes + states and plan.estimate.slowdown > 1
+    with pytest.raises(BudgetError):
+        made(tight, World(4, engine="fsdp", link_bytes_per_second=1e12), width=256, host_budget="1MiB", exact=True)
 
 
 def test_gathered_units_are_on_the_line_only_while_they_are_used() -> None:
@@ -136,7 +178,7 @@ def test_gathered_units_are_on_the_line_only_while_they_are_used() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.zeros(2, 64, dtype=torch.long)
     step = packlight.profile(model, ids, optimizer, loss=lambda output, _: output.float().square().mean())
-    (kept, cut) = ways(model, [optimizer], World(4, engine="fsdp"))
+    (kept, cut) = (way for way in ways(model, [optimizer], World(4, engine="fsdp")) if not way.asked.offloads)
     peaks = []
     for way in (kept, cut):
         seen = seen_by_rank(step, way.sharding, 1e12)
@@ -159,6 +201,8 @@ def test_gathered_units_are_on_the_line_only_while_they_are_used() -> None:
         ({"num_ranks": 0}, "1 or more"),
         ({"num_ranks": 2, "engine": "horovod"}, "wanted one of ddp, zero, fsdp"),
         ({"num_ranks": 2, "link_bytes_per_second": 0.0}, "more than 0"),
+        ({"num_ranks": 2, "precision": "int8"}, "wanted one of bf16, fp16"),
+        ({"num_ranks": 2, "engine": "ddp", "precision": "bf16"}, "use autocast in the script"),
     ],
 )
 def test_worlds_that_cannot_be_are_refused(world: dict[str, object], said: str) -> None:

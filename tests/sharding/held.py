@@ -238,7 +238,49 @@ def fsdp() -> list[dict[str, Any]]:
     half = Decoder()
     fully_shard(half, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     (cut,), _ = cutting.found_cuts(half)
-    return [*found, {"gathered": str(cut.gathered_dtype), "kept": cut.is_kept}]
+    return [*found, {"gathered": str(cut.gathered_dtype), "kept": cut.is_kept}, *as_planned()]
+
+
+def as_planned() -> list[dict[str, Any]]:
+    """Cut models as plans say that use 16 bits, and host memory; what is found of them."""
+    import packlight
+    from packlight.planner.request import World
+    from packlight.sharding import fsdp as cutting
+
+    def made(precision: str | None, host_budget: str | None, budget: int) -> packlight.Plan:
+        with torch.device("meta"):
+            meta, ids = Decoder(), torch.zeros(2, LENGTH, dtype=torch.long)
+        return packlight.plan(
+            meta,
+            ids,
+            torch.optim.AdamW(meta.parameters()),
+            budget=packlight.Budget.of(budget),
+            hardware="h100-80g",
+            host_budget=host_budget,
+            world=World(distributed.get_world_size(), engine="fsdp", precision=precision, link_bytes_per_second=1e12),
+        )
+
+    try:
+        made(None, "1GiB", 1000)
+    except packlight.BudgetError as error:
+        assert error.smallest_bytes is not None
+        least = error.smallest_bytes
+    found = []
+    for plan in (made("bf16", None, 2**30), made(None, "1GiB", least)):
+        model = Decoder()
+        cutting.shard(model, plan)
+        cuts, _ = cutting.found_cuts(model)
+        assert plan.sharding is not None
+        found.append(
+            {
+                "dtypes": sorted({str(cut.gathered_dtype) for cut in cuts}),
+                "units": sorted(cut.module for cut in cuts) == sorted(["", *plan.sharding.units]),
+                "offloads": plan.sharding.offloads,
+                "policy": type(cutting._groups(model._get_fsdp_state())[0].offload_policy).__name__,  # type: ignore[operator]
+                "trains": _trains(model),
+            }
+        )
+    return found
 
 
 def _refusal_of_world(model: nn.Module) -> str:

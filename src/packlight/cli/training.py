@@ -67,6 +67,7 @@ def run(*, script: str, arguments: tuple[str, ...], record: str | None, **option
 @click.option("--curve", metavar="N", type=click.IntRange(min=2), help="Tell the step time for N other budgets, too.")
 @click.option("--world", metavar="N", type=click.IntRange(min=1), help="Plan for N ranks that share states.")
 @click.option("--engine", type=click.Choice(["ddp", "zero", "fsdp"]), help="What shares them. Default: the fastest.")
+@click.option("--precision", type=click.Choice(["bf16", "fp16"]), help="Ranks use fp32 parameters in 16 bits.")
 @click.option("--link", metavar="BYTES", help='What a rank sends to the next in a second ("50GB").')
 @_script_arguments
 def plan(*, script: str, arguments: tuple[str, ...], save: str | None, **options: Any) -> None:
@@ -156,14 +157,15 @@ def _world(options: Mapping[str, Any]) -> Any:
     """Return the ranks that are asked for."""
     from packlight.planner.request import World
 
-    num_ranks, engine, link = (options.get(name) for name in ("world", "engine", "link"))
+    num_ranks, *others = (options.get(name) for name in ("world", "engine", "link", "precision"))
+    engine, link, precision = others
     if num_ranks is None:
-        if engine is not None or link is not None:
-            raise ValueError("--engine and --link are of several ranks; say how many with --world N")
+        if any(other is not None for other in others):
+            raise ValueError("--engine, --link and --precision are of several ranks; say how many with --world N")
         return None
     if options.get("curve"):
         raise ValueError("--curve is of one rank; leave it or --world out")
-    return World(num_ranks, engine, None if link is None else float(parse_bytes(link)))
+    return World(num_ranks, engine, None if link is None else float(parse_bytes(link)), precision)
 
 
 def _check_tiers(host_budget: str | None, disk: str | None) -> None:

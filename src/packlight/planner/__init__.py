@@ -12,6 +12,7 @@ from packlight.planner.apply import Applied, apply, fit
 from packlight.planner.loop import Call, Seen
 from packlight.planner.plan import plan
 from packlight.planner.profile import ProfileError, profile
+from packlight.planner.request import World
 from packlight.planner.solve import solve
 
-__all__ = ["Applied", "Call", "ProfileError", "Seen", "apply", "fit", "plan", "profile", "solve"]
+__all__ = ["Applied", "Call", "ProfileError", "Seen", "World", "apply", "fit", "plan", "profile", "solve"]

@@ -46,9 +46,38 @@ class Cut:
     group: Any
     units: tuple[fsdp.Cut, ...] = ()
 
+
+@dataclass(frozen=True)
+class Used:
+    """How a model's parameters are used, where that is not as they are.
+
+    Attributes:
+        whole: the shape and the dtype of each by its id.
+        units: what casts its arguments and results.
+    """
+
+    whole: Mapping[int, tuple[tuple[int, ...], torch.dtype]]
+    units: tuple[fsdp.Cut, ...] = ()
+
     def cast(self, copied: nn.Module) -> list[RemovableHandle]:
         """Let a copy cast what its modules take and return as the engine does; return what ends that."""
         return fsdp.cast(copied, self.units)
+
+
+def used_in(model: nn.Module, cut: Cut | None, *, dtype: torch.dtype | None) -> Used:
+    """Return how a model's parameters are used.
+
+    Args:
+        model: the model.
+        cut: how it is cut; None for one that is whole.
+        dtype: to which an engine will cast floating-point parameters and arguments of a whole one; None: not at all.
+    """
+    if cut is not None:
+        return Used(cut.whole, cut.units)
+    if dtype is None:
+        return Used({})
+    floating = (each for each in model.parameters() if each.is_floating_point())
+    return Used({id(each): (tuple(each.shape), dtype) for each in floating}, (fsdp.Cut("", (), True, dtype),))
 
 
 def model_of(module: nn.Module) -> nn.Module:

@@ -59,7 +59,7 @@ class FakeCopy(TorchFunctionMode):
 
     def _whole(self, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         with self._mode, torch.no_grad():
-            made = torch.empty(shape, dtype=dtype, device=parameter.device)
+            made = torch.empty(shape, dtype=dtype, device="cpu" if parameter.is_meta else parameter.device)
         return nn.Parameter(made, requires_grad=parameter.requires_grad)
 
 

@@ -113,6 +113,7 @@ class Seen:
         other_bytes: bytes of tensors that are not of the model and the optimiser; None: buffers and the batch.
         held_outputs: which of the model's output tensors the loop holds while backward runs, by position; None: all.
         carries_outputs: whether it still holds them when the next step begins.
+        param_dtype: in which an engine will use parameters and take arguments; None: as they are.
     """
 
     tail: Tail | None = None
@@ -123,6 +124,7 @@ class Seen:
     other_bytes: int | None = None
     held_outputs: tuple[int, ...] | None = None
     carries_outputs: bool = True
+    param_dtype: torch.dtype | None = None
 
     def for_batches(self, ratio: float) -> "Seen":
         """Return what is to be expected when batches are larger by a ratio: the loss grows with them."""

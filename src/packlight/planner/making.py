@@ -81,6 +81,8 @@ class Maker:
         try:
             if self.held is not None and self.held.releases_gradients:  # none is left over, whatever the loop would do
                 seen = replace(seen, gradients="none", num_microbatches=1)
+            if self._settings.world is not None:
+                seen = replace(seen, param_dtype=self._settings.world.param_dtype)
             device, hardware = device_of(self._model), self._settings.hardware
             allowed = Budget.of(wanted, total_bytes=memory_bytes(device, hardware))
             link = self._settings.link(device)

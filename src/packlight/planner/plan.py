@@ -134,6 +134,8 @@ def profiled(
     if known is not None and allowed.device_bytes > known.device_bytes:
         notes.append(f"the budget is more than the {format_bytes(known.device_bytes)} that {known.name} has")
 
+    world = asked.get("world")
+    ranks = World(world) if isinstance(world, int) else world
     exact, most = asked.get("exact", False), asked.get("max_microbatches", 1)
     tried = [1] if exact else numbers(batch, most)
     notes += [NOT_SPLIT] * (most > 1 and len(tried) == 1)
@@ -141,7 +143,12 @@ def profiled(
     @functools.cache
     def step_of(num: int) -> Profile:
         gradients: Literal["step", "none"] = "step" if num > 1 else "none"
-        seen = Seen(other_bytes=beside_bytes, num_microbatches=num, gradients=gradients)
+        seen = Seen(
+            other_bytes=beside_bytes,
+            num_microbatches=num,
+            gradients=gradients,
+            param_dtype=None if ranks is None else ranks.param_dtype,
+        )
         part = batch if num == 1 else next(split(batch, num))[0]
         step = profile(model, part, optimizer, loss=asked.get("loss"), seen=seen, hardware=hardware, link=link)
         step = replace(step, notes=(*step.notes, *notes))
@@ -150,9 +157,7 @@ def profiled(
     solver: Callable[[Profile], Plan] = functools.partial(
         solve_releasing if asked.get("release_gradients") else solve, budget=allowed, exact=exact
     )
-    world = asked.get("world")
-    if world is not None:
-        ranks = World(world) if isinstance(world, int) else world
+    if ranks is not None:
         solver = solver_in(ranks, model=model, optimizers=listed(optimizer), hardware=known, solver=solver)
     return agreement_of(model).made(lambda: fastest_split(tried, step_of, solver))
 

@@ -12,6 +12,7 @@ import torch
 from packlight.budget import Budget, parse_bytes
 from packlight.planner.known_hardware import Hardware, named
 from packlight.planner.links import find_link, host_memory_bytes, unused
+from packlight.ranks import PRECISIONS
 from packlight.records import Plan
 from packlight.step import Link
 
@@ -40,11 +41,14 @@ class World:
         num_ranks: each has the batch that is given, and a share of the states.
         engine: one of `ENGINES`; None: whichever is fastest.
         link_bytes_per_second: what a rank sends to the next; None: the hardware's, or 10 Gb/s.
+        precision: "bf16" or "fp16": fp32 parameters are used in 16 bits, and stepped in fp32, which FSDP2 and DeepSpeed
+            do; None: they are used as they are.
     """
 
     num_ranks: int
     engine: str | None = None
     link_bytes_per_second: float | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be planned for."""
@@ -54,6 +58,15 @@ class World:
             raise ValueError(f"engine {self.engine!r} came; wanted one of {', '.join(ENGINES)}")
         if self.link_bytes_per_second is not None and self.link_bytes_per_second <= 0:
             raise ValueError(f"a link of {self.link_bytes_per_second} bytes a second came; wanted more than 0")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} came; wanted one of {', '.join(PRECISIONS)}, or none")
+        if self.precision is not None and self.engine == "ddp":
+            raise ValueError("DDP has no precision of its own; leave it out, and use autocast in the script")
+
+    @property
+    def param_dtype(self) -> torch.dtype | None:
+        """Return the dtype in which parameters are used; None: their own."""
+        return None if self.precision is None else getattr(torch, PRECISIONS[self.precision])
 
     def link(self, hardware: Hardware | None) -> float:
         """Return what a rank sends to the next, in bytes a second."""

@@ -45,7 +45,7 @@ def on_rank(step: Profile, sharding: Sharding, *, resident: Mapping[str, int] | 
         notes=(*step.notes, *[ONLY_RECOMPUTED] * at_stage_3),
         resident_bytes=held | dict(resident or {}),
         storages=(*lines.gradients(), *lines.gathered(), *lines.reduced()),
-        optimizers=tuple(_optimizer(cost, sharding) for cost in step.optimizers if not cost.host_bytes),
+        optimizers=_optimizers(step, sharding),
     )
 
 
@@ -173,15 +173,39 @@ _AFTER = 64
 """Events after a block's last release in which gradients of its first layers may still come."""
 
 
+def _optimizers(step: Profile, sharding: Sharding) -> tuple[OptimizerCost, ...]:
+    """Return the state formats that a rank may have; where shares are in host memory, those that it has kernels for."""
+    on_device = [cost for cost in step.optimizers if not cost.host_bytes]
+    if not sharding.host_bytes:
+        return tuple(_optimizer(cost, sharding) for cost in on_device)
+    on_host = {cost.own_format: cost for cost in step.optimizers if cost.host_bytes}
+    pairs = [(cost, on_host[cost.own_format]) for cost in on_device if cost.own_format in on_host]
+    return tuple(_in_host_memory(cost, sharding, seconds=host.host_seconds + host.seconds) for cost, host in pairs)
+
+
+def _in_host_memory(cost: OptimizerCost, sharding: Sharding, *, seconds: float) -> OptimizerCost:
+    """Return what an optimiser costs that steps shares in host memory, with what all of it takes there."""
+    return replace(
+        cost,
+        state_bytes=0,
+        temporary_bytes=0,
+        alone_bytes=0,
+        seconds=0.0,
+        host_bytes=sharding.host_bytes + state_bytes(cost, sharding),
+        host_seconds=seconds * sharding.state_share,
+    )
+
+
 def _optimizer(cost: OptimizerCost, sharding: Sharding) -> OptimizerCost:
     """Return what an optimiser costs on a rank; its states are cut with what it steps, and lie beside it."""
     share = sharding.state_share
+    stepped = share * sharding.widening  # it copies what it steps
     return replace(
         cost,
         state_bytes=state_bytes(cost, sharding),
-        temporary_bytes=max(math.ceil(cost.temporary_bytes * share), sharding.step_bytes),
+        temporary_bytes=max(math.ceil(cost.temporary_bytes * stepped), sharding.step_bytes),
         seconds=cost.seconds * share,
-        alone_bytes=math.ceil(cost.alone_bytes * share),
+        alone_bytes=math.ceil(cost.alone_bytes * stepped),
     )
 
 
@@ -194,7 +218,16 @@ def state_bytes(cost: OptimizerCost, sharding: Sharding) -> int:
         return math.ceil(cost.state_bytes * sharding.state_share)
     if sharding.num_flats and set(formats.values()) == {"fp32"}:
         return STEP_BYTES * sharding.num_flats + 8 * max(sum(each.numel for each in own) for own in sharding.shares)
+    if not sharding.num_flats and sharding.widening == 1.0 and set(formats.values()) == {"fp32"}:
+        return max(_as_traced(cost, shares) for shares in sharding.shares)
     return max(sum(_share_bytes(share, formats) for share in shares) for shares in sharding.shares)
+
+
+def _as_traced(cost: OptimizerCost, shares: Sequence[Share]) -> int:
+    """Return the bytes of states that an optimiser makes itself: torch's are in the dtype of what it steps."""
+    whole = sum(math.prod(share.shape) for share in shares)
+    num_bytes = cost.state_bytes // max(1, whole)  # of an element; what is left over are steps, one for each tensor
+    return num_bytes * sum(share.numel for share in shares) + cost.state_bytes - num_bytes * whole
 
 
 def _share_bytes(share: Share, formats: Mapping[str, str]) -> int:

@@ -41,7 +41,7 @@ from packlight.optim.adopted_state import without_compact
 from packlight.optim.early import can_update_early
 from packlight.planner.answers import Answers
 from packlight.planner.chatter import quiet
-from packlight.planner.cut import cut_of, without_engine
+from packlight.planner.cut import cut_of, used_in, without_engine
 from packlight.planner.draft import Draft, DraftRegion, DraftSave, HeldSave
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
@@ -68,9 +68,10 @@ class Trace:
         self.real_optimizers = listed(optimizer)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.cut = cut_of(model)
+        used = used_in(model, self.cut, dtype=seen.param_dtype)
         self._copy = FakeCopy(self.mode)
         with _disable_current_modes(), without_engine(model), self._copy, without_compact(self.real_optimizers):
-            memo = self._copy.memo(model.parameters(), self.cut.whole if self.cut else {})
+            memo = self._copy.memo(model.parameters(), used.whole)
             self.model, self.fake_optimizers = copy.deepcopy((model, self.real_optimizers), memo)
         first = next((tensor.device.type for tensor in model.parameters()), "cpu")
         self.device_type = "cpu" if first == "meta" else first
@@ -88,7 +89,7 @@ class Trace:
         self._lasting = Resident((), ())
         self._named: set[int] = set()
         self.notes: list[str] = []
-        self._hooks: list[RemovableHandle | ModuleWatch] = [*self.cut.cast(self.model)] if self.cut else []
+        self._hooks: list[RemovableHandle | ModuleWatch] = [*used.cast(self.model)]
         self.resident: dict[str, int] = {}
         self.num_resident = self.num_events = self.forward_end = self.backward_start = 0
         self.seconds = self.forward_seconds = 0.0

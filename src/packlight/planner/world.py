@@ -14,6 +14,7 @@ all-reduce (Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,7 @@ from packlight.planner.request import World
 from packlight.planner.sharded import on_rank, state_bytes
 from packlight.ranks import Sharded, ShardingRow
 from packlight.records import Plan
-from packlight.sharding import Sharding, fsdp, weights_of
+from packlight.sharding import Sharding, Weight, fsdp, weights_of
 from packlight.sharding.ddp import ddp_sharding
 from packlight.sharding.stages import ZeroOptions, zero_sharding
 from packlight.step import Profile
@@ -62,19 +63,33 @@ class Way:
 def ways(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], world: World) -> list[Way]:
     """Return the shardings of a model that may be chosen, the least communication first."""
     weights, num_ranks = weights_of(model, optimizers), world.num_ranks
-    dtype = str(next((each.dtype for each in weights), torch.float32)).removeprefix("torch.")
-    made = functools.partial(Sharded, num_ranks=num_ranks, dtype=dtype)
+    used = _used(weights, world)
+    dtype = str(next((each.dtype for each in used), torch.float32)).removeprefix("torch.")
+    made = functools.partial(Sharded, num_ranks=num_ranks, dtype=dtype, precision=world.precision or "")
     found = list[Way]()
-    if world.engine in (None, "ddp"):
+    if world.engine in (None, "ddp") and world.precision is None:
         found.append(Way(ddp_sharding(weights, num_ranks=num_ranks), made("ddp", 0)))
     for stage in range(4) if world.engine == "zero" else range(1, 4) if world.engine is None else ():
         options = zero_options(stage, num_ranks, numel=sum(weight.numel for weight in weights))
-        found.append(Way(zero_sharding(weights, options), made("zero", stage, options=_sizes(options))))
-    for keeps in (True, False) if world.engine in (None, "fsdp") else ():
+        found.append(Way(zero_sharding(used, options), made("zero", stage, options=_sizes(options))))
+    for keeps, offloads in itertools.product((True, False), repeat=2) if world.engine in (None, "fsdp") else ():
         units = _units(model)
-        sharding = fsdp.sharding_of(fsdp.planned_cuts(weights, units, keeps=keeps), num_ranks=num_ranks)
-        found.append(Way(sharding, made("fsdp", sharding.stage, units=tuple(units), keeps=keeps)))
+        cuts = fsdp.planned_cuts(weights, units, keeps=keeps, gathered_dtype=world.param_dtype)
+        sharding = fsdp.sharding_of(cuts, num_ranks=num_ranks, offloads=offloads)
+        asked = made("fsdp", sharding.stage, units=tuple(units), keeps=keeps, offloads=offloads)
+        found.append(Way(sharding, asked))
     return found
+
+
+def _used(weights: Sequence[Weight], world: World) -> list[Weight]:
+    """Return weights in the dtype in which they are used."""
+    dtype = world.param_dtype
+    if dtype is None:
+        return list(weights)
+    others = {str(each.dtype) for each in weights if each.is_trained and each.dtype != torch.float32}
+    if others:
+        raise ValueError(f"precision {world.precision} is of fp32 parameters; some are {', '.join(sorted(others))}")
+    return [replace(each, dtype=dtype) if each.dtype.is_floating_point else each for each in weights]
 
 
 def solver_in(
@@ -133,10 +148,26 @@ def _sizes(options: ZeroOptions) -> dict[str, int]:
 
 
 def _units(model: nn.Module) -> list[str]:
-    """Return the blocks that `fully_shard` is to be applied to: those of a class of which there are several."""
+    """Return the blocks that `fully_shard` is to be applied to: those of a class of which there are several.
+
+    Single layers are units only where there are no larger ones. Tied parameters have to be in one unit, so a block that
+    shares some with another module is left to the root.
+    """
     blocks = [block.module_path for block in find_blocks(model) if block.start is None and block.module_path]
-    kinds = [type(model.get_submodule(path)) for path in blocks]
-    return [path for path, kind in zip(blocks, kinds, strict=True) if kinds.count(kind) > 1]
+    modules = {path: model.get_submodule(path) for path in blocks}
+    kinds = [type(module) for module in modules.values()]
+    several = {path: at for path, at in modules.items() if kinds.count(type(at)) > 1 and not _is_tied(model, path)}
+    larger = [path for path, module in several.items() if any(True for _ in module.children())]
+    return larger or list(several)
+
+
+def _is_tied(model: nn.Module, path: str) -> bool:
+    """Tell whether a parameter inside a module has another name outside of it, too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    inside = f"{path}."
+    return any(len({name.startswith(inside) for name in each}) > 1 for each in names.values())
 
 
 def seen_by_rank(step: Profile, sharding: Sharding, link: float) -> Profile:
@@ -166,6 +197,9 @@ def _times(step: Profile, sharding: Sharding, link: float) -> _Times:
     gather, reduce, after = (
         each / link for each in (sharding.gathered_bytes, sharding.sent_bytes, sharding.after_bytes)
     )
+    if sharding.host_bytes and step.link is not None:  # copies of one unit go on beside the messages of another
+        gather = max(gather, sharding.host_in_bytes / step.link.in_bytes_per_second)
+        reduce = max(reduce, sharding.host_out_bytes / step.link.out_bytes_per_second)
     kept = all(unit.is_kept for unit in sharding.units)
     in_forward = gather if kept and sharding.engine == "fsdp" else gather / 2
     compute = step.seconds - step.forward_seconds
@@ -192,7 +226,7 @@ def fastest_sharding(step: Profile, found: Sequence[Way], *, link: float, solver
     Raises:
         BudgetError: nothing fits under any of them; it names the smallest budget that would.
     """
-    seen = [(way, seen_by_rank(step, way.sharding, link)) for way in found]
+    seen = [(way, seen_by_rank(step, way.sharding, link)) for way in found if _is_possible(way.sharding, step)]
     tried = [(way, rank, plain_cost(rank)) for way, rank in sorted(seen, key=lambda each: each[1].seconds)]
     made, errors = dict[int, Plan](), dict[str, BudgetError]()
     for at, (way, rank, as_it_is) in enumerate(tried):
@@ -213,8 +247,13 @@ def fastest_sharding(step: Profile, found: Sequence[Way], *, link: float, solver
     )
     asked = replace(tried[chosen][0].asked, link_bytes_per_second=link, rows=rows, binds=_binds(plan, rows[chosen]))
     differ = asked.dtype in ("bfloat16", "float16") and len({way.sharding.engine for way in found}) > 1
-    notes = (*plan.notes, *[IN_SIXTEEN_BITS] * differ)
+    notes = (*plan.notes, *[IN_SIXTEEN_BITS] * (differ and not asked.precision))
     return replace(beside_plain(plan, plain_cost(step)), sharding=asked, notes=notes)
+
+
+def _is_possible(sharding: Sharding, step: Profile) -> bool:
+    """Tell whether there is the host memory, and a kernel that steps there, where a sharding wants them."""
+    return not sharding.host_bytes or any(each.host_bytes and step.takes(each) for each in step.optimizers)
 
 
 def _refusal(errors: Mapping[str, BudgetError]) -> str:
@@ -239,6 +278,7 @@ def _row(
         communication_seconds=num * (times.alone - times.after) + times.after,
         exposed_seconds=num * (times.forward + times.backward) + times.after,
         step_seconds=None if plan is None else plan.estimate.step_seconds,
+        host_bytes=sharding.host_bytes,
     )
 
 

@@ -178,11 +178,14 @@ def _shardings(sharded: Sharded) -> RenderableType:
     formats = list(dict.fromkeys(name for row in sharded.rows for name in row.state_bytes))
     table.add_column("")
     states = [f"states, {name}" for name in formats]
-    for name in ("parameters", "gradients", *states, "buffers", "peak as it is", "sent", "waits", "planned step"):
+    has_host = any(row.host_bytes for row in sharded.rows)
+    sizes_of = ("parameters", "gradients", *states, "buffers", *["on its host"] * has_host)
+    for name in (*sizes_of, "peak as it is", "sent", "waits", "planned step"):
         table.add_column(name, justify="right")
     for row in sharded.rows:
         sizes = [row.parameter_bytes, row.gradient_bytes, *(row.state_bytes[name] for name in formats)]
-        sizes += [row.buffer_bytes, row.plain_peak_bytes, row.sent_bytes]
+        on_host = row.host_bytes + min(row.state_bytes.values(), default=0) * bool(row.host_bytes)
+        sizes += [row.buffer_bytes, *[on_host] * has_host, row.plain_peak_bytes, row.sent_bytes]
         step = _seconds(row.step_seconds) if row.step_seconds is not None else "-"
         cells = [*map(format_bytes, sizes), _seconds(row.exposed_seconds), step]
         table.add_row(f"{row.name}{' *' * row.is_chosen}", *cells)

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from packlight.ranks import PRECISIONS
 from packlight.records import Plan
 from packlight.sharding.bare import bare
 from packlight.sharding.shards import Sharding, Share, Unit, Weight
@@ -53,36 +54,51 @@ class Cut:
     output_dtype: torch.dtype | None = None
 
 
-def sharding_of(cuts: Sequence[Cut], *, num_ranks: int) -> Sharding:
+def sharding_of(cuts: Sequence[Cut], *, num_ranks: int, offloads: bool = False) -> Sharding:
     """Return what a rank holds.
 
     Args:
         cuts: the units, in the order in which forward reaches them; the root's where it stands in the model.
         num_ranks: over which rows are cut.
+        offloads: whether shares are in host memory, as `CPUOffloadPolicy` asks, and stepped there.
     """
     weights = [weight for cut in cuts for weight in cut.weights]
-    units = tuple(_unit(cut, num_ranks) for cut in cuts if cut.weights)
+    units = tuple(_unit(cut, num_ranks, offloads=offloads) for cut in cuts if cut.weights)
     share = _share(weights, num_ranks)
     trained = sorted((weight for weight in weights if weight.is_trained), key=lambda weight: weight.name)
+    widening = _widening(cuts)
+    held, returned = (sum(_share_bytes(weight, num_ranks) for weight in each) for each in (weights, trained))
     return Sharding(
         engine="fsdp",
         stage=2 if all(cut.is_kept for cut in cuts) else 3,
         num_ranks=num_ranks,
-        parameter_bytes=sum(_padded(weight, num_ranks) * weight.dtype.itemsize for weight in weights),
+        parameter_bytes=0 if offloads else held,
         persistent_bytes=units[-1].extra_bytes if units else 0,
-        gradient_share=share * _widening(cuts),
+        gradient_share=0.0 if offloads else share * widening,
+        widening=widening,
         state_share=share,
         shares=(tuple(Share(each.name, each.shape, _rows(each, num_ranks), each.dtype) for each in trained),),
         units=units,
-        sent_bytes=sum(unit.gradient_bytes for unit in units) * (num_ranks - 1) // num_ranks,
+        sent_bytes=(sum(unit.gradient_bytes for unit in units) - held * offloads) * (num_ranks - 1) // num_ranks,
         gathered_bytes=sum(unit.gathered_bytes * (1 if unit.is_kept else 2) for unit in units)
         * (num_ranks - 1)
         // num_ranks,
         num_messages=sum(2 if unit.is_kept else 3 for unit in units),
+        host_bytes=(held + returned) * offloads,
+        host_in_bytes=sum(_cut_bytes(cut, num_ranks) * (1 if cut.is_kept else 2) for cut in cuts) * offloads,
+        host_out_bytes=returned * offloads,
     )
 
 
-def _unit(cut: Cut, num_ranks: int) -> Unit:
+def _cut_bytes(cut: Cut, num_ranks: int) -> int:
+    return sum(_share_bytes(weight, num_ranks) for weight in cut.weights)
+
+
+def _share_bytes(weight: Weight, num_ranks: int) -> int:
+    return _padded(weight, num_ranks) * weight.dtype.itemsize
+
+
+def _unit(cut: Cut, num_ranks: int, *, offloads: bool) -> Unit:
     numels = [(_padded(weight, num_ranks) * num_ranks, weight) for weight in cut.weights]
     gathered = sum(numel * (cut.gathered_dtype or weight.dtype).itemsize for numel, weight in numels)
     reduced = sum(
@@ -90,7 +106,8 @@ def _unit(cut: Cut, num_ranks: int) -> Unit:
         for numel, weight in numels
         if weight.is_trained
     )
-    return Unit(cut.module, gathered, gathered if num_ranks > 1 else 0, reduced if num_ranks > 1 else 0, cut.is_kept)
+    several, copied = num_ranks > 1, _cut_bytes(cut, num_ranks) * offloads  # what is on its way from or to the host
+    return Unit(cut.module, gathered, gathered * several + copied, reduced * several + copied, cut.is_kept)
 
 
 def _widening(cuts: Sequence[Cut]) -> float:
@@ -118,19 +135,26 @@ def _share(weights: Sequence[Weight], num_ranks: int) -> float:
     return sum(_padded(weight, num_ranks) for weight in trained) / max(1, whole)
 
 
-def planned_cuts(weights: Sequence[Weight], modules: Iterable[str], *, keeps: bool) -> list[Cut]:
+def planned_cuts(
+    weights: Sequence[Weight], modules: Iterable[str], *, keeps: bool, gathered_dtype: torch.dtype | None = None
+) -> list[Cut]:
     """Return the units of a model that is to be cut at some of its modules, and at its root.
 
     Args:
         weights: of the model.
         modules: paths of the modules, none inside another.
         keeps: whether units stay gathered from forward until backward, as `reshard_after_forward=False` asks.
+        gathered_dtype: in which they are gathered, and gradients are reduced; None: their own.
     """
     paths = list(modules)
     inside: dict[str, list[Weight]] = {path: [] for path in ["", *paths]}
     for weight in weights:
         inside[next((path for path in paths if weight.name.startswith(f"{path}.")), "")].append(weight)
-    return [Cut(path, tuple(own), is_kept=keeps or not path) for path, own in inside.items() if own]
+    return [
+        Cut(path, tuple(own), is_kept=keeps or not path, gathered_dtype=gathered_dtype)
+        for path, own in inside.items()
+        if own
+    ]
 
 
 # Models that are cut already
@@ -270,12 +294,12 @@ def shard(model: nn.Module, plan: Plan, *, mesh: Any = None, **options: Any) -> 
         model: the module that is trained; changed in place. Make its optimiser after this.
         plan: made with `world`, with FSDP2 chosen.
         mesh: the device mesh; None for all ranks.
-        options: of `fully_shard` besides, such as `mp_policy` and `offload_policy`.
+        options: of `fully_shard` besides; `mp_policy` and `offload_policy` are the plan's where they are not given.
 
     Raises:
         ValueError: the plan shares no states by FSDP2, the model has no such module, or is cut already.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     sharded = plan.sharding
     if sharded is None or sharded.engine != "fsdp":
@@ -287,7 +311,12 @@ def shard(model: nn.Module, plan: Plan, *, mesh: Any = None, **options: Any) -> 
     missing = [path for path in sharded.units if path not in paths]
     if missing:
         raise ValueError(f"the model has no module {missing[0]!r}; was the plan made for another model?")
-    shared = options if mesh is None else {"mesh": mesh, **options}
+    shared: dict[str, Any] = {} if mesh is None else {"mesh": mesh}
+    if sharded.precision:
+        shared["mp_policy"] = MixedPrecisionPolicy(param_dtype=getattr(torch, PRECISIONS[sharded.precision]))
+    if sharded.offloads:
+        shared["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    shared |= options
     for path in sharded.units:
         fully_shard(paths[path], reshard_after_forward=not sharded.keeps, **shared)
     fully_shard(model, **shared)

@@ -104,6 +104,7 @@ class Sharding:
         shares: of the optimiser's states, for each rank that may have most.
         state_share: of the optimiser's work, what a rank does.
         gradient_share: of each gradient, what a rank keeps in a tensor of its own once it is reduced.
+        widening: bytes of what is stepped over bytes of what is gathered of it: 2 where 16 bits are gathered of fp32.
         bucket_bytes: of gradients that are reduced together, and
         partition_bytes: of the buffer in which these are left; it lives from the first full bucket until the step.
         kept_gradient_bytes: of one that lives always; or between microbatches, which add up there.
@@ -115,6 +116,9 @@ class Sharding:
         gathered_bytes: to gather parameters in a forward and its backward, and
         after_bytes: to gather them after the optimiser's step.
         num_messages: into how many messages these are divided.
+        host_bytes: of parameters and gradients that are in host memory instead, where the states are, too; 0 where
+            nothing is.
+        host_in_bytes, host_out_bytes: what a rank copies from there in a forward and its backward, and to there.
     """
 
     engine: str
@@ -127,6 +131,7 @@ class Sharding:
     persistent_bytes: int = 0
     state_share: float = 1.0
     gradient_share: float = 1.0
+    widening: float = 1.0
     bucket_bytes: int = 0
     partition_bytes: int = 0
     kept_gradient_bytes: int = 0
@@ -138,13 +143,17 @@ class Sharding:
     gathered_bytes: int = 0
     after_bytes: int = 0
     num_messages: int = 0
+    host_bytes: int = 0
+    host_in_bytes: int = 0
+    host_out_bytes: int = 0
 
     @property
     def name(self) -> str:
         """What a person calls it."""
         if self.engine == "zero":
             return f"ZeRO-{self.stage}"
-        return {"ddp": "DDP", "fsdp": "FSDP2"}[self.engine] + " (kept)" * (self.engine == "fsdp" and self.stage == 2)
+        how = ["kept"] * (self.engine == "fsdp" and self.stage == 2) + ["host"] * (self.host_bytes > 0)
+        return {"ddp": "DDP", "fsdp": "FSDP2"}[self.engine] + f" ({', '.join(how)})" * bool(how)
 
 
 def weights_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> tuple[Weight, ...]:
