@@ -122,7 +122,8 @@ class Region:
 class Tail:
     """What the script allocates between the model's forward and its backward: the loss, and what comes after.
 
-    Bytes are counted above the live bytes at the end of the model's forward.
+    Bytes are counted above the live bytes at the end of the model's forward; from backward on, above what would live
+    then of these, without outputs that nobody holds any more.
 
     Attributes:
         outputs: which of the model's output tensors receive a gradient, by position.

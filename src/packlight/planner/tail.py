@@ -6,7 +6,7 @@ bytes are read at four marks that every loop passes, and the highest point betwe
 ```
 forward ends                               the live bytes that the others are counted from
    |  the loss: forward peak
-backward begins                            what the loss saved
+backward begins                            what the loss saved; from here on, without outputs that are gone by now
    |  the loss's own backward: backward peak
 a gradient reaches the model's outputs
    |  the model's backward
@@ -52,13 +52,18 @@ class TailWatch:
         self._outputs: list[int] = []
         self._made_of: dict[int, set[int]] = {}
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._gone_bytes = 0
 
     def forward_ends(self, output: object) -> None:
         """Note the live bytes, and watch for the gradient at the outputs."""
         self._marks.forward_end_bytes = self._line.live_bytes
         self._line.highest_bytes()
         tensors = list(flat_tensors(output))
-        self._storages = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        self._storages = [weakref.ref(storage) for storage in storages]
+        followed = [at for at, tensor in enumerate(tensors) if self._line.index(tensor) is not None]
+        self._sizes = {storages[at]._cdata: (at, self._line.round(storages[at].nbytes())) for at in followed}
         self._made_of = _made_of(tensors)
         self._outputs = []
         for position in self._made_of:
@@ -68,8 +73,9 @@ class TailWatch:
         """Note what the loss has allocated, and which outputs are still held."""
         marks, start = self._marks, self._marks.forward_end_bytes
         marks.forward_peak_bytes = max(marks.forward_peak_bytes, self._line.highest_bytes() - start)
-        marks.saved_bytes = max(marks.saved_bytes, self._line.live_bytes - start)
         living = self.living_outputs()
+        self._gone_bytes = sum(size for at, size in self._sizes.values() if at not in living)
+        marks.saved_bytes = max(marks.saved_bytes, self._line.live_bytes - start + self._gone_bytes)
         self.held_outputs = None if len(living) == len(self._storages) else living
 
     def backward_ends(self) -> None:
@@ -103,7 +109,7 @@ class TailWatch:
     def _gradient_arrives(self, position: int) -> None:
         """Note an output that the loss was computed from, and at the first the highest point so far."""
         if not self._outputs:
-            above_bytes = self._line.highest_bytes() - self._marks.forward_end_bytes
+            above_bytes = self._line.highest_bytes() - self._marks.forward_end_bytes + self._gone_bytes
             self._marks.backward_peak_bytes = max(self._marks.backward_peak_bytes, above_bytes)
         from_inside = any(position in self._made_of[other] for other in self._outputs)
         if position not in self._outputs and not from_inside:
