@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import packlight
 from packlight.activations.buffers import MAX_COPIED_ELEMENTS
 from packlight.activations.recompute import recompute
 from packlight.planner.cost import Cost, StepCost
@@ -21,7 +22,7 @@ from packlight.planner.profile import ASKED, ProfileError, profile
 from packlight.planner.timeline import Timeline, flat_tensors
 from packlight.records import CATEGORIES
 from packlight.step import Profile
-from tests.cases import CASES, MLP, Case, digits
+from tests.cases import CASES, GPT, MLP, Case, digits
 
 Optimizer = torch.optim.Optimizer
 Peak = tuple[int, str, dict[str, int]]
@@ -357,6 +358,19 @@ def test_the_workspace_formula_of_lstm_layers_is_what_the_kernel_allocates(seed:
         )  # an LSTM of one layer, in training
         workspace = torch.ops.aten.mkldnn_rnn_layer(*tensors, *settings)[3]
         assert lstm_workspace_bytes(*sizes, dtype=dtype) == workspace.untyped_storage().nbytes(), sizes
+
+
+def test_a_plan_is_the_same_where_the_callers_tensors_are_made_on_the_meta_device() -> None:
+    made = []
+    for around in (False, True):
+        with torch.device("meta"):
+            model, ids = GPT(), torch.zeros(2, 32, dtype=torch.long)
+            optimizer = adamw(model)
+            if around:
+                made.append(packlight.plan(model, ids, optimizer, budget="1GiB", hardware="h100-80g"))
+        if not around:
+            made.append(packlight.plan(model, ids, optimizer, budget="1GiB", hardware="h100-80g"))
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "convnet"])

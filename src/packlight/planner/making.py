@@ -6,6 +6,7 @@ it after. While one is made the model runs on fake tensors, and what a listener 
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from torch import nn
@@ -18,7 +19,7 @@ from packlight.planner.cut import agreement_of
 from packlight.planner.hardware import measure
 from packlight.planner.known_hardware import named
 from packlight.planner.loop import Call, Seen
-from packlight.planner.plan import device_of, memory_bytes
+from packlight.planner.plan import device_of, memory_bytes, off_meta
 from packlight.planner.profile import ProfileError, profile
 from packlight.planner.released import as_planned, as_released, solve_releasing
 from packlight.planner.request import SessionStop, Settings
@@ -78,6 +79,8 @@ class Maker:
         """
         wanted = budget or self._settings.budget or 0
         self.is_busy = True
+        stack = ExitStack()
+        stack.enter_context(off_meta())
         try:
             if self.held is not None and self.held.releases_gradients:  # none is left over, whatever the loop would do
                 seen = replace(seen, gradients="none", num_microbatches=1)
@@ -101,6 +104,7 @@ class Maker:
             raise SessionStop(str(error), exit_status=2) from error
         finally:
             self.is_busy = False
+            stack.close()
 
     def make_together(self, call: Call, seen: Seen, *, before: Plan | None = None) -> tuple[Profile, Plan]:
         """Plan likewise, and agree with the ranks that share the model.

@@ -6,6 +6,7 @@ out for a model, its optimiser and a batch; for a script that is running, `makin
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, Required, TypedDict, Unpack
 
@@ -120,6 +121,13 @@ def profiled(
     model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None, **asked: Unpack[Asked]
 ) -> tuple[Profile, Plan]:
     """Do what `plan` does, and return the profile too, from which the plan can be made once more."""
+    with off_meta():
+        return _profiled(model, batch, optimizer, **asked)
+
+
+def _profiled(
+    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None, **asked: Unpack[Asked]
+) -> tuple[Profile, Plan]:
     device, hardware, budget = device_of(model), asked.get("hardware"), asked["budget"]
     known = named(hardware)
     unbound = known is not None and isinstance(budget, Budget)
@@ -167,6 +175,11 @@ def _beside_whole(step: Profile, whole: Profile, *, is_cut: bool) -> Profile:
     missing_bytes = (whole.batch_bytes - step.batch_bytes) * is_cut
     resident = {**step.resident_bytes, "other": step.resident_bytes.get("other", 0) + missing_bytes}
     return replace(step, batch_bytes=whole.batch_bytes, resident_bytes=resident)
+
+
+def off_meta() -> AbstractContextManager[object]:
+    """Let tensors that planning makes have values where the caller's own would be made on the meta device."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
 def device_of(model: nn.Module) -> torch.device:
