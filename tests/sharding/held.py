@@ -1,5 +1,6 @@
 """What ranks hold: `torchrun tests/sharding/held.py WHAT FOLDER`; a rank writes FOLDER/RANK.json."""
 
+import contextlib
 import gc
 import json
 import sys
@@ -204,7 +205,7 @@ def residual() -> list[dict[str, int]]:
     return found
 
 
-def fsdp() -> list[dict[str, Any]]:
+def fsdp() -> list[Any]:
     """Cut a model as a plan says; what is found of it, and what was said from shapes."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -238,7 +239,45 @@ def fsdp() -> list[dict[str, Any]]:
     half = Decoder()
     fully_shard(half, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     (cut,), _ = cutting.found_cuts(half)
-    return [*found, {"gathered": str(cut.gathered_dtype), "kept": cut.is_kept}, *as_planned()]
+    return [*found, {"gathered": str(cut.gathered_dtype), "kept": cut.is_kept}, *as_planned(), replicated(), nested()]
+
+
+def replicated() -> str:
+    """Cut a model on a mesh of two axes; return why there are no plans for it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from packlight.sharding import fsdp as cutting
+
+    model = Decoder()
+    fully_shard(model, mesh=init_device_mesh("cpu", (3, 1), mesh_dim_names=("replicate", "shard")))
+    try:
+        cutting.found_cuts(model)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def nested() -> bool:
+    """Recompute blocks with a unit inside; tell whether gradients are those of keeping everything, bit for bit."""
+    from torch.distributed.fsdp import fully_shard
+
+    import packlight
+
+    def gradients(is_recomputed: bool) -> list[Tensor]:
+        torch.manual_seed(5)
+        model = Decoder()
+        for block in model.blocks:
+            fully_shard(block.get_submodule("linear1"))
+            fully_shard(block)
+        fully_shard(model)
+        ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) * 7 % 257
+        for _ in range(2):  # in the second FSDP2 knows the order of its units
+            with packlight.recompute(model) if is_recomputed else contextlib.nullcontext():
+                functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        return [each.grad.to_local() for each in model.parameters()]  # type: ignore[union-attr]
+
+    return all(map(torch.equal, gradients(is_recomputed=True), gradients(is_recomputed=False)))
 
 
 def as_planned() -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ def test_partitioned_checkpoints_hold_a_part_of_each_blocks_input_and_contiguous
 
 def test_what_fully_shard_holds_is_what_shapes_say_and_a_cut_model_tells_how_it_is_cut(folder: Path) -> None:
     for found in ranks("fsdp", 3, folder):
-        *cut, half, _, _ = found
+        *cut, half, _, _, _, _ = found
         for each in cut:
             assert each["held"] == each["said"] and each["same"] and each["trains"], each
             assert "cut over processes already" in each["refusal"]
@@ -57,7 +57,16 @@ def test_what_fully_shard_holds_is_what_shapes_say_and_a_cut_model_tells_how_it_
 
 
 def test_a_model_is_cut_as_its_plan_says_with_its_precision_and_its_host_memory(folder: Path) -> None:
-    for *_, half, on_host in ranks("fsdp", 3, folder):
+    for *_, half, on_host, _, _ in ranks("fsdp", 3, folder):
         assert half["dtypes"] == ["torch.bfloat16"] and not half["offloads"] and half["policy"] == "OffloadPolicy"
         assert on_host["dtypes"] == ["None"] and on_host["offloads"] and on_host["policy"] == "CPUOffloadPolicy"
         assert all(each["units"] and each["trains"] for each in (half, on_host))
+
+
+def test_meshes_with_replicas_are_refused_by_name_and_units_inside_recomputed_blocks_are_gathered_again(
+    folder: Path,
+) -> None:
+    for *_, refusal, is_equal in ranks("fsdp", 3, folder):
+        checked: Any = is_equal
+        assert "over a second axis of the mesh (HSDP)" in str(refusal)
+        assert checked is True
