@@ -44,9 +44,9 @@ def run(what: str, num_ranks: int, folder: Path) -> list[Found]:
     return found
 
 
-def test_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    example = readme[readme.index("# pipeline.py, a whole example") :].partition("```")[0]
+def test_the_example_of_the_documentation_runs_as_it_stands(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
+    example = page[page.index("# pipeline.py, a whole example") :].partition("```")[0]
     (tmp_path / "pipeline.py").write_text(example)
     assert "8 microbatches" in torchrun(2, tmp_path / "pipeline.py", cwd=tmp_path)
 
