@@ -92,7 +92,7 @@ def adamw(
     numbers = settings.numbers(step)
     if engine == "cpu":
         slots = [each.slot(grad, step) for each, grad in zip(trained, grads, strict=True)]
-        cpu.adamw_step(slots, numbers, plan=cpu.plan_of_slots(slots), stochastic=stochastic)
+        cpu.adamw_step(lambda: slots, numbers, plan=cpu.plan_of_slots(slots), stochastic=stochastic)
         return
     for each, grad in zip(trained, grads, strict=True):
         exp_avg, exp_avg_sq = each.moments
@@ -113,7 +113,7 @@ def sgd(
     numbers = settings.numbers(step)
     if engine == "cpu":
         slots = [each.slot(grad, step) for each, grad in zip(trained, grads, strict=True)]
-        cpu.sgd_step(slots, numbers, plan=cpu.plan_of_slots(slots))
+        cpu.sgd_step(lambda: slots, numbers, plan=cpu.plan_of_slots(slots))
         return
     for each, grad in zip(trained, grads, strict=True):
         buffer = each.moments[0] if each.moments else None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import packlight
 from packlight.numerics import AdamWSettings, SGDSettings, call, compiler, cpu, decode, reference
 from packlight.numerics.formats import PIECE_FORMATS
 from packlight.numerics.rounding import RoundingName
@@ -395,8 +396,8 @@ def test_dtypes_and_roundings_share_a_call(seed: int) -> None:
 
 
 def test_a_call_without_parameters_does_nothing() -> None:
-    cpu.adamw_step([], DECOUPLED.numbers(1), plan=cpu.plan_of_slots([]), stochastic=True)
-    cpu.sgd_step([], NESTEROV.numbers(1), plan=cpu.plan_of_slots([]))
+    cpu.adamw_step(list, DECOUPLED.numbers(1), plan=cpu.plan_of_slots([]), stochastic=True)
+    cpu.sgd_step(list, NESTEROV.numbers(1), plan=cpu.plan_of_slots([]))
 
 
 # Bytes, and the want of a compiler
@@ -446,6 +447,22 @@ def test_without_a_compiler_the_reference_steps_and_a_warning_says_so(
             adamw([ours], [grad], 2, DECOUPLED, engine="cpu")
         adamw([theirs], [grad], 2, DECOUPLED)
         assert differing(ours, theirs) == []
+    finally:
+        cpu._warn_missing.cache_clear()
+
+
+def test_without_a_compiler_an_optimiser_steps_all_the_same(tmp_path: Path, fresh: pytest.MonkeyPatch) -> None:
+    """Through the operators, which make no slots of what the libraries are to do."""
+    fresh.setenv("CXX", str(tmp_path / "missing"))
+    cpu._warn_missing.cache_clear()
+    parameter = torch.nn.Parameter(torch.zeros(64, 128))
+    parameter.grad = torch.ones_like(parameter)
+    optimizers = packlight.AdamW([parameter], lr=0.5, weight_decay=0.0), packlight.SGD([parameter], 0.5, 0.9)
+    try:
+        with pytest.warns(UserWarning, match="could not be compiled"):
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.allclose(parameter.detach(), torch.full((64, 128), -1.0), rtol=0.02)
     finally:
         cpu._warn_missing.cache_clear()
 

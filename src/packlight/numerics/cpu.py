@@ -14,7 +14,7 @@ import ctypes
 import functools
 import warnings
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -223,37 +223,39 @@ def plan_of_slots(slots: Sequence[Slot]) -> Plan:
     return Plan(tuple(found), tuple(others), tuple(plain), tuple((slots[at].param, slots[at].grad) for at in plain))
 
 
-def adamw_step(slots: Sequence[Slot], numbers: AdamWNumbers, *, plan: Plan, stochastic: bool) -> None:
+def adamw_step(slots: Callable[[], Sequence[Slot]], numbers: AdamWNumbers, *, plan: Plan, stochastic: bool) -> None:
     """Do one AdamW step on many parameters, in place.
 
     Args:
-        slots: the parameters, on the CPU, of any dtypes; looked at only where the reference does them.
+        slots: return the parameters, on the CPU, of any dtypes; called only where the reference does some of them.
         numbers: the constants of this step.
         plan: how they are done.
         stochastic: round second moments at random.
     """
-    left = _step(plan.batches, numbers, stochastic=stochastic)
-    for at in (*plan.others, *left):
-        with contiguous(slots[at]) as slot:
+    left = [*plan.others, *_step(plan.batches, numbers, stochastic=stochastic)]
+    found = slots() if left else []
+    for at in left:
+        with contiguous(found[at]) as slot:
             batches = plan_of_slots([slot]).batches
             if not batches or _step(batches, numbers, stochastic=stochastic):
                 _warn_slow(slow_reason(slot))
                 slot.adamw_step(numbers, stochastic=stochastic)
 
 
-def sgd_step(slots: Sequence[Slot], numbers: SGDNumbers, *, plan: Plan) -> None:
+def sgd_step(slots: Callable[[], Sequence[Slot]], numbers: SGDNumbers, *, plan: Plan) -> None:
     """Do one step of SGD with momentum on many parameters, in place.
 
     Args:
-        slots: the parameters, on the CPU, of any dtypes; looked at only where the reference does them.
+        slots: return the parameters, on the CPU, of any dtypes; called only where the reference does some of them.
         numbers: the constants of this step.
         plan: how they are done.
     """
     if plan.pairs:
         descend(plan.pairs, numbers)
-    left = _step(plan.batches, numbers, stochastic=False)
-    for at in (*plan.others, *left):
-        with contiguous(slots[at]) as slot:
+    left = [*plan.others, *_step(plan.batches, numbers, stochastic=False)]
+    found = slots() if left else []
+    for at in left:
+        with contiguous(found[at]) as slot:
             copied = plan_of_slots([slot])
             if copied.pairs:
                 descend(copied.pairs, numbers)

@@ -8,6 +8,7 @@ in place. One call does all parameters of one device, dtype and step; `call.Call
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -33,8 +34,8 @@ def _adamw_step_cpu(*args: Any) -> None:
     call = Call(*args)
     if not call.is_skipped():
         plan = cpu.plan_of(call, num_moments=2)
-        slots, numbers = call.slots(2) if plan.others else [], AdamWNumbers(*call.numbers.tolist())
-        cpu.adamw_step(slots, numbers, plan=plan, stochastic=call.stochastic)
+        numbers = AdamWNumbers(*call.numbers.tolist())
+        cpu.adamw_step(partial(call.slots, 2), numbers, plan=plan, stochastic=call.stochastic)
 
 
 def _sgd_step_cpu(*args: Any) -> None:
@@ -49,7 +50,7 @@ def _sgd_step_cpu(*args: Any) -> None:
     call = Call(*args)
     if not call.is_skipped():
         plan = cpu.plan_of(call, num_moments=1)
-        cpu.sgd_step(call.slots(1) if plan.others else [], SGDNumbers(*call.numbers.tolist()), plan=plan)
+        cpu.sgd_step(partial(call.slots, 1), SGDNumbers(*call.numbers.tolist()), plan=plan)
 
 
 adamw_step: CustomOpDef = torch.library.custom_op(
