@@ -35,7 +35,8 @@ ARROWS: dict[str, set[str]] = {
     "planner": {"optim", "activations", "pipeline", "sharding", "numerics.formats"},
     "report": set(),
     "integrations": {"planner"},
-    "cli": {"planner", "integrations.script", "report", "demo", "checkpoints"},
+    "cli": {"planner", "integrations.script", "report", "demo", "checkpoints", "doctor"},
+    "doctor": {"numerics", "optim", "activations", "planner"},  # tries what they do
     "demo": set(),
     "": {"numerics", "optim", "activations", "pipeline", "sharding", "planner", "report"},
     "__main__": {"cli"},  # `python -m packlight` is the console script
@@ -56,6 +57,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "cli": {"torch", "click", "rich"},
     "planner": {"torch", "numpy", "scipy"},
     "pipeline": {"torch", "numpy"},
+    "doctor": {"torch"},
     "demo": {"torch", "rich"},
     "__main__": set(),
 }
