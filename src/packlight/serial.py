@@ -138,3 +138,15 @@ def _build_field(kind: Any, value: Any, where: str) -> Any:
     if origin is not None or not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{where} is {value!r:.60}; wanted {getattr(kind, '__name__', kind)}; was it edited?")
     return value
+
+
+def this_rank() -> int | None:
+    """Return which of several processes of torchrun this is; None for a process alone."""
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    return int(os.environ.get("RANK", "0")) if several else None
+
+
+def of_rank(path: Path) -> Path:
+    """Return the file that a rank writes: the named one for the first, beside it NAME.rank1.json for the next."""
+    rank = this_rank()
+    return path if not rank else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")

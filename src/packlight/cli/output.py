@@ -5,6 +5,10 @@ from pathlib import Path
 
 import click
 
+from packlight.serial import of_rank, this_rank
+
+__all__ = ["of_rank", "output_file", "say"]
+
 
 def output_file(option: str, name: str | None) -> Path | None:
     """Refuse a file that cannot be written before a script runs for hours, and keep its place: a script may chdir."""
@@ -20,19 +24,7 @@ def output_file(option: str, name: str | None) -> Path | None:
     return path
 
 
-def _rank() -> int | None:
-    """Return which of several processes of torchrun this is; None for a process alone."""
-    several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
-    return int(os.environ.get("RANK", "0")) if several else None
-
-
-def of_rank(path: Path) -> Path:
-    """Return the file that a rank writes: the named one for the first, beside it NAME.rank1.json for the next."""
-    rank = _rank()
-    return path if not rank else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
-
-
 def say(message: str) -> None:
     """Tell the user on standard error, and of several processes which one tells."""
-    rank = _rank()
+    rank = this_rank()
     click.echo(message if rank is None else f"[rank {rank}] {message}", err=True)

@@ -8,29 +8,27 @@ caller. Here they are as the script expects them: its own `sys.argv`, `sys.path[
 import builtins
 import io
 import os
-import platform
 import runpy
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
 
 import torch
 
 from packlight.budget import Budget
 from packlight.planner.known_hardware import Hardware, named
 from packlight.planner.plan import device_bytes
+from packlight.planner.recorded import environment, recorded
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.session import Session
 from packlight.records import Run
 
-__all__ = ["Outcome", "SessionStop", "Settings", "Target", "run_script"]
+__all__ = ["Outcome", "SessionStop", "Settings", "Target", "environment", "run_script"]
 
 _SESSION_FOLDER = Path(__file__).parents[1] / "planner"
 
@@ -82,7 +80,7 @@ def run_script(target: Target, settings: Settings) -> Outcome:
     session = Session(settings)
     with session:
         exit_status, message = _run(target)
-        record = _record(target, session)
+        record = recorded(session, target.command)
     if exit_status == 0 and not session.trained and not message:
         return Outcome(
             2, None, "the script ended without a training step that packlight could see; nothing was planned"
@@ -168,37 +166,3 @@ def _command_line(target: Target) -> Iterator[None]:
         yield
     finally:
         sys.argv, sys.path[:], sys.modules["__main__"] = argv, path, main
-
-
-def _record(target: Target, session: Session) -> Run | None:
-    measurement = session.measurement()
-    if measurement is None:
-        return None
-    return Run(
-        script=target.command,
-        plan=session.plan,
-        estimate=session.plan.estimate if session.plan else None,
-        first_estimate=session.first_estimate,
-        measurement=measurement,
-        environment=environment(),
-    )
-
-
-def environment() -> dict[str, Any]:
-    """Return the hardware and the versions that a figure depends on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {
-        "hardware": device,
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "num_threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "packlight": metadata.version("packlight"),
-    }
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -52,11 +52,23 @@ class Listener:
 class Ears:
     """The replaced methods and hooks that tell one listener; `close` puts everything back."""
 
+    _is_open: ClassVar[bool] = False
+
     def __init__(self, listener: Listener) -> None:
-        """Begin to listen."""
+        """Begin to listen.
+
+        Raises:
+            ValueError: another listener is told already, and two would plan against each other.
+        """
+        if Ears._is_open:
+            raise ValueError(
+                "a session is in force already; wanted one at a time: either packlight run, or one plugin in the script"
+            )
+        Ears._is_open = True
         self._listener = listener
         self._depth = 0
         self._stack, self._calls = ExitStack(), ExitStack()
+        self._stack.callback(setattr, Ears, "_is_open", False)
         self._calls.enter_context(_replaced(nn.Module, "__call__", self._call))
         self._stack.enter_context(self._calls)
         for owner, name, make in (
