@@ -168,6 +168,12 @@ class Adoptions:
             adopted.release()
 
 
+def meets_states(plan: Plan, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """Tell whether optimisers have states already, as a resumed run's, for which a plan has other formats."""
+    changes = not set(plan.state_formats.values()).issubset(EXACT_FORMATS)
+    return changes and any(each.state for each in optimizers)
+
+
 def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Adopted:
     """Let an optimiser keep its states, and use gradients, as a plan says.
 

@@ -25,7 +25,7 @@ from torch.optim.optimizer import Optimizer
 
 from packlight.activations.offload import OffloadError
 from packlight.planner.agree import LARGER_ON_A_RANK, Agreement
-from packlight.planner.carry import Adoptions, Carried, carry_out
+from packlight.planner.carry import Adoptions, Carried, carry_out, meets_states
 from packlight.planner.cut import num_calls
 from packlight.planner.finder import Finder
 from packlight.planner.listen import Ears, Listener, LossLog, ModuleHook
@@ -152,11 +152,11 @@ class Session(Listener):
         try:
             self._plan_before_first_step()
         except SessionStop as stop:
-            self._stop = stop
+            self._stop, again = stop, ModuleHook(module, lambda *_: self._stop_again())
             if isinstance(stop.__cause__, ProfileError):  # the real forward first: the error may be the script's own
-                module.register_forward_hook(ModuleHook(module, lambda *_: self._stop_again()))
+                self._stack.callback(module.register_forward_hook(again).remove)
                 return
-            module.register_forward_pre_hook(ModuleHook(module, lambda *_: self._stop_again()))
+            self._stack.callback(module.register_forward_pre_hook(again).remove)
             raise
         hook = ModuleHook(module, lambda args, kwargs: self._forward_begins(Call(args, kwargs)))
         before = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -239,7 +239,7 @@ class Session(Listener):
         self._first = self._agreement.plan(self._maker.first(step, plan))
         self._blocks = carry_out(self._first, self._model)  # step 2
         self._step = step
-        if plan.releases_gradients:  # states are made inside the first backward
+        if plan.releases_gradients or meets_states(plan, self._optimizers):  # made in backward, or of a checkpoint
             self._adopted.adopt(plan, self._model, self._optimizers)
             self._maker.held = plan
 
