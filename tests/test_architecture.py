@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoints": {"optim", "numerics"},
     "planner": {"optim", "activations", "pipeline", "sharding", "numerics.formats"},
     "report": set(),
-    "integrations": {"planner"},
+    "integrations": {"planner", "optim.adamw", "sharding.zero"},  # what the frameworks take: an optimiser, a config
     "cli": {"planner", "integrations.script", "report", "demo", "checkpoints", "doctor"},
     "doctor": {"numerics", "optim", "activations", "planner"},  # tries what they do
     "demo": set(),

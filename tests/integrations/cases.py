@@ -1,0 +1,37 @@
+"""What the tests of several frameworks share: their scripts, and a look at what a plugin may leave behind."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "frameworks"
+
+
+def called_methods() -> tuple[Any, ...]:
+    """Return torch's functions that a session replaces."""
+    return nn.Module.__call__, Optimizer.__init__, Optimizer.zero_grad, nn.Module.zero_grad, torch.autograd.backward
+
+
+def run_script(script: Path, *arguments: str, before: Sequence[str] = ()) -> list[float]:
+    """Run a script, which has to succeed, after words of a launcher; return the losses that it printed."""
+    done = subprocess.run(
+        [sys.executable, *before, str(script), *arguments],
+        cwd=script.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [float(loss) for loss in re.findall(r"\bloss (\S+)", done.stdout)]
+    assert losses
+    return losses
