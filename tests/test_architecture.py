@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "serial": set(),
     "step": set(),
     "shortage": set(),
+    "memory": set(),
     "numerics": set(),
     "optim": {"numerics", "activations.copies", "activations.extents", "activations.pages"},
     "activations": {"numerics"},
@@ -53,6 +54,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "serial": set(),
     "step": set(),
     "shortage": set(),
+    "memory": set(),
     "report": {"rich", "plotly"},
     "cli": {"torch", "click", "rich"},
     "planner": {"torch", "numpy", "scipy"},
@@ -213,7 +215,7 @@ def keeps_to_the_arrows(modules: Sequence[Module]) -> Iterator[str]:
 def may_import(module: Module, target: str) -> bool:
     allowed = set(ARROWS[module.part])
     if module.part not in NO_RECORDS:
-        allowed |= {"budget", "ranks", "records", "serial", "shortage", "step"}
+        allowed |= {"budget", "memory", "ranks", "records", "serial", "shortage", "step"}
     if module.part not in {"", *NO_SIBLINGS}:
         allowed.add(module.part)
     return any(inside(target, name) for name in allowed)

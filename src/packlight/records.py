@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from packlight.budget import format_bytes
+from packlight.memory import Memory
 from packlight.ranks import Sharded
 from packlight.serial import JsonRecord
 
@@ -185,6 +186,7 @@ class Plan(JsonRecord):
         releases_gradients: whether each parameter is stepped inside backward, and its gradient freed there.
         pipeline: the schedule of a pipeline, whose stages the choices are for; None for a model on one device.
         sharding: how ranks share the model's states; None where each has them all.
+        predicted: what lives over a step; None where that was not worked out (a pipeline, a record of before).
     """
 
     kind: ClassVar[str] = "plan"
@@ -210,6 +212,7 @@ class Plan(JsonRecord):
     num_microbatches: int = 1
     pipeline: Pipeline | None = None
     sharding: Sharded | None = None
+    predicted: Memory | None = None
 
     def recomputed(self) -> frozenset[str]:
         """Return the paths of the blocks that are recomputed in backward."""
@@ -314,6 +317,7 @@ class Run(JsonRecord):
         script: the command line that was run.
         estimate: of the plan that was carried out, made before its first step.
         first_estimate: made before the script's first step, when the loss outside the model had not been seen.
+        measured: what lived over the step in which the measured peak stands; None where none was followed.
     """
 
     kind: ClassVar[str] = "run"
@@ -324,3 +328,9 @@ class Run(JsonRecord):
     first_estimate: Estimate | None
     measurement: Measurement
     environment: Mapping[str, Any] = field(default_factory=dict)
+    measured: Memory | None = None
+
+    @property
+    def predicted(self) -> Memory | None:
+        """What was expected to live over a step under the plan that was carried out."""
+        return None if self.plan is None else self.plan.predicted

@@ -65,6 +65,21 @@ class Save:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where storages were made.
+
+    Attributes:
+        site: the path of the module, or what they are.
+        code: the line: "model.py:41 in forward".
+        storages: which, by index.
+    """
+
+    site: str
+    code: str
+    storages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Link:
     """The way to a tier, and what it costs to use it.
 
@@ -201,6 +216,7 @@ class Profile(JsonRecord):
         link: the way to the tier that tensors may be moved to.
         notes: what a reader should know, in sentences.
         hardware: the name of the device that seconds and allocations are predicted for; "" for the one at hand.
+        places: where the storages were made that are not small.
     """
 
     kind: ClassVar[str] = "profile"
@@ -227,6 +243,7 @@ class Profile(JsonRecord):
     link: Link | None = None
     notes: tuple[str, ...] = ()
     hardware: str = ""
+    places: tuple[Place, ...] = ()
 
     @property
     def staging_bytes(self) -> int:

@@ -119,8 +119,7 @@ class StepCost:
         self._spans, self._moving = [], self.moving(chosen, treated)
         self._staging_bytes = self.staging_bytes(treated)
         if treated:
-            ends = self._find_ends(chosen, treated)
-            gone = self._gone(chosen)
+            ends, gone = self.find_ends(chosen, treated), self.gone(chosen)
             for name, treatment in treated.items():
                 self._spans += spans(self.profile, self.groups[name], treatment, gone)
             self._spans += self._moving.spans
@@ -130,7 +129,7 @@ class StepCost:
         """Follow what moves to the tier and back."""
         if not any(treatment.is_moved for treatment in treated.values()):
             return Moving()
-        gone = self._gone(recomputed)
+        gone = self.gone(recomputed)
         return simulate(self.profile, self.groups, treated, gone=gone, window_bytes=self.window_bytes)
 
     def staging_bytes(self, treated: Mapping[str, Treatment]) -> int:
@@ -138,7 +137,8 @@ class StepCost:
         moves = any(treatment.is_moved for treatment in treated.values())
         return self.profile.staging_bytes if moves else 0
 
-    def _gone(self, recomputed: Collection[str]) -> set[int]:
+    def gone(self, recomputed: Collection[str]) -> set[int]:
+        """Return the saves that are made inside of recomputed blocks."""
         return {at for at, save in enumerate(self.profile.saves) if self.block_of(save) in recomputed}
 
     def treatable(self, recomputed: Collection[str]) -> list[Group]:
@@ -232,14 +232,15 @@ class StepCost:
     def _ends(self, chosen: frozenset[str]) -> torch.Tensor:
         """Return the event at which each storage of the first run ends, int64 of shape (num_storages,)."""
         if chosen not in self._known_ends:
-            self._known_ends[chosen] = self._find_ends(chosen)
+            self._known_ends[chosen] = self.find_ends(chosen)
         return self._known_ends[chosen]
 
     def block_of(self, save: Save) -> str | None:
         """Return the block that a save is made in; None outside of blocks."""
         return self.profile.regions[save.region].block if save.region >= 0 else None
 
-    def _find_ends(self, chosen: frozenset[str], treated: Collection[str] = ()) -> torch.Tensor:
+    def find_ends(self, chosen: frozenset[str], treated: Collection[str] = ()) -> torch.Tensor:
+        """Return likewise, where groups are treated, too."""
         ends = self._died.clone()
         regions = self.profile.regions
         for replay in self.replays:

@@ -11,7 +11,7 @@ import torch
 
 from packlight.planner.known import Noted
 from packlight.planner.timeline import Entry
-from packlight.step import Region, Save, Storage
+from packlight.step import Place, Region, Save, Storage
 
 
 @dataclass
@@ -87,6 +87,14 @@ class Draft:
             )
             for entry in made
         )
+
+    def places(self, entries: Sequence[Entry]) -> tuple[Place, ...]:
+        """Return where storages of the step were made, as far as that is known."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for index, entry in enumerate(entries[self._num_resident :]):
+            if (entry.site or entry.code) and entry.born < self._num_events:
+                found.setdefault((entry.site, entry.code), []).append(index)
+        return tuple(Place(site, code, tuple(indices)) for (site, code), indices in found.items())
 
     def _completed(self, entry: Entry) -> int:
         if entry.completed is None or self._keeps_gradients:

@@ -258,7 +258,7 @@ def all_recomputed(plan: Plan) -> Plan:
         if not (choice.sites and any(_is_inside(site, blocks) for site in choice.sites))
     ]
     notes = (*plan.notes, "its peak is not predicted: it has no profile")
-    return replace(plan, choices=tuple(choices), kept=(), notes=notes)
+    return replace(plan, choices=tuple(choices), kept=(), notes=notes, predicted=None)
 
 
 def _is_inside(site: str, blocks: tuple[str, ...]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from packlight.budget import Budget
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.held import Treatment
+from packlight.planner.lives import predicted
 from packlight.planner.moving import order_of_use
 from packlight.planner.options import by_name
 from packlight.planner.search import Chosen
@@ -41,6 +42,13 @@ def plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, exa
         smallest_budget_bytes=smallest_bytes,
         notes=costs.profile.notes,
         hardware=costs.profile.hardware,
+        predicted=predicted(
+            costs.through(chosen.window_bytes),
+            chosen.cost,
+            recomputed=chosen.recomputed,
+            treated=chosen.treated,
+            optimizer=chosen.optimizer,
+        ),
         **_tier(costs, chosen),
     )
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment
+from packlight.planner.lives import predicted
 from packlight.planner.loop import Seen
 from packlight.planner.moving import moved_bytes, order_of_use
 from packlight.planner.options import by_name
@@ -61,8 +62,9 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     wanted = {name: each for name, each in both.items() if name in free}
     treated = _that_fit(costs, wanted, taken_bytes=optimizer.host_bytes if optimizer else 0)
     cost = costs.price(recomputed, optimizer, treated=treated)
-    estimate = before.estimate
+    estimate, memory = before.estimate, before.predicted
     if cost.peak_bytes >= estimate.device_peak_bytes:
+        memory = predicted(costs, cost, recomputed=recomputed, treated=treated, optimizer=optimizer)
         estimate = replace(
             plan.estimate,
             device_peak_bytes=cost.peak_bytes,
@@ -85,7 +87,7 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     kept = tuple(choice for choice in plan.kept if choice.group in free and choice.group not in treated)
     num_left = len(free.intersection(both)) - len(treated)
     notes = (*plan.notes, *[f"the tier has no room for {num_left} groups of earlier batches"] * (num_left > 0))
-    return replace(plan, choices=choices, kept=kept, estimate=estimate, notes=notes, **tier)
+    return replace(plan, choices=choices, kept=kept, estimate=estimate, notes=notes, predicted=memory, **tier)
 
 
 def _held(step: Profile, plan: Plan) -> OptimizerCost | None:

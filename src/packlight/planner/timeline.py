@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import (
 )
 
 from packlight.activations.buffers import is_recomputing
+from packlight.planner.places import Places
 from packlight.records import CATEGORIES
 
 ALLOCATION_BYTES = {"cuda": 512}
@@ -40,7 +41,8 @@ _LEFT_OUT = -1
 class Entry:
     """A storage on the line: events of birth and death (None while it lives), phase of birth, category if known.
 
-    A gradient of a parameter that is stepped has the event at which it is complete, too.
+    A gradient of a parameter that is stepped has the event at which it is complete, too. What is not small has a site
+    and a line of code, where they are known; see `places.py`.
     """
 
     num_bytes: int
@@ -49,6 +51,8 @@ class Entry:
     category: str | None = None
     died: int | None = None
     completed: int | None = None
+    site: str = ""
+    code: str = ""
 
 
 class Timeline(TorchDispatchMode):
@@ -68,6 +72,7 @@ class Timeline(TorchDispatchMode):
         self.events: list[int] = []
         self.live_bytes = 0
         self.explicit_phase: str | None = None
+        self.places: Places | None = None
         self._granularity = ALLOCATION_BYTES.get(allocator or device_type, 1)
         self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._highest_bytes = 0
@@ -85,12 +90,15 @@ class Timeline(TorchDispatchMode):
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note what one operator made; a subclass adds what else it wants to know of operators."""
+        num_before = len(self.entries)
         for result in out if isinstance(out, tuple | list) else (out,):
             if isinstance(result, torch.Tensor):
                 self.add(result)
+        if self.places is not None:
+            self.places.name(self.entries[num_before:], out)
 
-    def add(self, tensor: torch.Tensor, *, category: str | None = None) -> int | None:
-        """Note a tensor's storage, unless it is known or on another device.
+    def add(self, tensor: torch.Tensor, *, category: str | None = None, site: str = "") -> int | None:
+        """Note a tensor's storage, unless it is known or on another device; name it, if a name is given.
 
         Returns:
             The storage's index, None for another device's.
@@ -98,9 +106,12 @@ class Timeline(TorchDispatchMode):
         if tensor.device.type != self.device_type:
             return None
         if is_traceable_wrapper_subclass(tensor):  # what holds bytes are the tensors inside (a DTensor's share)
-            indices = [self.add(part, category=category) for part in inner_tensors(tensor)]
+            indices = [self.add(part, category=category, site=site) for part in inner_tensors(tensor)]
             return indices[0]
-        return self._add_storage(tensor.untyped_storage(), category)
+        index = self._add_storage(tensor.untyped_storage(), category)
+        if site and index is not None:
+            self.entries[index].site = site
+        return index
 
     def _add_storage(self, storage: torch.UntypedStorage, category: str | None) -> int | None:
         key, num_bytes = storage._cdata, self.round(storage.nbytes())

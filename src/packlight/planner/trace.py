@@ -47,6 +47,7 @@ from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
 from packlight.planner.known_hardware import Hardware
 from packlight.planner.loop import Call, Optimizers, Seen, listed
+from packlight.planner.places import Places
 from packlight.planner.timeline import flat_tensors
 from packlight.planner.updates import optimizer_costs, step_as_on_cuda
 from packlight.step import OptimizerCost, Profile
@@ -149,7 +150,7 @@ class Trace:
         if self.seen.gradients == "forward":
             for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        self.line.explicit_phase = "forward"
+        self.line.explicit_phase, self.line.places = "forward", Places(self.model)
         self.line.reads.inside(self._inside)
         self._lasting = Resident([*self.model.parameters(), *self.model.buffers()], (call.args, call.kwargs))
         names = ModuleWatch(self.model, lambda: self._calls)
@@ -271,8 +272,7 @@ class Trace:
         self.backward_start = self.line.now()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             scalar.backward()
-        self.num_events, self.line.reads.is_on = self.line.now(), False
-        self.seconds = self.line.seconds
+        self.num_events, self.seconds, self.line.reads.is_on = self.line.now(), self.line.seconds, False
         self._name_gradients()
 
     def _note_completion(self) -> None:
@@ -301,9 +301,9 @@ class Trace:
                     self.line.add(parameter.grad, category="gradients")
 
     def _name_gradients(self) -> None:
-        for parameter in self.model.parameters():
+        for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                self.line.add(parameter.grad, category="gradients")
+                self.line.add(parameter.grad, category="gradients", site=f"gradient of {name}")
 
     def optimizers(self, *, on_host: bool) -> tuple[OptimizerCost, ...]:
         """Ask what the optimisers cost as they are, and in the formats (and places) that they could have (step 5)."""
@@ -333,6 +333,7 @@ class Trace:
             forward_end=self.forward_end,
             backward_start=self.backward_start,
             storages=draft.storages(self.line.entries),
+            places=draft.places(self.line.entries),
             saves=tuple(draft.save(save) for save in self.saves),
             regions=tuple(draft.region(region) for region in self.regions),
             optimizers=optimizers,
