@@ -24,8 +24,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from packlight.planner.cut import stepped_by
 from packlight.planner.listen import ModuleHook
+from packlight.planner.lived import Lived
 from packlight.planner.loop import Seen
 from packlight.planner.process import reset_resident_peak, resident_bytes
 from packlight.planner.tail import TailWatch
@@ -55,7 +55,7 @@ class StepWatch:
         first = next((parameter.device.type for parameter in model.parameters()), "cpu")
         self.model, self.optimizers = model, list(optimizers)
         self.line = Timeline(first)
-        self.tail = TailWatch(self.line)
+        self.tail, self.lived = TailWatch(self.line), Lived(model, self.optimizers)
         self.num_steps = self.num_microbatches = self.num_backwards = 0
         self.other_bytes = 0
         self._num_measured = num_measured
@@ -64,7 +64,6 @@ class StepWatch:
         self._started: float | None = None
         self._stepped_at: float | None = None
         self._measuring = self._began = False
-        self._peak: tuple[int, str, dict[str, int]] = (0, "", {})
         self._peak_before_bytes = 0
         self._plan: _PlanPeak = _PlanPeak()
         self._resident_start_bytes = self._resident_before_bytes = 0
@@ -115,14 +114,15 @@ class StepWatch:
         if self._measuring:
             if self._stepped_at is not None:
                 self.resume()  # a second optimiser in the same step
-            self._name_gradients()
+            self.lived.name_gradients()
             self.tail.update_begins()
             self.line.explicit_phase = "optimizer"
 
     def update_ends(self) -> None:
         """Name the states; the step ends here unless another optimiser follows."""
         if self._measuring:
-            self._name_states()
+            self.lived.name_states()
+            self.lived.step_ends()
             self.line.explicit_phase = None
             self.pause()
         self._stepped_at = self._clock()
@@ -186,7 +186,7 @@ class StepWatch:
     def measurement(self, losses: dict[str, tuple[float, ...]] | None = None) -> Measurement:
         """Return what has been measured so far; closed steps and the one that has just stepped."""
         self.end_step()
-        peak_bytes, moment, by_category = self._peak_now()
+        (peak_bytes, moment, by_category), _ = self.lived.now()
         cuda = self.line.device_type == "cuda" and self._began
         timed = [seconds for seconds, followed in self._seconds if not followed] or [at for at, _ in self._seconds]
         return Measurement(
@@ -247,6 +247,7 @@ class StepWatch:
             self._follow()
         if self._measuring:
             self._meet_others()
+            self.lived.step_begins(self.num_steps + 1)
             self.resume()
         if self._plan.start is None:
             self._open_plan()
@@ -267,10 +268,7 @@ class StepWatch:
 
     def _follow(self) -> None:
         """Begin a line with what is known of what lives."""
-        for parameter in (*self.model.parameters(), *stepped_by(self.optimizers)):
-            self.line.add(parameter, category="parameters")
-        self._name_gradients()
-        self._name_states()
+        self.lived.follow(self.line)
         self._measuring = True
         self._resizes = Resizes(self.line)
 
@@ -288,7 +286,7 @@ class StepWatch:
         before_bytes = self.line.live_bytes
         for tensor in existing_tensors(self.line.device_type):
             if self.line.index(tensor) is None:
-                self.line.add(tensor, category="other")
+                self.lived.add_other(tensor)
         self.other_bytes += self.line.live_bytes - before_bytes
 
     def _end_step(self) -> None:
@@ -306,23 +304,10 @@ class StepWatch:
             self._measuring = False
             self._resizes.close()
             self.pause()
-            self._peak = max(self._peak, self.line.peak(), key=lambda peak: peak[0])
+            self.lived.close()
             if self._plan.start is not None:
                 self._plan.peak_bytes = max(self._plan.peak_bytes, self.line.peak(start=self._plan.start)[0])
             self.line.close()
-
-    def _peak_now(self) -> tuple[int, str, dict[str, int]]:
-        return max(self._peak, self.line.peak(), key=lambda peak: peak[0]) if self._measuring else self._peak
-
-    def _name_gradients(self) -> None:
-        for parameter in (*self.model.parameters(), *stepped_by(self.optimizers)):
-            if parameter.grad is not None and parameter.grad.layout == torch.strided:
-                self.line.add(parameter.grad, category="gradients")
-
-    def _name_states(self) -> None:
-        for optimizer in self.optimizers:
-            for tensor in flat_tensors(list(optimizer.state.values())):
-                self.line.add(tensor, category="optimizer_states")
 
     def state_bytes(self, *, on_device: bool = False) -> int:
         """Return the bytes of the optimisers' states, each storage once; of those on the device, or of all."""

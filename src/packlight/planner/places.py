@@ -70,20 +70,22 @@ class Places:
             made: the new storages.
             results: what it returned.
         """
-        node: Any = torch._C._current_autograd_node()
         number = torch._C._autograd._get_sequence_nr()
-        is_new, self._number = number != self._number, number
+        is_first, self._number = number != self._number, number
         large = [each for each in made if each.num_bytes >= MIN_BYTES]
-        is_first = node is None and is_new and (bool(large) or _is_large(results))
-        if not (large or is_first):
+        if not large and not (is_first and _is_large(results)):
             return
-        place = self._here()
-        if is_first:
+        place, node = self._here(), self._running_node()
+        if is_first and node is None:
             self._nodes[number - 1] = place
         elif node is not None and not place.code:
             place = self._backward_of(node)
         for each in large:
             each.site, each.code = place
+
+    def _running_node(self) -> Any:
+        """Return the node that backward is at; None outside of backward."""
+        return None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
 
     def _backward_of(self, node: Any) -> Place:
         site, code = self._nodes.get(node._sequence_nr(), NOWHERE)

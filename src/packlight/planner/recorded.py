@@ -36,6 +36,7 @@ def recorded(session: Session, command: Sequence[str]) -> Run | None:
         first_estimate=session.first_estimate,
         measurement=measurement,
         environment=environment(),
+        measured=session.lived(),
     )
 
 

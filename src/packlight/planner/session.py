@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.activations.offload import OffloadError
+from packlight.memory import Memory
 from packlight.planner.agree import LARGER_ON_A_RANK, Agreement
 from packlight.planner.carry import Adoptions, Carried, carry_out, meets_states
 from packlight.planner.cut import num_calls
@@ -105,6 +106,10 @@ class Session(Listener):
         measured = measured if self._blocks is None else self._blocks.complete(measured)
         return self._adopted.complete(measured)
 
+    def lived(self) -> Memory | None:
+        """Return what lived over the step in which the measured peak stands; None where none was followed."""
+        return None if self._watch is None else self._watch.lived.now()[1]
+
     def optimizer_made(self, optimizer: Optimizer) -> None:
         """Remember an optimiser: its parameters will tell the model."""
         self._finder.optimizer_made(optimizer)
@@ -172,13 +177,12 @@ class Session(Listener):
         """Stand around the plan in force; states and a loss to hold are there from the second step on."""
         plan = self._first or self.plan
         if plan is not None and self._model is not None and self._watch is not None:
-            num_steps = 1 if self.settings.plan is None else 2
             self._mend = Mend(
                 self._model,
                 self._watch,
                 change=self._change,
                 tell=self._tell,
-                num_steps=num_steps,
+                num_steps=1 if self.settings.plan is None else 2,
                 agreement=self._agreement.in_step(),
             )
             self._mend.begin(plan, self._step, is_final=self._first is None)
@@ -341,7 +345,6 @@ class Session(Listener):
         self._losses.end_step()
         if self._maker:
             self._maker.held = self.plan
-        if (
-            self._mend and self._num_updates % sum(map(num_calls, self._optimizers)) == 0
-        ):  # the last of them has stepped
+        is_last = self._num_updates % sum(map(num_calls, self._optimizers)) == 0
+        if self._mend and is_last:
             self._mend.step_ends()

@@ -62,6 +62,7 @@ class Timeline(TorchDispatchMode):
         entries: every storage seen, by index.
         events: the index of the storage born, or the complement (~index) of the one that died, in order.
         live_bytes: bytes of the storages that live now.
+        phases: the events at which births of another phase begin, and its name.
     """
 
     def __init__(self, device_type: str, *, allocator: str = "") -> None:
@@ -76,7 +77,7 @@ class Timeline(TorchDispatchMode):
         self._granularity = ALLOCATION_BYTES.get(allocator or device_type, 1)
         self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._highest_bytes = 0
-        self._phases: list[tuple[int, str]] = []
+        self.phases: list[tuple[int, str]] = []
         self._paused = False
 
     def __torch_dispatch__(
@@ -94,7 +95,7 @@ class Timeline(TorchDispatchMode):
         for result in out if isinstance(out, tuple | list) else (out,):
             if isinstance(result, torch.Tensor):
                 self.add(result)
-        if self.places is not None:
+        if self.places is not None and self.explicit_phase != "optimizer":
             self.places.name(self.entries[num_before:], out)
 
     def add(self, tensor: torch.Tensor, *, category: str | None = None, site: str = "") -> int | None:
@@ -192,14 +193,15 @@ class Timeline(TorchDispatchMode):
         Returns:
             Its bytes, the phase it stands in, and its bytes by category.
         """
-        at, peak_bytes = self._highest_point(start)
+        at, peak_bytes = self.highest_point(start)
         by_category = dict.fromkeys(CATEGORIES, 0)
         for entry in self.entries:
             if entry.born <= at and (entry.died is None or entry.died > at):
-                by_category[entry.category or self._category(entry)] += entry.num_bytes
+                by_category[entry.category or self.category_of(entry)] += entry.num_bytes
         return peak_bytes, self._phase_at(at), by_category
 
-    def _highest_point(self, start: int) -> tuple[int, int]:
+    def highest_point(self, start: int = 0) -> tuple[int, int]:
+        """Return the event at which most lives from an event on, and the bytes."""
         live, best, best_bytes = 0, start, 0
         for at, event in enumerate(self.events):
             live += self.entries[event].num_bytes if event >= 0 else -self.entries[~event].num_bytes
@@ -207,25 +209,25 @@ class Timeline(TorchDispatchMode):
                 best, best_bytes = at, live
         return best, best_bytes
 
-    def _category(self, entry: Entry) -> str:
+    def category_of(self, entry: Entry) -> str:
         """Call a storage an activation if it outlives the phase that made it, else a temporary."""
         if entry.phase in ("backward", "optimizer"):
             return "temporaries"
-        following = bisect.bisect_right(self._phases, (entry.born, "\uffff"))
-        phase_end = self._phases[following][0] if following < len(self._phases) else len(self.events)
+        following = bisect.bisect_right(self.phases, (entry.born, "\uffff"))
+        phase_end = self.phases[following][0] if following < len(self.phases) else len(self.events)
         return "activations" if entry.died is None or entry.died > phase_end else "temporaries"
 
     def _phase_at(self, at: int) -> str:
-        following = bisect.bisect_right(self._phases, (at, "\uffff"))
-        return self._phases[following - 1][1] if following else "forward"
+        following = bisect.bisect_right(self.phases, (at, "\uffff"))
+        return self.phases[following - 1][1] if following else "forward"
 
     def round(self, num_bytes: int) -> int:
         """Return what the device's allocator takes for a number of bytes."""
         return -(-num_bytes // self._granularity) * self._granularity
 
     def _begin(self, index: int, entry: Entry) -> None:
-        if not self._phases or self._phases[-1][1] != entry.phase:
-            self._phases.append((entry.born, entry.phase))
+        if not self.phases or self.phases[-1][1] != entry.phase:
+            self.phases.append((entry.born, entry.phase))
         self.entries.append(entry)
         self.events.append(index)
         self.live_bytes += entry.num_bytes
