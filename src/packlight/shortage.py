@@ -92,8 +92,9 @@ def _smaller_budget(shortage: Shortage, saved_bytes: int) -> Change:
         text = "recomputing what forward saves, as packlight run --budget {} plans it (at most)"
         return Change(saved_bytes, text.format(_as_option(wanted)))
     short = shortage.asked_bytes or round(0.1 * shortage.budget_bytes)
-    wanted = min(shortage.live_bytes, shortage.budget_bytes) - short
-    return Change(short, f"a smaller budget, --budget {_as_option(max(wanted, shortage.budget_bytes // 2))}")
+    held = min(shortage.live_bytes, shortage.budget_bytes)
+    wanted = max(held - short, held // 2)
+    return Change(held - wanted, f"a smaller budget, --budget {_as_option(wanted)}")
 
 
 def _as_option(num_bytes: float) -> str:

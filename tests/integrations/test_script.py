@@ -241,3 +241,8 @@ def test_a_script_whose_memory_runs_out_later_ends_as_without_packlight(tmp_path
     command = [sys.executable, "-m", "packlight", "run", "--budget", "12MiB", *script]
     done = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "OutOfMemoryError: CUDA out of memory" in done.stderr
+    assert (
+        "out of memory in backward of step 4, where 2.00 GiB were asked for, under a plan for 12.00 MiB" in done.stderr
+    )
+    assert "The largest, at the peak of step" in done.stderr and "memory_runs_out.py:" in done.stderr
+    assert "What would free most" in done.stderr and "a smaller budget, --budget" in done.stderr

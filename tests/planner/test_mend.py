@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from packlight.activations.standin import StandIn
+from packlight.budget import parse_bytes
 from packlight.planner.apply import apply, fit
+from packlight.planner.exhausted import is_out_of_memory
 from packlight.planner.mend import TOLERANCE, _done, all_recomputed, like
 from packlight.planner.plan import plan
 from packlight.planner.request import SessionStop, Settings
-from packlight.planner.retry import is_out_of_memory
 from packlight.planner.session import Session
 from packlight.records import Choice, Plan
 
@@ -217,8 +218,17 @@ def test_memory_that_runs_out_again_and_again_goes_up_with_what_can_be_done(run:
     with RUNS[run](model, optimizer, said), pytest.raises(torch.OutOfMemoryError) as caught:
         train(model, optimizer)
     (note,) = caught.value.__notes__
-    assert f"out of memory in {where}, under a plan for 18.00 MiB; the most saving plan failed too" in note
-    assert "Live then: parameters" in note and "optimizer_states" in note and "smaller batch" in note
+    assert f"out of memory in {where} of step 2, under a plan for 18.00 MiB; the most saving plan failed too" in note
+    assert "Live then: parameters" in note and "optimizer states" in note
+    _, _, after = note.partition("The largest:\n")
+    largest, _, changes = after.partition("What would free most")
+    assert len(largest.splitlines()) == 10
+    sizes = [parse_bytes("".join(line.split()[:2])) for line in largest.splitlines()]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 0
+    assert "test_mend.py:" in largest and "  activations  " in largest
+    ranked = changes.splitlines()[1:]
+    assert [line.split()[0] for line in ranked] == [f"{at}." for at in range(1, len(ranked) + 1)] and len(ranked) >= 2
+    assert "half the rows of a batch" in changes and "a smaller budget, --budget" in changes
 
 
 def hook_on_the_output(model: nn.Module) -> None:

@@ -79,7 +79,7 @@ def run_script(target: Target, settings: Settings) -> Outcome:
         Budget.of(settings.budget, total_bytes=_largest_device_bytes(named(settings.hardware)))
     session = Session(settings)
     with session:
-        exit_status, message = _run(target)
+        exit_status, message = _run(target, session)
         record = recorded(session, target.command)
     if exit_status == 0 and not session.trained and not message:
         return Outcome(
@@ -98,7 +98,7 @@ def _largest_device_bytes(hardware: Hardware | None) -> int:
     return max(device_bytes(torch.device(each)) for each in types)
 
 
-def _run(target: Target) -> tuple[int, str]:
+def _run(target: Target, session: Session) -> tuple[int, str]:
     """Run the target; return its exit status, and why packlight stopped it, if it did."""
     try:
         with _command_line(target):
@@ -112,6 +112,7 @@ def _run(target: Target) -> tuple[int, str]:
         return _exit_status(stop.code), ""
     except BaseException as error:
         sys.stdout.flush()
+        session.failed(error)
         error.__traceback__ = _own_frames(error.__traceback__)
         sys.excepthook(type(error), error, error.__traceback__)
         return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1, ""

@@ -108,17 +108,18 @@ class Guest:
     def during(self, *optimizers: Any) -> Iterator[Self]:
         """Hold the session for the length of a context, which stands around a loop of one's own."""
         self.begin(optimizers)
-        try:
+        with self.until_error():
             yield self
-        finally:
-            self.end()
+        self.end()
 
     @contextmanager
     def until_error(self) -> Iterator[None]:
         """End the session where an error leaves the context."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if self._session is not None:
+                self._session.failed(error)
             self.end()
             raise
 

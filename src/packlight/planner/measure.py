@@ -136,6 +136,11 @@ class StepWatch:
         if self._stepped_at is not None:
             self._end_step()
 
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the present step is followed, storage by storage."""
+        return self._measuring
+
     def step_is_open(self) -> bool:
         """Tell whether a step has begun and its optimiser has not stepped."""
         return self._started is not None and self._stepped_at is None
@@ -150,15 +155,19 @@ class StepWatch:
         return max(self._plan.peak_bytes, now_bytes) or None
 
     def live_bytes(self) -> dict[str, int]:
-        """Return what lives now, by category as far as it is known."""
+        """Return what lives now, by category as far as it is known; what is nothing else counts as activations."""
         gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
         live = {
             "parameters": storage_bytes(self.model.parameters()),
             "gradients": storage_bytes(gradients),
             "optimizer_states": self.state_bytes(on_device=True),
         }
-        all_bytes = torch.cuda.memory_allocated() if self.line.device_type == "cuda" else self.line.live_bytes
-        return live | {"activations and what else lives": max(0, all_bytes - sum(live.values()))}
+        return live | {"activations": max(0, self._all_bytes() - sum(live.values()))}
+
+    def _all_bytes(self) -> int:
+        if self.line.device_type == "cuda":
+            return torch.cuda.memory_allocated()
+        return self.line.live_bytes if self._measuring else storage_bytes(existing_tensors(self.line.device_type))
 
     def seen(self, gradients: Literal["none", "forward", "step"]) -> Seen:
         """Return what the open step has shown of the loop, `gradients` where it has one backward pass."""

@@ -13,8 +13,9 @@ from torch import nn
 
 from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.agree import Agreement
+from packlight.planner.exhausted import Exhausted, exhausted
 from packlight.planner.measure import StepWatch
-from packlight.planner.retry import Failure, Retry, Tightener
+from packlight.planner.retry import Retry, Tightener
 from packlight.planner.revise import rescale
 from packlight.planner.solve import EXACT_FORMATS, least_plan, solve
 from packlight.records import Plan
@@ -110,19 +111,15 @@ class Mend(Tightener):
         """Tell whether work is repeated still where memory runs out."""
         return self._num_steps < NUM_RETRIED_STEPS
 
-    def live(self) -> dict[str, int]:
-        """Return the live bytes on the device now, by category."""
-        return self._watch.live_bytes()
-
-    def budget_bytes(self) -> int:
-        """Return the bytes that the plan in force is for."""
-        return self.plan.budget_bytes if self.plan else 0
+    def look(self, error: BaseException, where: str) -> Exhausted:
+        """Look at what lives on the device, as long as the error's frames hold it."""
+        return exhausted(error, self._watch, where=where)
 
     def backward_obstacle(self) -> str:
         """Say why a backward cannot be run again; nothing where it can."""
         return "parameters are stepped inside it" if self.plan and self.plan.releases_gradients else ""
 
-    def tighten(self, failure: Failure) -> Iterator[None]:
+    def tighten(self, failure: Exhausted) -> Iterator[None]:
         """Carry out plans for less than lived when memory ran out; where there is none, the same one once more."""
         if self.plan is None:
             return

@@ -19,7 +19,7 @@ What cannot be repeated (hooks, two losses, a second backward through one graph)
 import gc
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,44 +31,30 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from packlight.activations.compiled import skipped
 from packlight.activations.standin import StandIn
-from packlight.budget import format_bytes
+from packlight.planner.exhausted import Exhausted, is_out_of_memory
 from packlight.planner.loop import Call, num_elements
 from packlight.planner.rewind import Aside, Drawn, Start
 from packlight.planner.stages import Outputs
 from packlight.planner.timeline import flat_tensors
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An error of the allocator, where it came, and the bytes that lived then, by category."""
-
-    error: BaseException
-    where: str
-    live: Mapping[str, int]
-
-    @property
-    def live_bytes(self) -> int:
-        """All of them."""
-        return sum(self.live.values())
+from packlight.records import Plan
 
 
 class Tightener(ABC):
     """Who has a plan in force, and can have a tighter one."""
 
-    @abstractmethod
-    def live(self) -> dict[str, int]:
-        """Return the live bytes on the device now, by category."""
+    plan: Plan | None
+    """The plan in force."""
 
     @abstractmethod
-    def budget_bytes(self) -> int:
-        """Return the bytes that the plan in force is for."""
+    def look(self, error: BaseException, where: str) -> Exhausted:
+        """Look at what lives on the device, as long as the error's frames hold it."""
 
     @abstractmethod
     def backward_obstacle(self) -> str:
         """Say why a backward cannot be run again; nothing where it can."""
 
     @abstractmethod
-    def tighten(self, failure: Failure) -> Iterator[None]:
+    def tighten(self, failure: Exhausted) -> Iterator[None]:
         """Carry out a tighter plan at each turn, and say so; at least one turn."""
 
 
@@ -168,7 +154,7 @@ class Retry:
             )
         return pending[1].obstacle(loss, self._model)
 
-    def _forward_again(self, failure: Failure, start: Start) -> Any:
+    def _forward_again(self, failure: Exhausted, start: Start) -> Any:
         obstacle = start.obstacle() or ("it runs on several processes" if _is_distributed() else "")
         for _ in () if obstacle else self._turns(failure):
             try:
@@ -177,7 +163,7 @@ class Retry:
                 self._failure(error, "forward")
         raise self._told(failure, obstacle)
 
-    def _backward_again(self, failure: Failure, backward: Callable[..., None], half: "_Half") -> None:
+    def _backward_again(self, failure: Exhausted, backward: Callable[..., None], half: "_Half") -> None:
         obstacle, drawn = half.start.obstacle(), Drawn()
         if half.asides is None:
             obstacle = "the gradients at the model's outputs could not be set aside in the folder for temporary files"
@@ -195,7 +181,7 @@ class Retry:
                 outputs.let_go()
         raise self._told(failure, obstacle)
 
-    def _turns(self, failure: Failure) -> Iterator[None]:
+    def _turns(self, failure: Exhausted) -> Iterator[None]:
         turns = self._tightener.tighten(failure)
         while True:
             try:
@@ -220,23 +206,18 @@ class Retry:
         finally:
             self._is_nested = False
 
-    def _failure(self, error: BaseException, where: str) -> Failure:
+    def _failure(self, error: BaseException, where: str) -> Exhausted:
         """Read what lives, then free what the failed calls hold; any other error goes on its way."""
         if not is_out_of_memory(error):
             raise error
-        failure = Failure(error, where, self._tightener.live())
+        failure = self._tightener.look(error, where)
         clear_frames(error)
         return failure
 
-    def _told(self, failure: Failure, obstacle: str) -> BaseException:
+    def _told(self, failure: Exhausted, obstacle: str) -> BaseException:
         """Add to an error what a user can do now."""
-        live = ", ".join(f"{name} {format_bytes(size)}" for name, size in failure.live.items() if size)
         tried = f"it could not be repeated: {obstacle}" if obstacle else "the most saving plan failed too"
-        failure.error.add_note(
-            f"packlight: out of memory in {failure.where}, under a plan for "
-            f"{format_bytes(self._tightener.budget_bytes())}; {tried}. Live then: {live}. "
-            "Try a lower budget (what else is on the device has its bytes too), or a smaller batch"
-        )
+        failure.error.add_note(failure.told(self._tightener.plan, tried=tried))
         return failure.error
 
     @contextmanager
@@ -245,7 +226,7 @@ class Retry:
             yield
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                self._told(Failure(error, where, self._tightener.live()), obstacle)
+                self._told(self._tightener.look(error, where), obstacle)
             raise
 
 
@@ -292,13 +273,6 @@ class _Half:
         if left:
             gradients = {at: aside.back() for at, aside in (self.asides or {}).items()}
             outputs.run(backward, gradients, inputs=left if len(left) < len(trained) else None)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is an allocator's, on CUDA or the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def clear_frames(error: BaseException | None) -> None:

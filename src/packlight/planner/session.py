@@ -28,6 +28,7 @@ from packlight.memory import Memory
 from packlight.planner.agree import LARGER_ON_A_RANK, Agreement
 from packlight.planner.carry import Adoptions, Carried, carry_out, meets_states
 from packlight.planner.cut import num_calls
+from packlight.planner.exhausted import tell_once
 from packlight.planner.finder import Finder
 from packlight.planner.listen import Ears, Listener, LossLog, ModuleHook
 from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements
@@ -110,6 +111,11 @@ class Session(Listener):
         """Return what lived over the step in which the measured peak stands; None where none was followed."""
         return None if self._watch is None else self._watch.lived.now()[1]
 
+    def failed(self, error: BaseException) -> None:
+        """Say what a user can do about the error that ends training, where memory has run out."""
+        if self._watch is not None:
+            tell_once(error, self._watch, self.plan)
+
     def optimizer_made(self, optimizer: Optimizer) -> None:
         """Remember an optimiser: its parameters will tell the model."""
         self._finder.optimizer_made(optimizer)
@@ -177,14 +183,9 @@ class Session(Listener):
         """Stand around the plan in force; states and a loss to hold are there from the second step on."""
         plan = self._first or self.plan
         if plan is not None and self._model is not None and self._watch is not None:
-            self._mend = Mend(
-                self._model,
-                self._watch,
-                change=self._change,
-                tell=self._tell,
-                num_steps=1 if self.settings.plan is None else 2,
-                agreement=self._agreement.in_step(),
-            )
+            num_steps = 1 if self.settings.plan is None else 2
+            options: Any = {"change": self._change, "tell": self._tell, "agreement": self._agreement.in_step()}
+            self._mend = Mend(self._model, self._watch, num_steps=num_steps, **options)
             self._mend.begin(plan, self._step, is_final=self._first is None)
 
     def _tell(self, plan: Plan, title: str) -> None:
@@ -345,6 +346,5 @@ class Session(Listener):
         self._losses.end_step()
         if self._maker:
             self._maker.held = self.plan
-        is_last = self._num_updates % sum(map(num_calls, self._optimizers)) == 0
-        if self._mend and is_last:
+        if self._mend and self._num_updates % sum(map(num_calls, self._optimizers)) == 0:
             self._mend.step_ends()
