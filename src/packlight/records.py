@@ -8,6 +8,7 @@ record can be read on a machine without torch.
 The line of events that a `Profile` holds stands in `step.py`, for its size; how records become JSON, in `serial.py`.
 """
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -249,6 +250,18 @@ class Plan(JsonRecord):
             + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.peak_by_category.items() if size),
         ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    def _repr_html_(self) -> str:
+        """Show in a notebook what is expected, and below it what is chosen."""
+        estimate = self.estimate
+        rows = {
+            "budget": format_bytes(self.budget_bytes),
+            "predicted peak": f"{format_bytes(estimate.device_peak_bytes)} in {estimate.peak_moment}",
+            "peak if nothing is changed": format_bytes(estimate.plain_peak_bytes),
+            "predicted step": f"{estimate.step_seconds:.3g} s ({estimate.slowdown:.2f}x)",
+        }
+        cells = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows.items())
+        return f"<table>{cells}</table><pre>{html.escape(str(self))}</pre>"
 
     def _treated_lines(self) -> list[str]:
         found: dict[str, list[int]] = {}

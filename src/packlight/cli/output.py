@@ -1,5 +1,6 @@
 """Where commands write and speak: files that are checked before a script runs for hours, lines that name their rank."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import click
 
 from packlight.serial import of_rank, this_rank
 
-__all__ = ["of_rank", "output_file", "say"]
+__all__ = ["of_rank", "output_file", "page_file", "say"]
 
 
 def output_file(option: str, name: str | None) -> Path | None:
@@ -21,6 +22,16 @@ def output_file(option: str, name: str | None) -> Path | None:
         raise click.UsageError(f"{option} {name}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise click.UsageError(f"{option} {name}: the folder {path.parent} may not be written to")
+    return path
+
+
+def page_file(option: str, name: str | None, *, other: Path | None = None, other_option: str = "") -> Path | None:
+    """Refuse likewise a page that cannot be drawn, or that would take another file's place."""
+    path = output_file(option, name)
+    if path is not None and path == other:
+        raise click.UsageError(f"{other_option} and {option} name the same file")
+    if path is not None and importlib.util.find_spec("plotly") is None:
+        raise click.UsageError(f"{option} draws with plotly, which is not installed; pip install 'packlight[report]'")
     return path
 
 

@@ -1,13 +1,12 @@
 """`packlight pipeline`: schedules with offload, weighed for a transformer by its shape."""
 
-import importlib.util
 import sys
 from typing import Any
 
 import click
 
 from packlight.budget import BudgetError
-from packlight.cli.output import output_file
+from packlight.cli.output import output_file, page_file
 
 
 @click.command()
@@ -42,11 +41,8 @@ def pipeline(
     from packlight.planner.pipelines import PipelineQuestion, plan_pipeline  # takes torch's second, as `run` does
     from packlight.report import pipeline as page
 
-    target, drawn = output_file("--save", save), output_file("--html", html)
-    if drawn is not None and drawn == target:
-        raise click.UsageError("--save and --html name the same file")
-    if drawn is not None and importlib.util.find_spec("plotly") is None:
-        raise click.UsageError("--html draws with plotly, which is not installed; pip install 'packlight[report]'")
+    target = output_file("--save", save)
+    drawn = page_file("--html", html, other=target, other_option="--save")
     flops = None if tflops is None else tflops * 1e12
     try:
         question = PipelineQuestion(**asked, flops_per_second=flops, recompute=not keep_elementwise)

@@ -4,16 +4,16 @@ A schedule is a list of a few hundred actions for each rank; what is wrong with 
 copies to the host and copies back have a lane each, so that one sees what copies hide behind.
 """
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from packlight.budget import format_bytes
 from packlight.records import Bar, Choice, Pipeline, PipelineRow, Plan
+from packlight.report import frame
 
 COLOURS = {
     "F": "#4c78a8",
@@ -37,17 +37,6 @@ MAX_BARS = 20000
 """A browser draws so many in a second or two; of a longer step the beginning is drawn."""
 FEW_BARS = 2000
 """Of more, edges would hide the bars."""
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<body style="font-family: sans-serif">
-<p>{title}</p>
-{drawing}
-</body>
-</html>
-"""
 
 
 def candidates(rows: Sequence[PipelineRow]) -> RenderableType:
@@ -88,7 +77,7 @@ def show(plan: Plan, rows: Sequence[PipelineRow], *, console: Console | None = N
     out.print(str(plan), highlight=False, markup=False, soft_wrap=True)
 
 
-def details(pipeline: Pipeline, choices: Sequence[Choice]) -> RenderableType:
+def details(pipeline: Pipeline, choices: Sequence[Choice]) -> tuple[Table, Table]:
     """Return tables of what stages hold and of what ranks take at most.
 
     Args:
@@ -108,7 +97,7 @@ def details(pipeline: Pipeline, choices: Sequence[Choice]) -> RenderableType:
         ranks.add_column(title, justify="right")
     for first, last, each in _runs(list(zip(pipeline.peaks_bytes, pipeline.hosts_bytes, strict=True))):
         ranks.add_row(_from_to(first, last), format_bytes(each[0]), format_bytes(each[1]) if each[1] else "-")
-    return Group(stages, ranks)
+    return stages, ranks
 
 
 def _runs(values: Sequence[Any]) -> list[tuple[int, int, Any]]:
@@ -173,11 +162,12 @@ def write_page(path: Path, plan: Plan, bars: Sequence[Bar]) -> None:
         xaxis={"title": "seconds"},
         yaxis={"categoryorder": "array", "categoryarray": order, "autorange": "reversed"},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
-        template="plotly_white",
     )
-    title = html.escape(f"{plan.pipeline}{note}")
-    drawing = figure.to_html(include_plotlyjs=True, full_html=False)
-    path.write_text(PAGE.format(title=title, drawing=drawing), encoding="utf-8")
+    title = f"{plan.pipeline}{note}"
+    drawing = frame.drawn(
+        figure, "pipeline", described="What each rank computes and copies, over the seconds of a step."
+    )
+    frame.write_page(path, title=title, body=f"<p>{frame.escaped(title)}</p>\n{drawing}")
 
 
 def _lane(rank: int, lane: str) -> str:

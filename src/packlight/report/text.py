@@ -43,15 +43,18 @@ def show(record: Plan | Run, *, console: Console | None = None) -> None:
         _print_plain(out, f"run of {shlex.join(run.script)}")
     if plan is not None:
         _print_plain(out, str(plan))
-        told = _choices(plan) if plan.pipeline is None else details(plan.pipeline, plan.choices)
-        out.print(told, markup=False)
-        if plan.curve:
-            out.print(_curve(plan.curve), markup=False)
-        if plan.sharding is not None:
-            out.print(_shardings(plan.sharding), markup=False)
-    out.print(_peaks(plan.estimate if plan else None, run.measurement if run else None), markup=False)
+        for table in plan_tables(plan):
+            out.print(table, markup=False)
+    out.print(peaks(plan.estimate if plan else None, run.measurement if run else None), markup=False)
     if run is not None:
-        out.print(_run_facts(run), markup=False)
+        out.print(run_facts(run), markup=False)
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """Return what a plan chooses, what other budgets would give, and the ways to share states, as far as it says so."""
+    told = [choices(plan)] if plan.pipeline is None else [*details(plan.pipeline, plan.choices)]
+    told += [curve(plan.curve)] if plan.curve else []
+    return told + ([shardings(plan.sharding)] if plan.sharding is not None else [])
 
 
 def _print_plain(out: Console, line: str) -> None:
@@ -123,16 +126,17 @@ def _comparison_rows(runs: dict[str, Run], losses: dict[str, float]) -> list[tup
     ]
 
 
-def _choices(plan: Plan) -> RenderableType:
-    table, choices = Table(title="choices", title_justify="left"), (*plan.choices, *plan.kept)
-    more = any(choice.options for choice in choices)  # a record of an older packlight has none
+def choices(plan: Plan) -> Table:
+    """Return what is done with each block, group and state, and what the other choices would add."""
+    table, every = Table(title="choices", title_justify="left"), (*plan.choices, *plan.kept)
+    more = any(choice.options for choice in every)  # a record of an older packlight has none
     table.add_column("block or site", overflow="fold")
     table.add_column("choice")
     for title in ("holds for backward", *["held for"] * more, "adds"):
         table.add_column(title, justify="right")
     if more:
         table.add_column("others would add")
-    for first, last, num_choices in _alike(choices):
+    for first, last, num_choices in _alike(every):
         name = first.group if num_choices == 1 else f"{first.group} ... {last.group} ({num_choices})"
         held, added = [_span(first.held_seconds, last.held_seconds)] * more, _span(first.seconds, last.seconds)
         table.add_row(name, first.choice, format_bytes(first.bytes), *held, added, *[_others(first)] * more)
@@ -154,7 +158,7 @@ def _others(choice: Choice) -> str:
     return ", ".join(f"{name} {_seconds(seconds)}" for seconds, name in others)
 
 
-def _curve(points: tuple[CurvePoint, ...]) -> RenderableType:
+def curve(points: tuple[CurvePoint, ...]) -> Table:
     """Return step time against budget, and what a GiB more would spare from there to the next point."""
     table = Table(title="step time against budget", title_justify="left")
     for title in ("budget", "predicted peak", "adds to a step", "slowdown", "one GiB more spares"):
@@ -170,7 +174,7 @@ def _curve(points: tuple[CurvePoint, ...]) -> RenderableType:
     return table
 
 
-def _shardings(sharded: Sharded) -> RenderableType:
+def shardings(sharded: Sharded) -> Table:
     """Return what a rank holds, sends and takes under each way to share a model's states."""
     ranks, link = sharded.num_ranks, format_bytes(sharded.link_bytes_per_second)
     title = f"on each of {ranks} rank{'s' * (ranks != 1)}, which send{'s' * (ranks == 1)} {link}/s"
@@ -207,7 +211,8 @@ def _kind(choice: Choice) -> tuple[object, ...]:
     return choice.choice, choice.codec, choice.bytes, sorted(choice.options)
 
 
-def _peaks(estimate: Estimate | None, measured: Measurement | None) -> RenderableType:
+def peaks(estimate: Estimate | None, measured: Measurement | None) -> Table:
+    """Return what a peak consists of, as predicted and as measured."""
     table = Table(title="bytes at the peak", title_justify="left")
     table.add_column("category")
     predicted = estimate.peak_by_category if estimate else {}
@@ -229,7 +234,8 @@ def _peaks(estimate: Estimate | None, measured: Measurement | None) -> Renderabl
     return table
 
 
-def _run_facts(run: Run) -> RenderableType:
+def run_facts(run: Run) -> Table:
+    """Return what else is known of a run."""
     measured, estimate = run.measurement, run.estimate
     table = Table(show_header=False)
     table.add_column()
