@@ -12,14 +12,15 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from packlight.planner.cut import stepped_by
-from packlight.planner.timeline import Timeline, existing_tensors, flat_tensors, inner_tensors
+from packlight.planner.likeness import state_tensors
+from packlight.planner.timeline import Timeline, existing_tensors, inner_tensors
 
 
 def other_bytes(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Return the bytes on the model's device that are not parameters, gradients or states."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     own = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad) if tensor is not None]
-    own += [tensor for each in optimizers for tensor in flat_tensors(list(each.state.values()))]
+    own += [tensor for each in optimizers for tensor in state_tensors(each)]
     own += stepped_by(optimizers)
     plain = (part for tensor in own for part in inner_tensors(tensor))
     here = (tensor.untyped_storage() for tensor in plain if tensor.device == device)

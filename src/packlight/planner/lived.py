@@ -15,6 +15,7 @@ from torch import nn
 
 from packlight.memory import Held, Memory, Phase, condensed
 from packlight.planner.cut import stepped_by
+from packlight.planner.likeness import state_tensors
 from packlight.planner.places import Places
 from packlight.planner.timeline import Timeline, flat_tensors
 
@@ -77,6 +78,9 @@ class Lived:
                         if self._line is not None:
                             site = self._of(parameter, str(kind))
                             self._line.add(tensor, category="optimizer_states", site=site)
+            for tensor in state_tensors(optimizer):  # what the states share, too
+                if self._line is not None:
+                    self._line.add(tensor, category="optimizer_states")
 
     def _of(self, parameter: object, what: str) -> str:
         name = self._names.get(id(parameter), "")

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from packlight.planner.likeness import state_tensors
 from packlight.planner.listen import ModuleHook
 from packlight.planner.lived import Lived
 from packlight.planner.loop import Seen
@@ -33,7 +34,6 @@ from packlight.planner.timeline import (
     Resizes,
     Timeline,
     existing_tensors,
-    flat_tensors,
     put_under,
     storage_bytes,
     take_off,
@@ -320,7 +320,7 @@ class StepWatch:
 
     def state_bytes(self, *, on_device: bool = False) -> int:
         """Return the bytes of the optimisers' states, each storage once; of those on the device, or of all."""
-        held = flat_tensors([list(each.state.values()) for each in self.optimizers])
+        held = [tensor for each in self.optimizers for tensor in state_tensors(each)]
         here = [tensor for tensor in held if not on_device or tensor.device.type == self.line.device_type]
         return storage_bytes(here)
 

@@ -14,7 +14,6 @@ peak of every plan can be computed (`cost.py`). Backward gets new fake tensors o
 ```
 """
 
-import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,7 +35,6 @@ from packlight.activations.recompute import copied_buffers, follows_protocol, re
 from packlight.activations.resident import Resident
 from packlight.activations.saver import is_worth_it
 from packlight.activations.sites import CallStack, ModuleWatch
-from packlight.optim.adopt import can_adopt
 from packlight.optim.adopted_state import without_compact
 from packlight.optim.early import can_update_early
 from packlight.planner.answers import Answers
@@ -46,10 +44,11 @@ from packlight.planner.draft import Draft, DraftRegion, DraftSave, HeldSave
 from packlight.planner.fake import FakeCopy, FakeLine
 from packlight.planner.hardware import measure
 from packlight.planner.known_hardware import Hardware
+from packlight.planner.likeness import attached, likeness
 from packlight.planner.loop import Call, Optimizers, Seen, listed
 from packlight.planner.places import Places
 from packlight.planner.timeline import flat_tensors
-from packlight.planner.updates import optimizer_costs, step_as_on_cuda
+from packlight.planner.updates import notes_on, optimizer_costs, step_as_on_cuda
 from packlight.step import OptimizerCost, Profile
 
 
@@ -73,7 +72,7 @@ class Trace:
         self._copy = FakeCopy(self.mode)
         with _disable_current_modes(), without_engine(model), self._copy, without_compact(self.real_optimizers):
             memo = self._copy.memo(model.parameters(), used.whole)
-            self.model, self.fake_optimizers = copy.deepcopy((model, self.real_optimizers), memo)
+            self.model, self.fake_optimizers = likeness(model, self.real_optimizers, memo, self._copy.fake)
         first = next((tensor.device.type for tensor in model.parameters()), "cpu")
         self.device_type = "cpu" if first == "meta" else first
         if hardware is None:
@@ -133,7 +132,7 @@ class Trace:
                 self.line.add(parameter.grad, category="gradients")
         batch = list(flat_tensors((call.args, dict(call.kwargs))))
         self.batch_bytes = sum(tensor.nbytes for tensor in batch)
-        for tensor in (*self.model.buffers(), *batch):
+        for tensor in (*self.model.buffers(), *attached(self.model.parameters()), *batch):
             if self.line.index(tensor) is None:
                 self.line.add(tensor, category="other")
         self.num_resident = len(self.line.entries)
@@ -319,8 +318,7 @@ class Trace:
             self.notes.append(f"the step of {kinds} cannot be traced; its states count once seen: {error}")
             seen_bytes = self.seen.state_bytes
             return () if seen_bytes is None else (OptimizerCost("as is", seen_bytes, 0, 0.0, {}),)
-        reasons = ((type(each).__name__, can_adopt(each)) for each in self.fake_optimizers)
-        self.notes += [f"the states of {kind} stay as they are: {reason}" for kind, reason in reasons if reason]
+        self.notes += notes_on(self.fake_optimizers)
         return costs
 
     def record(self, optimizers: tuple[OptimizerCost, ...], notes: tuple[str, ...]) -> Profile:

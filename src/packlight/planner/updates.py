@@ -23,7 +23,7 @@ from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_
 from packlight.optim.stepping import update
 from packlight.planner.fake import FakeLine
 from packlight.planner.hardware import LOW_BITS
-from packlight.planner.timeline import flat_tensors
+from packlight.planner.likeness import is_managed, keep_paged_apart, paged_notes, state_tensors
 from packlight.step import OptimizerCost
 
 MAX_TRACED_ELEMENTS = 2**22
@@ -98,6 +98,21 @@ def step_as_on_cuda(optimizers: Sequence[torch.optim.Optimizer]) -> None:
         undecided = group.get("foreach", False) is None and not group.get("fused")
         if undecided and not group.get("differentiable") and not isinstance(group.get("lr"), torch.Tensor):
             group["foreach"] = True
+    keep_paged_apart(optimizers)
+
+
+def notes_on(fake_optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
+    """Say which optimisers' states stay as they are, and why; and where paged ones are.
+
+    Args:
+        fake_optimizers: copies on fake tensors, which have stepped.
+
+    Returns:
+        A line for each.
+    """
+    reasons = ((type(each).__name__, can_adopt(each)) for each in fake_optimizers)
+    stay = (f"the states of {kind} stay as they are: {reason}" for kind, reason in reasons if reason)
+    return [*stay, *paged_notes(fake_optimizers)]
 
 
 def _step(fake_optimizers: Sequence[torch.optim.Optimizer], line: FakeLine) -> tuple[int, float]:
@@ -128,8 +143,8 @@ def _held_bytes(optimizers: Sequence[torch.optim.Optimizer], device_type: str) -
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for optimizer in optimizers
-        for tensor in flat_tensors(list(optimizer.state.values()))
-        if tensor.device.type == device_type
+        for tensor in state_tensors(optimizer)
+        if tensor.device.type == device_type and not is_managed(tensor)
     }
     return sum(storages.values())
 
