@@ -20,8 +20,9 @@ class Two(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 1)
-        self.register_buffer("scale", torch.ones(1024))
+        # large enough to be told one by one also where much else lives in the process
+        self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 64)
+        self.register_buffer("scale", torch.ones(2**15))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from packlight.cli import main
 from packlight.report.snapshot import DeviceSnapshot, is_snapshot, read_snapshot, show_snapshot
 from packlight.shortage import Shortage, changes
 
@@ -107,6 +109,16 @@ def test_without_stacks_that_is_said_and_nothing_is_guessed(tmp_path: Path) -> N
     (device,) = read_snapshot(written(tmp_path / "snapshot.pickle", found))
     assert device.device == 1 and device.by_kind["other"] == MIB and not device.has_stacks
     assert "_record_memory_history" in said([device])
+
+
+def test_explain_prints_a_snapshot_and_draws_none(tmp_path: Path) -> None:
+    path = ran_out(tmp_path / "snapshot.pickle")
+    done = CliRunner().invoke(main, ["explain", str(path)])
+    assert done.exit_code == 0 and "memory ran out" in done.output and "1. " in done.output
+    refused = CliRunner().invoke(main, ["explain", str(path), "--html", str(tmp_path / "page.html")])
+    assert refused.exit_code == 2 and "memory_viz" in refused.output and not (tmp_path / "page.html").exists()
+    path.write_bytes(b"\x80damaged")
+    assert CliRunner().invoke(main, ["explain", str(path)]).exit_code == 2
 
 
 class Runs:
