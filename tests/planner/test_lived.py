@@ -102,3 +102,17 @@ def test_what_a_recomputed_block_makes_in_backward_has_its_own_lines() -> None:
 def test_a_step_that_is_not_followed_has_no_record() -> None:
     watch = watched(Two(), [])
     assert watch.lived.memory is None and watch.lived.now() == ((0, "", {}), None)
+
+
+def test_a_handle_has_the_step_in_which_its_measured_peak_stands() -> None:
+    model = Two()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with packlight.fit(model, optimizer, torch.ones(512, 64), budget="1GiB", loss=lambda out, _: out.sum()) as handle:
+        assert handle.measured is None
+        for _ in range(4):
+            model(torch.ones(512, 64)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert handle.measurement is not None and handle.measured is not None
+        assert handle.measured.peak_bytes == handle.measurement.device_peak_bytes
+        assert handle._repr_html_() == handle.plan._repr_html_()

@@ -91,7 +91,7 @@ def test_what_forward_makes_has_its_line_and_what_backward_makes_that_of_its_for
         if line.strip() in ("hidden = self.first(x)", "out: Tensor = self.second(hidden.exp())")
     )
     made = {(each.category, each.site): each.code for each in plan.predicted.held}
-    assert made["activations", ":0"] == second  # exp's own result, which the model saves
+    assert made["activations", "the model:0"] == second  # exp's own result, which the model saves
     assert made["temporaries", "first"] == first
     assert made["temporaries", "backward of second"] == made["temporaries", "backward of Two"] == second
     assert made["gradients", "gradient of first.weight"] == first

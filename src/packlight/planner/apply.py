@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from packlight.budget import Budget
+from packlight.memory import Memory
 from packlight.planner.carry import Adopted, adopt_formats, carry_out
 from packlight.planner.cut import agreement_of
 from packlight.planner.listen import BackwardStandIn
@@ -78,6 +79,15 @@ class Applied:
             return None
         completed = self._carried.complete(measured)
         return completed if self._adopted is None else self._adopted.complete(completed)
+
+    @property
+    def measured(self) -> Memory | None:
+        """What lived over the step in which the measured peak stands; None before the first step is followed."""
+        return self._watch.lived.now()[1]
+
+    def _repr_html_(self) -> str:
+        """Show the plan in a notebook."""
+        return self.plan._repr_html_()
 
     def microbatches(self, batch: Any) -> Iterator[tuple[Any, float]]:
         """Yield the parts of a batch that the plan is for, each with its share of the rows.

@@ -136,5 +136,6 @@ def _names(step: Profile) -> dict[int, tuple[str, str]]:
     found = {index: (place.site, place.code) for place in step.places for index in place.storages}
     for save in reversed(step.saves):
         if save.site:
-            found[save.storage] = (save.site, found.get(save.storage, ("", ""))[1])
+            site = f"the model{save.site}" if save.site.startswith(":") else save.site
+            found[save.storage] = (site, found.get(save.storage, ("", ""))[1])
     return found

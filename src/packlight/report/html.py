@@ -80,7 +80,8 @@ def _headline(plan: Plan | None, run: Run | None) -> str:
 def _over_the_step(plan: Plan | None, run: Run | None) -> str:
     memories = _memories(plan, run)
     if not memories:
-        return "<h2>Memory over the step</h2><p>The record does not say what lives over the step.</p>"
+        drawn = " What its ranks do, and when, packlight pipeline --html draws." if plan and plan.pipeline else ""
+        return f"<h2>Memory over the step</h2><p>The record does not say what lives over the step.{drawn}</p>"
     budget_bytes = plan.budget_bytes if plan else None
     highest_bytes = max(memory.peak_bytes for _, memory in memories)
     shown = [_memory(name, each, budget_bytes=budget_bytes, highest_bytes=highest_bytes) for name, each in memories]

@@ -163,7 +163,7 @@ def write_page(path: Path, plan: Plan, bars: Sequence[Bar]) -> None:
         yaxis={"categoryorder": "array", "categoryarray": order, "autorange": "reversed"},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
     )
-    title = f"{plan.pipeline}{note}"
+    title = f"{plan.pipeline.told(plan.tier, plan.folder) if plan.pipeline else plan.device}{note}"
     drawing = frame.drawn(
         figure, "pipeline", described="What each rank computes and copies, over the seconds of a step."
     )
