@@ -1,6 +1,5 @@
 """What the tests of several frameworks share: their scripts, and a look at what a plugin may leave behind."""
 
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
+
+from tests.torchrun import ENVIRONMENT
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "frameworks"
 
@@ -25,13 +26,14 @@ def run_script(script: Path, *arguments: str, before: Sequence[str] = ()) -> lis
     done = subprocess.run(
         [sys.executable, *before, str(script), *arguments],
         cwd=script.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    losses = [float(loss) for loss in re.findall(r"\bloss (\S+)", done.stdout)]
+    # ranks write into each other's lines
+    losses = [float(loss) for loss in re.findall(r"\bloss ([\d.]+(?:e-\d+)?)", done.stdout)]
     assert losses
     return losses
