@@ -56,7 +56,7 @@ def test_a_config_does_what_a_plan_says_beside_a_base_from_a_file(tmp_path: Path
         model,
         batch,
         optimizer,
-        budget="24MiB",
+        budget="64MiB",
         loss=lambda output, _: output.sum(),
         world=World(4, "zero"),
     )
