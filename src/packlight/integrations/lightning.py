@@ -50,8 +50,8 @@ class Packlight(Guest, Callback):  # type: ignore[misc]
         self.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End the session."""
-        self.end()
+        """End the session by an error."""
+        self.fail(exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the session, where Lightning's tuner has stopped training."""

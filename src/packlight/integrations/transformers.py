@@ -1,8 +1,7 @@
 """A callback for transformers' Trainer, with which its training fits a byte budget.
 
-`Trainer` has switches for checkpointing all blocks or every n-th and for some optimisers, and nothing that says which
-of them a device of 12 GiB needs. Here a session plans around the trainer's own loop, once model and optimiser have been
-made and wrapped. Evaluation, logging, clipping, accumulation and checkpoints stay the trainer's.
+`Trainer` has switches for checkpointing and for some optimisers, and nothing that says which of them a device of 12 GiB
+needs. Here a session plans around the trainer's own loop. All else (evaluation, clipping, checkpoints) stays its own.
 
 A trainer tells its callbacks when training begins and ends, and not when it fails. So while it trains, the methods of
 its loop are wrapped on that trainer, such that an error ends the session; afterwards they are its class's again. What
@@ -26,12 +25,7 @@ _EPOCH, _END = "_run_epoch", "_finalize_training"
 class PacklightCallback(Guest, TrainerCallback):  # type: ignore[misc]
     """Plans for the training that a Trainer runs: `Trainer(..., callbacks=[PacklightCallback("12GiB")])`.
 
-    `Guest` says what the options are. What stands against a plan comes out of `trainer.train()`, as a BudgetError that
-    names the smallest budget or as a ValueError.
-
-    Attributes:
-        plan: the plan in force, or the last one that was.
-        measurement: what the last training took.
+    `Guest` says what the options are. What stands against a plan comes out of `trainer.train()` as an error.
     """
 
     _wrapped: tuple[tuple[Any, str], ...] = ()
@@ -110,7 +104,7 @@ def trainer_kwargs(
 
     Args:
         args: the training arguments, whose learning rate, betas and epsilon the optimiser takes.
-        budget: as for `PacklightCallback`.
+        budget: of `PacklightCallback`.
         state_format: for all parameters; a Trainer gives its optimiser no names, so embeddings are not told apart.
         **options: further ones of `PacklightCallback`.
 
@@ -119,7 +113,4 @@ def trainer_kwargs(
     """
     betas = args.adam_beta1, args.adam_beta2
     settings = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "state_format": state_format}
-    return {
-        "callbacks": [PacklightCallback(budget, **options)],
-        "optimizer_cls_and_kwargs": (AdamW, settings),
-    }
+    return {"callbacks": [PacklightCallback(budget, **options)], "optimizer_cls_and_kwargs": (AdamW, settings)}

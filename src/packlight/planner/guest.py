@@ -118,10 +118,14 @@ class Guest:
         try:
             yield
         except BaseException as error:
-            if self._session is not None:
-                self._session.failed(error)
-            self.end()
+            self.fail(error)
             raise
+
+    def fail(self, error: BaseException) -> None:
+        """End the session by an error, and say in it what can be done where memory has run out."""
+        if self._session is not None:
+            self._session.failed(error)
+        self.end()
 
 
 class _Session(Session):
