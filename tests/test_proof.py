@@ -1,4 +1,4 @@
-"""The proof page says what the records say: each table, and the figures around them."""
+"""The proof page says what the records say: each table, the figures around them, and what README and docs quote."""
 
 import re
 import subprocess
@@ -83,6 +83,21 @@ def test_the_command_checks_the_page() -> None:
 def test_text_around_the_tables_has_no_figure_of_its_own() -> None:
     around = re.sub(r"<!-- proof: [\w-]+ -->.*?<!-- /proof -->", "", TEXT, flags=re.DOTALL)
     assert [figure for figure in quoted(around) if figure not in shown()] == []
+
+
+def test_figures_of_readme_are_on_the_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.findall(r"^## Figures\n(.*?)^## ", readme, re.MULTILINE | re.DOTALL)
+    assert len(section) == 1
+    assert len(quoted(section[0])) > 5
+    assert [figure for figure in quoted(section[0]) if figure not in shown()] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_paragraphs_of_docs_that_cite_the_page_quote_it(page: Path) -> None:
+    paragraphs = page.read_text(encoding="utf-8").split("\n\n")
+    citing = [each for each in paragraphs if "benchmarks/README.md" in each]
+    assert [figure for each in citing for figure in quoted(each) if figure not in shown()] == []
 
 
 def test_the_sums_are_those_that_the_benchmark_printed_itself() -> None:
