@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 MOST_EVENTS = 800
 MOST_STORAGES = 400
-"""A record has no more events and no more storages than this (about 100 kB of JSON)."""
+"""A record has no more storages than this, and not many more events: the first of each phase is kept, too."""
 
 SMALL_SHARE = 1 / 2000
 """Storages that are a smaller share of the peak are gathered."""

@@ -260,7 +260,7 @@ class Plan(JsonRecord):
             "peak if nothing is changed": format_bytes(estimate.plain_peak_bytes),
             "predicted step": f"{estimate.step_seconds:.3g} s ({estimate.slowdown:.2f}x)",
         }
-        cells = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows.items())
+        cells = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in rows.items())
         return f"<table>{cells}</table><pre>{html.escape(str(self))}</pre>"
 
     def _treated_lines(self) -> list[str]:

@@ -13,8 +13,8 @@ from packlight.budget import format_bytes
 NUM_CHANGES = 3
 """So many are told."""
 
-LOW_BIT_SHARE = 1.19 / 8
-"""What `4bit` states take at most of fp32 ones, of large matrices. Source: `optim.state`, the table in its page."""
+LOW_BIT_BYTES = 1.19
+"""What `4bit` states of an element of a large matrix take at most; fp32 ones take 8. Source: `optim.state`."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Shortage:
         reserved_bytes: what the device's allocator holds; None where it counts nothing.
         budget_bytes: of the plan in force; None where there is none.
         is_low_bit: whether states are kept in few bits already, or may not be.
+        num_elements: of the parameters that are stepped; None where that is not known, and states are taken as fp32.
     """
 
     live: Mapping[str, int]
@@ -34,6 +35,7 @@ class Shortage:
     reserved_bytes: int | None = None
     budget_bytes: int | None = None
     is_low_bit: bool = False
+    num_elements: int | None = None
 
     @property
     def live_bytes(self) -> int:
@@ -48,7 +50,7 @@ class Shortage:
 
 @dataclass(frozen=True)
 class Change:
-    """Something that a user can do, and what it would free at least, or at most where the text says so."""
+    """Something that a user can do, and what it would free; at most, where the text says so."""
 
     freed_bytes: int
     text: str
@@ -67,7 +69,7 @@ def changes(shortage: Shortage) -> list[Change]:
     >>> live = {"parameters": 4 * 2**30, "optimizer_states": 8 * 2**30, "activations": 3 * 2**30}
     >>> for change in changes(Shortage(live, reserved_bytes=16 * 2**30)):
     ...     print(change)
-    4-bit optimiser states (lossy; packlight.AdamW, or a budget without --exact): 6.81 GiB
+    4-bit optimiser states (at most; lossy; packlight.AdamW, or a budget without --exact): 6.81 GiB
     recomputing what forward saves, as packlight run --budget 10.50GiB plans it (at most): 3.00 GiB
     half the rows of a batch, in twice as many microbatches: 1.50 GiB
     """
@@ -77,9 +79,10 @@ def changes(shortage: Shortage) -> list[Change]:
     if shortage.unused_bytes:
         text = "expandable segments (PYTORCH_ALLOC_CONF=expandable_segments:True), against what is reserved and unused"
         found.append(Change(shortage.unused_bytes, text))
-    if states and not shortage.is_low_bit:
-        text = "4-bit optimiser states (lossy; packlight.AdamW, or a budget without --exact)"
-        found.append(Change(round(states * (1 - LOW_BIT_SHARE)), text))
+    if not shortage.is_low_bit:
+        text = "4-bit optimiser states (at most; lossy; packlight.AdamW, or a budget without --exact)"
+        elements = states / 8 if shortage.num_elements is None else shortage.num_elements
+        found.append(Change(round(states - LOW_BIT_BYTES * elements), text))
     found.append(_smaller_budget(shortage, saved))
     ranked = sorted((each for each in found if each.freed_bytes > 0), key=lambda each: -each.freed_bytes)
     return ranked[:NUM_CHANGES]

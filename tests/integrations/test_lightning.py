@@ -176,6 +176,14 @@ def test_the_environment_asks_for_the_callback_and_without_it_the_entry_point_do
     (callback,) = from_environment()
     assert isinstance(callback, Packlight)
     assert callback.settings.budget == "2GiB" and callback.settings.exact
+    monkeypatch.setenv("PACKLIGHT_EXACT", "true")
+    with pytest.raises(ValueError, match="PACKLIGHT_EXACT is 'true'; wanted 0 or 1"):
+        from_environment()
+    monkeypatch.setenv("PACKLIGHT_EXACT", "1")
+    monkeypatch.delenv("PACKLIGHT_BUDGET")
+    with pytest.raises(ValueError, match="no PACKLIGHT_BUDGET"):
+        from_environment()
+    monkeypatch.delenv("PACKLIGHT_EXACT")
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = project["entry-points"]["lightning.pytorch.callbacks_factory"]
     assert [metadata.EntryPoint(name, value, "").load() for name, value in named.items()] == [from_environment]

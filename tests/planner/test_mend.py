@@ -231,6 +231,18 @@ def test_memory_that_runs_out_again_and_again_goes_up_with_what_can_be_done(run:
     assert "half the rows of a batch" in changes and "a smaller budget, --budget" in changes
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_gradients_that_a_first_backward_has_made_are_told_as_gradients(run: str) -> None:
+    said, model = list[str](), model_with(Failing("backward", *range(1, 10)))
+    optimizer = adamw(model)
+    with RUNS[run](model, optimizer, said), pytest.raises(torch.OutOfMemoryError) as caught:
+        train(model, optimizer)
+    (note,) = caught.value.__notes__
+    assert "out of memory in backward of step 1" in note
+    (live,) = [line for line in note.splitlines() if line.startswith("Live then: ")]
+    assert ", gradients " in live
+
+
 def hook_on_the_output(model: nn.Module) -> None:
     output = model(batch())
     output.register_hook(lambda gradient: 2 * gradient)

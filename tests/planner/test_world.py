@@ -171,6 +171,11 @@ def test_where_host_memory_may_be_used_shares_are_kept_there_when_a_rank_has_no_
     assert plan.estimate.host_peak_bytes >= host.host_bytes + states and plan.estimate.slowdown > 1
     with pytest.raises(BudgetError):
         made(tight, World(4, engine="fsdp", link_bytes_per_second=1e12), width=256, host_budget="1MiB", exact=True)
+    whole = 4 * (host.host_bytes + states)  # the host budget is a rank's
+    there = str((host.host_bytes + states) * 3 // 2)
+    assert int(there) < whole // 2
+    again = made(tight, World(4, engine="fsdp", link_bytes_per_second=1e12), width=256, host_budget=there, exact=True)
+    assert again.sharding is not None and again.sharding.offloads
 
 
 def test_gathered_units_are_on_the_line_only_while_they_are_used() -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -126,6 +127,30 @@ def test_the_page_fetches_nothing_and_the_script_s_name_is_text_on_it(page: Path
     assert text.count("<html") == text.count("</html>") == 1 and text.count("plotly.js v") == 1
     outside = text[: text.index("<script>")] + text[text.index("</head>") :]
     assert NAME not in outside and "<b>of" not in outside and html.escape(NAME) in outside
+
+
+def test_markup_in_any_string_of_a_record_is_text_on_the_page(run: Run, tmp_path: Path) -> None:
+    """Records are shared: what stands in one shall not run where it is read."""
+    attack = "<img src=x onerror=alert(1)>"
+
+    def spoiled(value: object, name: str = "") -> object:
+        if isinstance(value, dict):
+            return {key: spoiled(item, key) for key, item in value.items()}
+        if isinstance(value, list):
+            return [spoiled(item, name) for item in value]
+        fixed = ("kind", "choice", "category", "tier", "codec", "engine")
+        return f"{value}{attack}" if isinstance(value, str) and name not in fixed else value
+
+    record: Any = spoiled(run.to_dict())
+    made = Run.from_dict(record)
+    write(made, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    body = text[text.index("</head>") :]
+    scripts = re.findall(r"<script.*?</script>", body, re.DOTALL)
+    for script in scripts:  # data of drawings, in which markup is text
+        body = body.replace(script, "")
+    assert attack not in body and html.escape(attack) in body
+    assert made.plan is not None and attack not in made.plan._repr_html_()
 
 
 def test_a_record_without_a_line_of_memory_has_a_page_and_its_plan_s_curve_too(run: Run, tmp_path: Path) -> None:

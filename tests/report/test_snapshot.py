@@ -29,13 +29,17 @@ MADE = {
     "parameters": frames((f"{TORCH}/nn/modules/module.py", "_apply"), ("/home/me/train.py", "main")),
     "optimizer_states": frames((f"{TORCH}/optim/adamw.py", "_init_group"), ("/home/me/train.py", "main")),
     "activations": frames((f"{TORCH}/nn/functional.py", "gelu"), ("/home/me/model.py", "forward")),
-    "gradients": frames((f"{TORCH}/autograd/graph.py", "_engine_run_backward"), ("/home/me/train.py", "main")),
+    "in C++": frames(("CUDACachingAllocator.cpp", "malloc"), ("engine.cpp", "torch::autograd::Engine::thread_main")),
+    "called": frames((f"{TORCH}/autograd/graph.py", "_engine_run_backward"), ("/home/me/train.py", "main")),
 }
+RECORDED = 4096
+"""The address of what autograd's thread asked for while stacks of Python were recorded: it has none."""
 
 
 def block(num_bytes: int, kind: str | None, state: str = "active_allocated") -> dict[str, Any]:
     stack = MADE.get(kind or "", [])
-    return {"size": num_bytes, "requested_size": num_bytes, "address": 0, "state": state, "frames": stack}
+    address = RECORDED if kind == "gradients" else 0
+    return {"size": num_bytes, "requested_size": num_bytes, "address": address, "state": state, "frames": stack}
 
 
 def segment(*blocks: dict[str, Any], device: int = 0) -> dict[str, Any]:
@@ -51,10 +55,11 @@ def written(path: Path, found: object) -> Path:
 def ran_out(path: Path) -> Path:
     """Twelve layers' activations, and an allocation that failed."""
     saved = [block(8 * MIB, "activations") for _ in range(12)]
-    states = [block(100 * MIB, "optimizer_states"), block(50 * MIB, "parameters"), block(20 * MIB, None)]
+    backward = [block(20 * MIB, "gradients"), block(5 * MIB, "in C++"), block(2 * MIB, "called")]
+    states = [block(100 * MIB, "optimizer_states"), block(50 * MIB, "parameters"), *backward, block(3 * MIB, None)]
     free = [block(30 * MIB, None, "inactive"), block(2 * MIB, None, "active_awaiting_free")]
     trace = [
-        {"action": "alloc", "size": 8 * MIB, "frames": []},
+        {"action": "alloc", "addr": RECORDED, "size": 20 * MIB, "frames": []},
         {"action": "oom", "size": 64 * MIB, "device_free": 3 * MIB, "frames": MADE["activations"]},
     ]
     return written(path, {"segments": [segment(*saved, *free), segment(*states)], "device_traces": [trace]})
@@ -71,11 +76,11 @@ def test_blocks_are_added_up_by_the_stack_that_asked_for_them_and_by_line(tmp_pa
     assert device.by_kind == {
         "parameters": 50 * MIB,
         "optimizer_states": 100 * MIB,
-        "gradients": 20 * MIB,  # autograd's threads have no stack of Python
+        "gradients": 27 * MIB,
         "activations": 96 * MIB,
-        "other": 0,
+        "other": 3 * MIB,  # older than the recording
     }
-    assert device.allocated_bytes == sum(device.by_kind.values()) and device.reserved_bytes == 298 * MIB
+    assert device.allocated_bytes == sum(device.by_kind.values()) and device.reserved_bytes == 308 * MIB
     assert device.waiting_bytes == 2 * MIB and device.largest_free_bytes == 30 * MIB
     assert device.askers[0].line == "/home/me/train.py:11 in main"
     assert device.askers[1].line == "/home/me/model.py:11 in forward" and device.askers[1].num_blocks == 12

@@ -63,10 +63,17 @@ def from_environment() -> list[Callback]:
 
     Returns:
         A list of one callback, or of none.
+
+    Raises:
+        ValueError: PACKLIGHT_EXACT is neither 0 nor 1, or an option is set without PACKLIGHT_BUDGET.
     """
     given: dict[str, Any] = {
         option: os.environ.get(f"PACKLIGHT_{option.upper()}") or None
         for option in ("budget", "host_budget", "disk", "record")
     }
-    budget = given.pop("budget")
-    return [] if budget is None else [Packlight(budget, exact=os.environ.get("PACKLIGHT_EXACT") == "1", **given)]
+    budget, exact = given.pop("budget"), os.environ.get("PACKLIGHT_EXACT") or "0"
+    if exact not in ("0", "1"):
+        raise ValueError(f"PACKLIGHT_EXACT is {exact!r}; wanted 0 or 1")
+    if budget is None and (exact == "1" or any(given.values())):
+        raise ValueError("options of packlight are set in the environment, and no PACKLIGHT_BUDGET; set it, too")
+    return [] if budget is None else [Packlight(budget, exact=exact == "1", **given)]

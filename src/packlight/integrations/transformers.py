@@ -52,14 +52,14 @@ class PacklightCallback(Guest, TrainerCallback):  # type: ignore[misc]
         self._wrapped = ((trainer, _EPOCH), (trainer.callback_handler, "on_epoch_begin"), (trainer, _END))
         for owner, name in self._wrapped:
             begins = [optimizer] if name == _EPOCH else None
-            setattr(owner, name, self._guarded(getattr(owner, name), begins=begins))
+            setattr(owner, name, self._guarded(getattr(owner, name), trainer, begins=begins))
 
-    def _guarded(self, method: Callable[..., Any], *, begins: list[Any] | None) -> Callable[..., Any]:
+    def _guarded(self, method: Callable[..., Any], trainer: Any, *, begins: list[Any] | None) -> Callable[..., Any]:
         """Return a method that ends the session where it fails, and begins it where it is given optimisers."""
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             with self.until_error():
-                if begins is not None:
+                if begins is not None and self in trainer.callback_handler.callbacks:  # else an earlier training failed
                     self.begin(begins)
                 return method(*args, **kwargs)
 

@@ -53,7 +53,7 @@ from packlight.optim.state import (
 )
 from packlight.optim.stepping import Entry, Scalars, check_dense, run
 
-_adopted: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+_adopted: "weakref.WeakKeyDictionary[Optimizer, weakref.ref[Adoption]]" = weakref.WeakKeyDictionary()
 
 
 class Adoption:
@@ -119,7 +119,7 @@ class Adoption:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        _adopted.discard(self._optimizer)
+        _adopted.pop(self._optimizer, None)
 
     def __enter__(self) -> Self:
         """Return the handle."""
@@ -148,6 +148,10 @@ class Adoption:
                 unhooked_step(self._optimizer)
             self._hidden.hide(_params(self._optimizer))
         return loss
+
+    def step_now(self) -> None:
+        """Do the step in which this was made, after its closure; torch's own finds no gradient then."""
+        self._step(None)
 
     # 5
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -304,8 +308,14 @@ def adopt(
         if format_named(name).name != "fp32" or on_host:
             check_dtype(param.dtype)
     handle = Adoption(optimizer, state_formats, flats or {})
-    _adopted.add(optimizer)
+    _adopted[optimizer] = weakref.ref(handle)
     return handle
+
+
+def adoption_of(optimizer: Optimizer) -> Adoption | None:
+    """Return what keeps an optimiser's states in our formats; None where nothing does."""
+    found = _adopted.get(optimizer)
+    return None if found is None else found()
 
 
 def can_adopt(optimizer: Optimizer) -> str | None:

@@ -17,6 +17,7 @@ from packlight.activations.tier import OffloadError, Tier, Traffic
 from packlight.optim.adopt import Adoption, adopt
 from packlight.optim.early import update_early
 from packlight.planner.cut import flats_of, without_engine
+from packlight.planner.exhausted import is_out_of_memory
 from packlight.planner.loop import Call
 from packlight.planner.plan import device_of
 from packlight.planner.solve import EXACT_FORMATS
@@ -128,11 +129,13 @@ class Adopted:
         self._undo()
 
     def release(self) -> None:
-        """Undo the choices at the end of a run; states for which the device has no room stay in host memory."""
+        """Undo the choices at the end of a run; states for which the device has no room stay as they are."""
         try:
             self.remove()
-        except torch.OutOfMemoryError as error:
-            warnings.warn(f"packlight: optimiser states stay in host memory: {error}", stacklevel=2)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            warnings.warn(f"packlight: optimiser states stay where and as they are: {error}", stacklevel=2)
 
     def complete(self, measured: Measurement) -> Measurement:
         """Return a measurement with what states take of the host's memory."""

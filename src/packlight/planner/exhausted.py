@@ -14,6 +14,7 @@ import torch
 
 from packlight.budget import format_bytes
 from packlight.memory import Held
+from packlight.planner.cut import stepped_by
 from packlight.planner.measure import StepWatch
 from packlight.records import CATEGORIES, Plan
 from packlight.shortage import Shortage, changes
@@ -36,6 +37,7 @@ class Exhausted:
         largest: the largest storages, the largest first.
         seen_in: the step at whose peak these lived; 0 where they did now.
         reserved_bytes: what a GPU's allocator held.
+        num_elements: of the parameters that are stepped.
     """
 
     error: BaseException
@@ -45,6 +47,7 @@ class Exhausted:
     largest: tuple[Held, ...] = ()
     seen_in: int = 0
     reserved_bytes: int | None = None
+    num_elements: int | None = None
 
     @property
     def live_bytes(self) -> int:
@@ -91,6 +94,7 @@ class Exhausted:
             reserved_bytes=self.reserved_bytes,
             budget_bytes=None if plan is None else plan.budget_bytes,
             is_low_bit=bool(plan is not None and (plan.exact or formats - {"fp32", "as is"})),
+            num_elements=self.num_elements,
         )
 
 
@@ -114,6 +118,7 @@ def exhausted(error: BaseException, watch: StepWatch, *, where: str = "") -> Exh
         largest=largest,
         seen_in=seen_in,
         reserved_bytes=torch.cuda.memory_reserved() if watch.line.device_type == "cuda" else None,
+        num_elements=sum(each.numel() for each in stepped_by(watch.optimizers)),
     )
 
 
@@ -127,8 +132,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def tell_once(error: BaseException, watch: StepWatch, plan: Plan | None) -> None:
     """Add to an allocator's error how things stand, unless that was said when it came up; to others nothing."""
     said = any(note.startswith(_BEGIN) for note in getattr(error, "__notes__", ()))
-    if is_out_of_memory(error) and not said:
+    if not is_out_of_memory(error) or said:
+        return
+    try:
         error.add_note(exhausted(error, watch).told(plan))
+    except Exception as other:  # the script's error is the one that its user has to see
+        error.add_note(f"{_BEGIN}; what lived could not be looked at: {type(other).__name__}: {other}")
 
 
 def _living(watch: StepWatch) -> tuple[dict[str, int], tuple[Held, ...], int]:
@@ -137,6 +146,8 @@ def _living(watch: StepWatch) -> tuple[dict[str, int], tuple[Held, ...], int]:
         memory = watch.lived.now()[1]
         largest = () if memory is None else tuple(memory.alive(memory.peak)[:NUM_LARGEST])
         return watch.live_bytes(), largest, 0 if memory is None else memory.step
+    watch.lived.name_gradients()  # their names come with the optimiser's step, which may not have come
+    watch.lived.name_states()
     line, live = watch.line, dict.fromkeys(CATEGORIES, 0)
     found = [entry for entry in line.entries if entry.died is None]
     for entry in found:

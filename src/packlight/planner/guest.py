@@ -122,10 +122,18 @@ class Guest:
             raise
 
     def fail(self, error: BaseException) -> None:
-        """End the session by an error, and say in it what can be done where memory has run out."""
-        if self._session is not None:
-            self._session.failed(error)
-        self.end()
+        """End the session by an error, and say in it what can be done where memory has run out.
+
+        What else goes wrong is a note of the error, which stays the one that is raised.
+        """
+        try:
+            if self._session is not None:
+                self._session.failed(error)
+        finally:
+            try:
+                self.end()
+            except Exception as other:
+                error.add_note(f"packlight: its session could not be ended cleanly: {type(other).__name__}: {other}")
 
 
 class _Session(Session):
@@ -156,8 +164,7 @@ def _errors() -> Iterator[None]:
     except SessionStop as stop:
         if stop.exit_status == 3:
             raise BudgetError(str(stop), smallest_bytes=stop.smallest_bytes) from None
-        cause = stop.__cause__
-        raise (cause if isinstance(cause, Exception) else ValueError(str(stop))) from None
+        raise ValueError(str(stop)) from stop.__cause__
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:

@@ -9,12 +9,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from packlight.optim.adopt import adoption_of
 from packlight.planner.loop import Call
 
 NUM_KEPT_LOSSES = 10
@@ -78,7 +80,7 @@ class Ears:
             (torch.autograd, "backward", self._backward),
         ):
             self._stack.enter_context(_replaced(owner, name, make))
-        begins = register_optimizer_step_pre_hook(lambda optimizer, *_: listener.update_begins(optimizer))
+        begins = register_optimizer_step_pre_hook(self._update_begins)
         ends = register_optimizer_step_post_hook(lambda optimizer, *_: listener.update_ends(optimizer))
         self._stack.callback(begins.remove)
         self._stack.callback(ends.remove)
@@ -90,6 +92,24 @@ class Ears:
     def close(self) -> None:
         """Stop listening."""
         self._stack.close()
+
+    def _update_begins(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Tell that an optimiser steps; where forward and backward are in a closure, when they are over."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._listener.update_begins(optimizer)
+            return None
+        return args[:1], {**kwargs, "closure": partial(self._evaluate, optimizer, closure)}
+
+    def _evaluate(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
+        before, loss = adoption_of(optimizer), closure()
+        self._listener.update_begins(optimizer)
+        made = adoption_of(optimizer)
+        if made is not None and made is not before:  # too late for a hook on this step
+            made.step_now()
+        return loss
 
     def _init(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def init(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:

@@ -162,6 +162,7 @@ class StepWatch:
             "gradients": storage_bytes(gradients),
             "optimizer_states": self.state_bytes(on_device=True),
         }
+        live["other"] = self.other_bytes
         return live | {"activations": max(0, self._all_bytes() - sum(live.values()))}
 
     def _all_bytes(self) -> int:

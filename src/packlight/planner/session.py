@@ -81,14 +81,12 @@ class Session(Listener):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Stop listening, and undo the plan."""
-        self._stack.close()
-        if self._mend is not None:
-            self._mend.remove()
-        if self._watch is not None:
-            self._watch.close()
-        self._put_blocks_back()
-        self._adopted.release()
+        """Stop listening, and undo the plan; all of it, also where a part of that fails."""
+        with ExitStack() as undo:
+            undo.callback(self._adopted.release)
+            undo.callback(self._put_blocks_back)
+            for part in (self._watch and self._watch.close, self._mend and self._mend.remove, self._stack.close):
+                undo.callback(part or (lambda: None))
 
     @property
     def trained(self) -> bool:

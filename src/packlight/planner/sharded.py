@@ -225,9 +225,11 @@ def state_bytes(cost: OptimizerCost, sharding: Sharding) -> int:
 
 def _as_traced(cost: OptimizerCost, shares: Sequence[Share]) -> int:
     """Return the bytes of states that an optimiser makes itself: torch's are in the dtype of what it steps."""
-    whole = sum(math.prod(share.shape) for share in shares)
-    num_bytes = cost.state_bytes // max(1, whole)  # of an element; what is left over are steps, one for each tensor
-    return num_bytes * sum(share.numel for share in shares) + cost.state_bytes - num_bytes * whole
+    whole, here = sum(math.prod(share.shape) for share in shares), sum(share.numel for share in shares)
+    for step_bytes in (0, STEP_BYTES * len(shares)):  # on the host, or each a tensor on the device
+        if whole and (cost.state_bytes - step_bytes) % whole == 0:
+            return step_bytes + (cost.state_bytes - step_bytes) // whole * here
+    return math.ceil(cost.state_bytes * here / max(1, whole))
 
 
 def _share_bytes(share: Share, formats: Mapping[str, str]) -> int:

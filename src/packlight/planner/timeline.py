@@ -289,7 +289,9 @@ def take_off(mode: Timeline) -> bool:
 
 
 def put_under(mode: Timeline) -> None:
-    """Put a mode at the bottom of the stack, so that a script's own modes come and go above it."""
+    """Put a mode at the bottom of the stack, unless it is on it, so that a script's own modes come and go above it."""
+    if mode in _get_current_dispatch_mode_stack():
+        return
     above = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
     mode.__enter__()  # type: ignore[no-untyped-call]
     for other in reversed(above):

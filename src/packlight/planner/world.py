@@ -226,7 +226,8 @@ def fastest_sharding(step: Profile, found: Sequence[Way], *, link: float, solver
     Raises:
         BudgetError: nothing fits under any of them; it names the smallest budget that would.
     """
-    seen = [(way, seen_by_rank(step, way.sharding, link)) for way in found if _is_possible(way.sharding, step)]
+    every = [(way, seen_by_rank(step, way.sharding, link)) for way in found]
+    seen = [(way, rank) for way, rank in every if _is_possible(way.sharding, rank)]
     tried = [(way, rank, plain_cost(rank)) for way, rank in sorted(seen, key=lambda each: each[1].seconds)]
     made, errors = dict[int, Plan](), dict[str, BudgetError]()
     for at, (way, rank, as_it_is) in enumerate(tried):
@@ -251,9 +252,9 @@ def fastest_sharding(step: Profile, found: Sequence[Way], *, link: float, solver
     return replace(beside_plain(plan, plain_cost(step)), sharding=asked, notes=notes)
 
 
-def _is_possible(sharding: Sharding, step: Profile) -> bool:
-    """Tell whether there is the host memory, and a kernel that steps there, where a sharding wants them."""
-    return not sharding.host_bytes or any(each.host_bytes and step.takes(each) for each in step.optimizers)
+def _is_possible(sharding: Sharding, seen: Profile) -> bool:
+    """Tell whether there is the host memory for a rank, and a kernel that steps there, where a sharding wants them."""
+    return not sharding.host_bytes or any(map(seen.takes, seen.optimizers))
 
 
 def _refusal(errors: Mapping[str, BudgetError]) -> str:

@@ -106,13 +106,14 @@ def _memory(name: str, memory: Memory, *, budget_bytes: int | None, highest_byte
     parts = [("whole step", 0.0, drawings.ends(memory))]
     parts += [(phase.name, phase.start, max(phase.end, phase.start + 1)) for phase in _longest(memory)]
     buttons = "".join(
-        f'<button type="button" data-drawing="memory-{name}" data-start="{start}" data-end="{end}">{part}</button>'
+        f'<button type="button" data-drawing="memory-{name}" data-start="{start}" data-end="{end}">'
+        f"{frame.escaped(part)}</button>"
         for part, start, end in parts
     )
     table = frame.tabled(f"{name}: most bytes in each part of the step", *_phase_rows(memory), numbers=(1, 2))
     head = f"{name}{step}: peak {format_bytes(memory.peak_bytes)} in {_moment(memory)}"
     return (
-        f"<section><h3>{head}</h3><p>{buttons}</p>{drawing}<details><summary>as a table</summary>{table}"
+        f"<section><h3>{frame.escaped(head)}</h3><p>{buttons}</p>{drawing}<details><summary>as a table</summary>{table}"
         "</details></section>"
     )
 

@@ -24,6 +24,7 @@ from packlight.budget import format_bytes
 from packlight.shortage import Shortage, changes
 
 NUM_LARGEST = 10
+_ENGINE = "torch::autograd::Engine"
 KINDS = ("parameters", "optimizer_states", "gradients", "activations", "other")
 
 
@@ -125,17 +126,21 @@ def _devices(found: Mapping[str, Any]) -> Iterator[DeviceSnapshot]:
     traces = found.get("device_traces") or []
     failures = {at: failure for at, trace in enumerate(traces) if (failure := _failure(trace)) is not None}
     for device in sorted({*segments, *failures}):
-        yield _device(device, segments.get(device, []), failures.get(device))
+        trace = traces[device] if device < len(traces) else []
+        recorded = {entry.get("addr") for entry in trace if entry.get("action") == "alloc"}
+        yield _device(device, segments.get(device, []), failures.get(device), recorded=recorded)
 
 
-def _device(device: int, segments: Sequence[Mapping[str, Any]], failure: Failure | None) -> DeviceSnapshot:
+def _device(
+    device: int, segments: Sequence[Mapping[str, Any]], failure: Failure | None, *, recorded: set[Any]
+) -> DeviceSnapshot:
     blocks = [block for segment in segments for block in segment["blocks"]]
     used = [block for block in blocks if block["state"] == "active_allocated"]
     free = [block["size"] for block in blocks if block["state"] == "inactive"]
     has_stacks = any(_frames(block) for block in used)
     kinds, askers = dict.fromkeys(KINDS, 0), dict[tuple[str, str], list[int]]()
     for block in used:
-        kind = _kind(_frames(block)) if has_stacks else "other"
+        kind = _kind(_frames(block), is_recorded=block.get("address") in recorded) if has_stacks else "other"
         kinds[kind] += block["size"]
         askers.setdefault((_line(_frames(block)), kind), []).append(block["size"])
     ranked = sorted(askers.items(), key=lambda item: -sum(item[1]))[:NUM_LARGEST]
@@ -165,13 +170,15 @@ def _frames(block: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return block.get("frames") or []
 
 
-def _kind(frames: Sequence[Mapping[str, Any]]) -> str:
-    """Tell what a block is for by the stack that asked for it."""
+def _kind(frames: Sequence[Mapping[str, Any]], *, is_recorded: bool) -> str:
+    """Tell what a block is for by the stack that asked for it; of one older than the recording nothing is known."""
+    if not frames and not is_recorded:
+        return "other"
     names, files = {frame["name"] for frame in frames}, [frame["filename"] for frame in frames]
     if any("/torch/optim/" in file or "/packlight/optim/" in file for file in files):
         return "optimizer_states"
-    if not frames or "_engine_run_backward" in names:
-        return "gradients"  # autograd's threads have no stack of Python
+    if not frames or "_engine_run_backward" in names or any(_ENGINE in name for name in names):
+        return "gradients"  # autograd's threads have no stack of Python, and one of C++ where that was asked for
     if "forward" in names:
         return "activations"
     in_module = {frame["name"] for frame in frames if frame["filename"].endswith("/torch/nn/modules/module.py")}

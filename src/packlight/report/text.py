@@ -183,13 +183,12 @@ def shardings(sharded: Sharded) -> Table:
     table.add_column("")
     states = [f"states, {name}" for name in formats]
     has_host = any(row.host_bytes for row in sharded.rows)
-    sizes_of = ("parameters", "gradients", *states, "buffers", *["on its host"] * has_host)
+    sizes_of = ("parameters", "gradients", *states, "buffers", *["on its host, without states"] * has_host)
     for name in (*sizes_of, "peak as it is", "sent", "waits", "planned step"):
         table.add_column(name, justify="right")
     for row in sharded.rows:
         sizes = [row.parameter_bytes, row.gradient_bytes, *(row.state_bytes[name] for name in formats)]
-        on_host = row.host_bytes + min(row.state_bytes.values(), default=0) * bool(row.host_bytes)
-        sizes += [row.buffer_bytes, *[on_host] * has_host, row.plain_peak_bytes, row.sent_bytes]
+        sizes += [row.buffer_bytes, *[row.host_bytes] * has_host, row.plain_peak_bytes, row.sent_bytes]
         step = _seconds(row.step_seconds) if row.step_seconds is not None else "-"
         cells = [*map(format_bytes, sizes), _seconds(row.exposed_seconds), step]
         table.add_row(f"{row.name}{' *' * row.is_chosen}", *cells)
