@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "serial": set(),
     "step": set(),
     "shortage": set(),
+    "control_groups": set(),
     "memory": set(),
     "numerics": set(),
     "optim": {"numerics", "activations.copies", "activations.extents", "activations.pages"},
@@ -54,6 +55,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "serial": set(),
     "step": set(),
     "shortage": set(),
+    "control_groups": set(),
     "memory": set(),
     "report": {"rich", "plotly"},
     "cli": {"torch", "click", "rich"},
@@ -215,7 +217,7 @@ def keeps_to_the_arrows(modules: Sequence[Module]) -> Iterator[str]:
 def may_import(module: Module, target: str) -> bool:
     allowed = set(ARROWS[module.part])
     if module.part not in NO_RECORDS:
-        allowed |= {"budget", "memory", "ranks", "records", "serial", "shortage", "step"}
+        allowed |= {"budget", "control_groups", "memory", "ranks", "records", "serial", "shortage", "step"}
     if module.part not in {"", *NO_SIBLINGS}:
         allowed.add(module.part)
     return any(inside(target, name) for name in allowed)

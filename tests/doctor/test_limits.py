@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from packlight.doctor.limits import Group, memory, processors, read_group, shared_memory
+from packlight.control_groups import Group, read_group
+from packlight.doctor.limits import memory, processors, shared_memory
 
 MIB = 2**20
 MEMINFO = "MemTotal: 8192000 kB\nMemFree: 100 kB\nMemAvailable: 4096000 kB\nSwapTotal: 1024 kB\n"

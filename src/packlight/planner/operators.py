@@ -18,15 +18,15 @@ What is not run counts by its rates; `hardware.py` decides.
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Hashable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
+
+from packlight.control_groups import read_group
 
 MOST_SHARE = 0.25
 """Operands and results may take this share of the memory that is free."""
@@ -237,13 +237,7 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     with open("/proc/meminfo", encoding="ascii") as file:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    return min([available, *_group_room()])
-
-
-def _group_room() -> Iterable[int]:
-    """Yield what a control group with a limit leaves, of either version."""
-    folder = Path("/sys/fs/cgroup")
-    second = "memory.max", "memory.current"
-    for limit, used in (second, ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with suppress(OSError, ValueError):  # there is no such group, or it has no limit
-            yield max(0, int((folder / limit).read_text()) - int((folder / used).read_text()))
+    group = read_group()
+    if group.memory_bytes is None:
+        return available
+    return min(available, max(0, group.memory_bytes - (group.used_bytes or 0)))

@@ -32,8 +32,6 @@ from packlight.records import CATEGORIES
 
 ALLOCATION_BYTES = {"cuda": 512}
 """What the device's allocator rounds up to. Source: kMinBlockSize in torch's CUDACachingAllocator."""
-
-
 _LEFT_OUT = -1
 
 
@@ -290,10 +288,10 @@ def take_off(mode: Timeline) -> bool:
 
 def put_under(mode: Timeline) -> None:
     """Put a mode at the bottom of the stack, unless it is on it, so that a script's own modes come and go above it."""
-    if mode in _get_current_dispatch_mode_stack():
-        return
-    above = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
-    mode.__enter__()  # type: ignore[no-untyped-call]
+    stack = _get_current_dispatch_mode_stack()
+    above = [_pop_mode() for _ in stack if mode not in stack]
+    if mode not in stack:
+        mode.__enter__()  # type: ignore[no-untyped-call]
     for other in reversed(above):
         _push_mode(other)
 
@@ -315,8 +313,7 @@ def existing_tensors(device_type: str) -> list[torch.Tensor]:
     ]
 
 
-def _kinds(kind: type) -> set[type]:
-    """Return a class and all that derive from it."""
+def _kinds(kind: type) -> set[type]:  # a class and all that derive from it
     return {kind}.union(*map(_kinds, kind.__subclasses__()))
 
 
