@@ -29,18 +29,25 @@ def least_of(errors: Iterable[BudgetError]) -> BudgetError:
     return min(errors, key=lambda error: error.smallest_bytes or math.inf)
 
 
-def format_bytes(num_bytes: float) -> str:
+def format_bytes(num_bytes: float, *, rounds_up: bool = False) -> str:
     """Write a number of bytes for a person.
+
+    Args:
+        num_bytes: the number.
+        rounds_up: whether what is written is at least as much, as a budget has to be.
 
     Returns:
         The number with two digits after the point and the largest binary unit up to GiB that it reaches.
 
     >>> format_bytes(3 * 2**30 // 2)
     '1.50 GiB'
+    >>> format_bytes(2**20 + 1), format_bytes(2**20 + 1, rounds_up=True)
+    ('1.00 MiB', '1.01 MiB')
     """
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(num_bytes) >= size:
-            return f"{num_bytes / size:.2f} {unit}"
+            hundredths = math.ceil(num_bytes * 100 / size) if rounds_up else num_bytes * 100 / size
+            return f"{hundredths / 100:.2f} {unit}"
     return f"{num_bytes:.0f} B"
 
 

@@ -19,7 +19,10 @@ _STYLES = {"works": "green", "limited": "yellow", "untried": "blue", "missing": 
 def doctor(*, disk: str | None, quick: bool, as_json: bool) -> None:
     """Try all that packlight may use here. Exit status: 0 where it can plan and run, 1 where it cannot."""
     console = Console(stderr=True)
-    with console.status("looking at this machine: packages are imported, a kernel is compiled"):
+    doing = "looking at this machine: packages are imported, a kernel is compiled, a step is planned; up to two minutes"
+    if not console.is_terminal:
+        click.echo(f"packlight: {doing}", err=True)
+    with console.status(doing):
         diagnosis = examine(disk, quick=quick)
     if as_json:
         click.echo(json.dumps(diagnosis.to_dict(), indent=1))

@@ -226,5 +226,5 @@ def _refusal(budget: Budget, smallest_bytes: int, *, exact: bool) -> str:
     hint = "; choices that are not exact may need less" if exact else ""
     return (
         f"no plan fits {format_bytes(budget.device_bytes)} ({budget.device_bytes} bytes); the smallest budget that "
-        f"fits is {smallest_bytes} bytes ({format_bytes(smallest_bytes)}){hint}; or try a smaller batch"
+        f"fits is {smallest_bytes} bytes ({format_bytes(smallest_bytes, rounds_up=True)}){hint}; or try a smaller batch"
     )

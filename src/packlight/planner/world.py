@@ -52,6 +52,9 @@ IN_SIXTEEN_BITS = (
 )
 
 
+NO_DDP = "DDP is left out: it has no precision of its own, and a script's autocast is planned for without --precision"
+
+
 @dataclass(frozen=True)
 class Way:
     """A sharding that may be chosen, and how to ask an engine for it."""
@@ -248,7 +251,8 @@ def fastest_sharding(step: Profile, found: Sequence[Way], *, link: float, solver
     )
     asked = replace(tried[chosen][0].asked, link_bytes_per_second=link, rows=rows, binds=_binds(plan, rows[chosen]))
     differ = asked.dtype in ("bfloat16", "float16") and len({way.sharding.engine for way in found}) > 1
-    notes = (*plan.notes, *[IN_SIXTEEN_BITS] * (differ and not asked.precision))
+    without_ddp = bool(asked.precision) and len({way.sharding.engine for way in found}) > 1
+    notes = (*plan.notes, *[IN_SIXTEEN_BITS] * (differ and not asked.precision), *[NO_DDP] * without_ddp)
     return replace(beside_plain(plan, plain_cost(step)), sharding=asked, notes=notes)
 
 

@@ -6,12 +6,13 @@ stands beside the measurement, category by category, so that a reader sees at on
 
 import os
 import shlex
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 from packlight.budget import format_bytes
-from packlight.ranks import Sharded
+from packlight.ranks import Sharded, ShardingRow
 from packlight.records import CATEGORIES, Choice, CurvePoint, Estimate, Measurement, Plan, Run
 from packlight.report.pipeline import details
 from packlight.serial import read_json
@@ -178,21 +179,30 @@ def shardings(sharded: Sharded) -> Table:
     """Return what a rank holds, sends and takes under each way to share a model's states."""
     ranks, link = sharded.num_ranks, format_bytes(sharded.link_bytes_per_second)
     title = f"on each of {ranks} rank{'s' * (ranks != 1)}, which send{'s' * (ranks == 1)} {link}/s"
-    table = Table(title=title, title_justify="left")
-    formats = list(dict.fromkeys(name for row in sharded.rows for name in row.state_bytes))
+    caption = "* chosen; - not planned, since it cannot be faster or does not fit"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("")
-    states = [f"states, {name}" for name in formats]
-    has_host = any(row.host_bytes for row in sharded.rows)
-    sizes_of = ("parameters", "gradients", *states, "buffers", *["on its host, without states"] * has_host)
-    for name in (*sizes_of, "peak as it is", "sent", "waits", "planned step"):
-        table.add_column(name, justify="right")
     for row in sharded.rows:
-        sizes = [row.parameter_bytes, row.gradient_bytes, *(row.state_bytes[name] for name in formats)]
-        sizes += [row.buffer_bytes, *[row.host_bytes] * has_host, row.plain_peak_bytes, row.sent_bytes]
-        step = _seconds(row.step_seconds) if row.step_seconds is not None else "-"
-        cells = [*map(format_bytes, sizes), _seconds(row.exposed_seconds), step]
-        table.add_row(f"{row.name}{' *' * row.is_chosen}", *cells)
+        table.add_column(f"{row.name}{' *' * row.is_chosen}", justify="right", overflow="fold")
+    for name, cells in _sharding_cells(sharded.rows):
+        table.add_row(name, *cells)
     return table
+
+
+def _sharding_cells(rows: Sequence[ShardingRow]) -> Iterator[tuple[str, list[str]]]:
+    """Yield what is told of all shardings, one thing after the other, with the cell of each."""
+    states = dict.fromkeys(name for row in rows for name in row.state_bytes)
+    yield "parameters", [format_bytes(row.parameter_bytes) for row in rows]
+    yield "gradients", [format_bytes(row.gradient_bytes) for row in rows]
+    for name in states:
+        yield f"states, {name}", [format_bytes(row.state_bytes[name]) for row in rows]
+    yield "buffers", [format_bytes(row.buffer_bytes) for row in rows]
+    if any(row.host_bytes for row in rows):
+        yield "on its host, without states", [format_bytes(row.host_bytes) for row in rows]
+    yield "peak as it is", [format_bytes(row.plain_peak_bytes) for row in rows]
+    yield "sent", [format_bytes(row.sent_bytes) for row in rows]
+    yield "waits", [_seconds(row.exposed_seconds) for row in rows]
+    yield "planned step", [_seconds(row.step_seconds) for row in rows]
 
 
 def _alike(choices: tuple[Choice, ...]) -> list[tuple[Choice, Choice, int]]:
