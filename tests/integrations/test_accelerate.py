@@ -101,6 +101,7 @@ def test_one_context_in_another_is_refused(tmp_path: Path) -> None:
     assert called_methods() == PLAIN_METHODS
 
 
+@pytest.mark.slow
 def test_the_script_without_the_context_runs_under_packlight_run_with_the_same_bits(tmp_path: Path) -> None:
     script, record = SCRIPTS / "accelerate_gpt.py", tmp_path / "run.json"
     around = ["-m", "packlight", "run", "--budget", "23MB", "--exact", "--record", str(record)]

@@ -29,6 +29,7 @@ def assert_fits_on_both(record: Path) -> None:
         assert run.measurement.device_peak_bytes <= run.plan.budget_bytes
 
 
+@pytest.mark.slow
 def test_a_loop_inside_the_context_and_the_same_script_under_packlight_run_print_the_same_bits(tmp_path: Path) -> None:
     record = tmp_path / "run.json"
     losses = on_two_ranks("--by-hand")

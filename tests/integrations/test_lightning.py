@@ -216,6 +216,7 @@ def test_a_loop_of_fabric_runs_inside_the_context(tmp_path: Path) -> None:
     assert planned.measurement.device_peak_bytes <= planned.plan.budget_bytes
 
 
+@pytest.mark.slow
 def test_the_script_without_the_plugin_s_line_runs_under_packlight_run_with_the_same_bits(tmp_path: Path) -> None:
     script, record = SCRIPTS / "lightning_gpt.py", str(tmp_path / "run.json")
     around = ["-m", "packlight", "run", "--budget", "45MB", "--exact", "--record", record]

@@ -27,6 +27,8 @@ CASES = {
 }
 LOOPS = ("variable_length", "closure", "parts", "scaled_and_pickled")
 CASES |= {name: (f"loops/{name}.py",) for name in LOOPS}
+FEW = ("plain_gpt", "llama_transformers", "digits_convnet", "variable_length", "closure")
+"""A script of each kind."""
 
 
 def packlight_run(options: list[str], name: str, folder: Path) -> tuple[Run, str, str]:
@@ -88,7 +90,9 @@ def assert_fits_as_predicted(run: Run) -> None:
     assert run.measurement.num_measured_steps >= 3
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in FEW)]
+)
 def test_at_three_quarters_of_its_peak_a_script_fits_and_prints_the_same_bits(
     name: str, plain_folder: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +118,7 @@ for step in range(5):
 """
 
 
+@pytest.mark.slow
 def test_with_gradients_released_a_script_fits_a_budget_that_it_did_not_and_prints_the_same_bits(
     tmp_path: Path,
 ) -> None:
@@ -142,6 +147,7 @@ def test_with_gradients_released_a_script_fits_a_budget_that_it_did_not_and_prin
     assert_fits_as_predicted(record)
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_made_in_the_midst_of_a_forward_counts_for_that_forward(
     plain_folder: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +160,7 @@ def test_a_plan_that_is_made_in_the_midst_of_a_forward_counts_for_that_forward(
     assert measured_bytes == pytest.approx(run.plan.estimate.device_peak_bytes, rel=0.02)
 
 
+@pytest.mark.slow
 def test_at_half_of_its_peak_the_gpt_fits_and_prints_the_same_bits(plain_folder: Path, tmp_path: Path) -> None:
     peak_bytes, plain_output = _plain("plain_gpt", plain_folder)
     run, output, _ = packlight_run(["--budget", str(peak_bytes // 2), "--exact"], "plain_gpt", tmp_path)
@@ -180,6 +187,7 @@ def test_below_what_recomputation_reaches_a_disk_takes_the_rest_and_the_bits_are
     assert "on the disk, moved there at" in summary(run)
 
 
+@pytest.mark.slow
 def test_below_what_eight_bits_reach_states_take_four(plain_folder: Path, tmp_path: Path) -> None:
     peak_bytes, plain_output = _plain("plain_gpt", plain_folder)
     run, output, _ = packlight_run(["--budget", str(peak_bytes * 26 // 100)], "plain_gpt", tmp_path)
@@ -224,7 +232,14 @@ def test_gradients_and_losses_of_a_run_are_in_its_record(plain_folder: Path) -> 
     assert list(run.measurement.losses["last"]) == printed
 
 
-@pytest.mark.parametrize(("where", "call"), [("forward", 1), ("forward", 4), ("backward", 2), ("backward", 3)])
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("forward", 1),
+        ("backward", 3),
+        *(pytest.param(*at, marks=pytest.mark.slow) for at in (("forward", 4), ("backward", 2))),
+    ],
+)
 def test_a_script_whose_memory_runs_out_in_its_first_steps_prints_the_same_bits(
     where: str, call: int, tmp_path: Path
 ) -> None:

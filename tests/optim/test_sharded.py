@@ -21,26 +21,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 WHATS = {
-    1: ("load",),
-    2: ("bits", "nbytes", "save", "load", "portable", "refusals", "placed", "learns"),
-    3: ("bits", "nbytes", "load", "learns"),
+    1: (("load",),),
+    2: (("bits", "nbytes", "save", "load", "portable", "refusals", "placed", "learns"),),
+    3: (("load",), ("bits", "nbytes", "learns")),
 }
+"""What processes do that are started together, by their number."""
 
 
 @cache
-def start(num_ranks: int, folder: Path) -> dict[str, list[Found]]:
+def start(whats: tuple[str, ...], num_ranks: int, folder: Path) -> dict[str, list[Found]]:
     """Start a process for each rank by torchrun, once for all tests; two ranks save what any number loads."""
+    saving = WHATS[2][0]
     if num_ranks != 2:
-        start(2, folder)
-    return all_found_by(num_ranks, SCRIPT, WHATS[num_ranks], folder / str(num_ranks), str(folder / "2" / "save"))
+        start(saving, 2, folder)
+    return all_found_by(
+        num_ranks, SCRIPT, whats, folder / f"{num_ranks}-{whats[0]}", str(folder / f"2-{saving[0]}" / "save")
+    )
 
 
 def run(what: str, num_ranks: int, folder: Path) -> list[Found]:
     """Return what each rank found."""
-    return start(num_ranks, folder)[what]
+    return start(next(whats for whats in WHATS[num_ranks] if what in whats), num_ranks, folder)[what]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_parameters_and_states_have_the_bits_of_a_run_without_shards(num_ranks: int, folder: Path) -> None:
     for found in run("bits", num_ranks, folder):
         assert len(found) == 19
@@ -62,7 +66,7 @@ def formula(shape: list[int], num_rows: int, state_format: str) -> int:
     return 4 + 2 * num_rows * blocks * (64 + 4) + maxima
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_each_rank_has_the_bytes_of_the_formula(num_ranks: int, folder: Path) -> None:
     for found in run("nbytes", num_ranks, folder):
         for each in found:
@@ -114,7 +118,7 @@ def test_parameters_that_are_replicated_or_cut_along_a_later_axis_have_compact_s
         assert second["error"] < 4e-2 and last["error"] < 4e-2  # at most a learning rate a step
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_language_model_learns_with_sharded_states_as_with_fp32_ones(num_ranks: int, folder: Path) -> None:
     for found in run("learns", num_ranks, folder):
         ends = {each["name"]: sum(each["losses"][-10:]) / 10 for each in found}

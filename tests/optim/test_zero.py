@@ -70,7 +70,10 @@ def formula(numel: int, state_format: str) -> int:
     return 4 + 2 * each[state_format]
 
 
-@pytest.mark.parametrize(("stage", "num_ranks"), [(1, 2), (2, 2), (3, 2), (2, 3), (3, 3)])
+@pytest.mark.parametrize(
+    ("stage", "num_ranks"),
+    [(1, 2), (2, 2), (3, 2), *(pytest.param(stage, 3, marks=pytest.mark.slow) for stage in (2, 3))],
+)
 def test_states_take_the_bytes_of_the_formula_and_models_learn_as_with_fp32_ones(
     stage: int, num_ranks: int, folder: Path
 ) -> None:

@@ -51,7 +51,7 @@ def test_the_example_of_the_documentation_runs_as_it_stands(tmp_path: Path) -> N
     assert "8 microbatches" in torchrun(2, tmp_path / "pipeline.py", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_losses_and_outputs_are_those_of_the_model_alone(num_ranks: int, folder: Path) -> None:
     for found in run("gradients", num_ranks, folder):
         assert len(found) == 14 and sum(each["num_offloads"] > 0 for each in found) > 4
@@ -66,7 +66,7 @@ def test_where_microbatches_are_added_up_in_one_order_gradients_are_equal_bit_fo
     assert all(each["are_equal"] for each in found)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_bytes_after_each_action_are_those_of_the_simulation(num_ranks: int, folder: Path) -> None:
     for found in run("bytes", num_ranks, folder):
         assert any(each["num_offloads"] for each in found)
@@ -75,7 +75,7 @@ def test_the_bytes_after_each_action_are_those_of_the_simulation(num_ranks: int,
             assert each["left"] == 0, each
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_peaks_are_as_planned_and_lower_with_copies_by_what_was_planned(num_ranks: int, folder: Path) -> None:
     for found in run("bytes", num_ranks, folder):
         for each in found:

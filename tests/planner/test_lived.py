@@ -104,6 +104,7 @@ def test_a_step_that_is_not_followed_has_no_record() -> None:
     assert watch.lived.memory is None and watch.lived.now() == ((0, "", {}), None)
 
 
+@pytest.mark.filterwarnings("ignore:packlight. after step 2:UserWarning")  # of what else lives in the process
 def test_a_handle_has_the_step_in_which_its_measured_peak_stands() -> None:
     model = Two()
     optimizer = torch.optim.AdamW(model.parameters())
