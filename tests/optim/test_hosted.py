@@ -290,7 +290,7 @@ def test_states_that_the_device_has_no_room_for_stay_and_go_on(monkeypatch: pyte
             handle.remove()
         released = Adopted(handle, handle.remove, is_beside=True)
         number = iter([1])
-        with pytest.warns(UserWarning, match="stay in host memory: no room"):
+        with pytest.warns(UserWarning, match="stay where and as they are: no room"):
             released.release()
     assert train(net, optimizer, data[3:]) == losses[3:]
     handle.remove()
