@@ -22,15 +22,20 @@ def free_port() -> int:
 
 def torchrun(num_ranks: int, script: Path, *args: str, cwd: Path | None = None) -> str:
     """Run a script by torchrun; it has to succeed. Return what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--master-port", str(free_port())]
+    return python(*command, str(script), *args, cwd=cwd, timeout_seconds=600)
+
+
+def python(*arguments: str, cwd: Path | None, timeout_seconds: float) -> str:
+    """Run Python; it has to succeed. Return what it printed."""
     done = subprocess.run(
-        [*command, "--master-port", str(free_port()), str(script), *args],
+        [sys.executable, *arguments],
         cwd=cwd,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=timeout_seconds,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

@@ -1,4 +1,4 @@
-"""The limits that control groups set to this process: memory, and processors.
+"""What the machine has of memory, and what control groups leave of it, and of its processors, to this process.
 
 psutil and /proc/meminfo tell the machine's memory, which a container may not use up: its control group kills the
 process long before. A group's limits stand in files whose place depends on the version (1 or 2) and on how much of the
@@ -14,6 +14,16 @@ from pathlib import Path
 ROOT = Path("/")
 UNLIMITED_BYTES = 2**60
 """Version 1 writes "no limit" as the largest number of whole pages, near 2**63."""
+
+
+def host_memory(root: Path = ROOT) -> dict[str, int]:
+    """Return the machine's memory in bytes, by the names of /proc/meminfo ("MemTotal", "MemAvailable").
+
+    Args:
+        root: the folder in which proc stands.
+    """
+    lines = (line.split() for line in (root / "proc/meminfo").read_text("ascii").splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
 
 
 @dataclass(frozen=True)

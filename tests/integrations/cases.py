@@ -1,8 +1,6 @@
 """What the tests of several frameworks share: their scripts, and a look at what a plugin may leave behind."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from tests.torchrun import ENVIRONMENT
+from tests.torchrun import python
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "frameworks"
 
@@ -23,17 +21,8 @@ def called_methods() -> tuple[Any, ...]:
 
 def run_script(script: Path, *arguments: str, before: Sequence[str] = ()) -> list[float]:
     """Run a script, which has to succeed, after words of a launcher; return the losses that it printed."""
-    done = subprocess.run(
-        [sys.executable, *before, str(script), *arguments],
-        cwd=script.parent,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    printed = python(*before, str(script), *arguments, cwd=script.parent, timeout_seconds=400)
     # ranks write into each other's lines
-    losses = [float(loss) for loss in re.findall(r"\bloss ([\d.]+(?:e-\d+)?)", done.stdout)]
+    losses = [float(loss) for loss in re.findall(r"\bloss ([\d.]+(?:e-\d+)?)", printed)]
     assert losses
     return losses

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import click
 
-from packlight.serial import of_rank, this_rank
-
-__all__ = ["of_rank", "output_file", "page_file", "say"]
+from packlight.serial import this_rank
 
 
 def output_file(option: str, name: str | None) -> Path | None:

@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 import click
 
 from packlight.budget import parse_bytes
-from packlight.cli.output import of_rank, output_file, say
+from packlight.cli.output import output_file, say
 from packlight.records import Plan
 from packlight.report import text
+from packlight.serial import of_rank
 
 _SCRIPT = {"allow_interspersed_args": False}  # what follows the script is the script's
 

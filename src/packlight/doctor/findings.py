@@ -76,6 +76,11 @@ def guarded(
 
 
 def told(error: BaseException) -> str:
-    """Return an error as one line."""
-    text = " ".join(str(error).split())
+    """Return an error as one line, with its type."""
+    text = in_line(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def in_line(said: object) -> str:
+    """Return what an error or a warning says as one line."""
+    return " ".join(str(said).split())

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from packlight.budget import format_bytes
-from packlight.control_groups import ROOT, read_group
+from packlight.control_groups import ROOT, host_memory, read_group
 from packlight.doctor.findings import Finding
 
 SMALL_SHARED_BYTES = 64 * 2**20
@@ -26,8 +26,7 @@ def memory(root: Path = ROOT) -> Finding:
     Returns:
         The finding: limited where a control group has less than the machine.
     """
-    lines = (line.split() for line in (root / "proc/meminfo").read_text("ascii").splitlines())
-    sizes = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
+    sizes = host_memory(root)
     total_bytes, free_bytes, group = sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"]), read_group(root)
     facts = {
         "total_bytes": total_bytes,

@@ -23,7 +23,7 @@ from packlight.activations.pages import Pages
 from packlight.activations.slabs import SLAB_BYTES
 from packlight.activations.spill import is_in_memory
 from packlight.budget import format_bytes
-from packlight.doctor.findings import Finding
+from packlight.doctor.findings import Finding, in_line, told
 from packlight.numerics.cache import cache_folder
 from packlight.numerics.compiler import find_compiler, load
 from packlight.numerics.cpu import SOURCE, Kind
@@ -60,7 +60,7 @@ def _heard() -> Iterator[list[str]]:
         try:
             yield said
         finally:
-            said.extend(" ".join(str(each.message).split()) for each in caught)
+            said.extend(in_line(each.message) for each in caught)
 
 
 # The CPU's kernels
@@ -143,7 +143,7 @@ def gpus(root: Path) -> Iterator[Finding]:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        found = f"built for {torch.version.cuda}, driver {driver or 'not found'}: {' '.join(str(error).split())}"
+        found = f"built for {torch.version.cuda}, driver {driver or 'not found'}: {in_line(error)}"
         yield Finding("CUDA", "missing", found, NO_GPU)
         return
     for index in range(torch.cuda.device_count()):
@@ -174,12 +174,12 @@ def _gpu(index: int, driver: str) -> Finding:
         )
         (torch.ones(256, 256, device=device) @ torch.ones(256, 256, device=device)).sum().item()
     except RuntimeError as error:
-        return Finding(name, "missing", " ".join(str(error).split()), "this GPU cannot be used")
+        return Finding(name, "missing", in_line(error), "this GPU cannot be used")
     facts = {"total_bytes": total_bytes, "free_bytes": free_bytes, "driver": driver, "cuda": torch.version.cuda}
     try:
         step_states(device)
     except Exception as error:  # Triton's compiler, ptxas and the driver have errors of their own
-        cost = f"optimiser states stay in fp32 on it: {type(error).__name__}: {' '.join(str(error).split())}"
+        cost = f"optimiser states stay in fp32 on it: {told(error)}"
         return Finding(name, "limited", found, cost, facts=facts)
     return Finding(name, "works", found, facts=facts)
 

@@ -38,11 +38,8 @@ def packlight_budget(accelerator: Accelerator, budget: int | str | None, **optio
     Raises:
         ValueError: gradients may be released, and the accelerator accumulates them; or another session is in force.
     """
-    added = accelerator.gradient_accumulation_steps
-    if options.get("release_gradients") and added != 1:
-        raise ValueError(
-            f"release_gradients came, with gradient_accumulation_steps={added}; wanted 1: gradients that are freed "
-            "inside backward cannot be added up"
-        )
-    with Guest(budget, **options).during(*accelerator._optimizers) as guest:
+    guest, added = Guest(budget, **options), accelerator.gradient_accumulation_steps
+    if added != 1:
+        guest.refuse_release("1", gradient_accumulation_steps=added)
+    with guest.during(*accelerator._optimizers):
         yield guest

@@ -38,11 +38,8 @@ class Packlight(Guest, Callback):  # type: ignore[misc]
                 force.
         """
         clipped, added = trainer.gradient_clip_val, trainer.accumulate_grad_batches
-        if self.settings.release_gradients and (clipped or added != 1):
-            raise ValueError(
-                f"release_gradients came, with gradient_clip_val={clipped} and accumulate_grad_batches={added}; wanted "
-                "None and 1: gradients that are freed inside backward can be neither clipped nor added up"
-            )
+        if clipped or added != 1:
+            self.refuse_release("None and 1", gradient_clip_val=clipped, accumulate_grad_batches=added)
         self.begin(trainer.optimizers)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -40,11 +40,8 @@ class PacklightCallback(Guest, TrainerCallback):  # type: ignore[misc]
                 callback.
         """
         clipped, added = args.max_grad_norm, args.gradient_accumulation_steps
-        if self.settings.release_gradients and (clipped > 0 or added > 1):
-            raise ValueError(
-                f"release_gradients came, with max_grad_norm={clipped} and gradient_accumulation_steps={added}; wanted "
-                "0 and 1: gradients that are freed inside backward can be neither clipped nor added up"
-            )
+        if clipped > 0 or added > 1:
+            self.refuse_release("0 and 1", max_grad_norm=clipped, gradient_accumulation_steps=added)
         self._unwrap()
         trainer, optimizer = _running_trainer(), kwargs["optimizer"]
         if _EPOCH in vars(trainer):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from packlight.budget import format_bytes
+from packlight.budget import format_bytes, parse_bytes
 from packlight.memory import Held
 from packlight.planner.cut import stepped_by
 from packlight.planner.measure import StepWatch
@@ -22,7 +22,6 @@ from packlight.shortage import Shortage, changes
 NUM_LARGEST = 10
 _BEGIN = "packlight: out of memory"
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMG]iB)?")
-_UNITS = {"": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Exhausted:
     def asked_bytes(self) -> int | None:
         """What was asked for; None where the error does not say."""
         found = _ASKED.search(str(self.error))
-        return None if found is None else round(float(found[1]) * _UNITS[found[2] or ""])
+        return None if found is None else parse_bytes(f"{found[1]}{found[2] or ''}".removesuffix("bytes"))
 
     def told(self, plan: Plan | None, *, tried: str = "") -> str:
         """Say it, and what can be done.
@@ -151,9 +150,9 @@ def _living(watch: StepWatch) -> tuple[dict[str, int], tuple[Held, ...], int]:
     line, live = watch.line, dict.fromkeys(CATEGORIES, 0)
     found = [entry for entry in line.entries if entry.died is None]
     for entry in found:
-        live[entry.category or line.category_of(entry)] += entry.num_bytes
+        live[line.category_of(entry)] += entry.num_bytes
     held = (
-        Held(each.num_bytes, each.born, line.now(), each.category or line.category_of(each), each.site, each.code)
+        Held(each.num_bytes, each.born, line.now(), line.category_of(each), each.site, each.code)
         for each in sorted(found, key=lambda entry: -entry.num_bytes)[:NUM_LARGEST]
     )
     return live, tuple(held), 0

@@ -104,6 +104,23 @@ class Guest:
         if run is not None and self._record is not None:
             run.save(of_rank(self._record))
 
+    def refuse_release(self, wanted: str, **given: object) -> None:
+        """Refuse to release gradients in a loop whose settings need them afterwards; where none shall be, do nothing.
+
+        Args:
+            wanted: of these settings.
+            given: the framework's settings, by its names.
+
+        Raises:
+            ValueError: gradients may be released.
+        """
+        if self.settings.release_gradients:
+            came = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(
+                f"release_gradients came, with {came}; wanted {wanted}: gradients that are freed inside backward can "
+                "be neither clipped nor added up"
+            )
+
     @contextmanager
     def during(self, *optimizers: Any) -> Iterator[Self]:
         """Hold the session for the length of a context, which stands around a loop of one's own."""

@@ -71,16 +71,20 @@ class Lived:
 
     def name_states(self) -> None:
         """Note which storages are optimisers' states, and whose."""
+        if self._line is None:
+            return
         for optimizer in self._optimizers:
-            for parameter, state in optimizer.state.items():
-                for kind, value in state.items() if isinstance(state, dict) else [("state", state)]:
-                    for tensor in flat_tensors(value):
-                        if self._line is not None:
-                            site = self._of(parameter, str(kind))
-                            self._line.add(tensor, category="optimizer_states", site=site)
-            for tensor in state_tensors(optimizer):  # what the states share, too
-                if self._line is not None:
-                    self._line.add(tensor, category="optimizer_states")
+            sites = self._sites_of_states(optimizer)
+            for tensor in state_tensors(optimizer):
+                self._line.add(tensor, category="optimizer_states", site=sites.get(id(tensor), ""))
+
+    def _sites_of_states(self, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+        """Return the names of the tensors that are a parameter's states; those that all states share have none."""
+        sites: dict[int, str] = {}
+        for parameter, state in optimizer.state.items():
+            for kind, value in state.items() if isinstance(state, dict) else [("state", state)]:
+                sites |= {id(tensor): self._of(parameter, str(kind)) for tensor in flat_tensors(value)}
+        return sites
 
     def _of(self, parameter: object, what: str) -> str:
         name = self._names.get(id(parameter), "")
@@ -121,7 +125,7 @@ def _record(line: Timeline, windows: Sequence[Window]) -> Memory | None:
             entry.num_bytes,
             max(begin, entry.born) - begin,
             (end if entry.died is None else min(end, entry.died)) - begin,
-            entry.category or line.category_of(entry),
+            line.category_of(entry),
             entry.site or ("the optimiser's step" if entry.phase == "optimizer" else ""),
             entry.code,
         )

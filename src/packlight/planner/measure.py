@@ -155,20 +155,17 @@ class StepWatch:
         return max(self._plan.peak_bytes, now_bytes) or None
 
     def live_bytes(self) -> dict[str, int]:
-        """Return what lives now, by category as far as it is known; what is nothing else counts as activations."""
+        """Return what lives while no line is followed, by category; what is nothing else counts as activations."""
         gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
         live = {
             "parameters": storage_bytes(self.model.parameters()),
             "gradients": storage_bytes(gradients),
             "optimizer_states": self.state_bytes(on_device=True),
+            "other": self.other_bytes,
         }
-        live["other"] = self.other_bytes
-        return live | {"activations": max(0, self._all_bytes() - sum(live.values()))}
-
-    def _all_bytes(self) -> int:
-        if self.line.device_type == "cuda":
-            return torch.cuda.memory_allocated()
-        return self.line.live_bytes if self._measuring else storage_bytes(existing_tensors(self.line.device_type))
+        cuda = self.line.device_type == "cuda"
+        all_bytes = torch.cuda.memory_allocated() if cuda else storage_bytes(existing_tensors(self.line.device_type))
+        return live | {"activations": max(0, all_bytes - sum(live.values()))}
 
     def seen(self, gradients: Literal["none", "forward", "step"]) -> Seen:
         """Return what the open step has shown of the loop, `gradients` where it has one backward pass."""

@@ -26,7 +26,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from packlight.control_groups import read_group
+from packlight.control_groups import host_memory, read_group
 
 MOST_SHARE = 0.25
 """Operands and results may take this share of the memory that is free."""
@@ -235,9 +235,7 @@ def free_bytes(device: torch.device) -> int:
     """Return how much memory a device has free; of a CPU's, what the process's control group leaves."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo", encoding="ascii") as file:
-        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    group = read_group()
+    available, group = host_memory()["MemAvailable"], read_group()
     if group.memory_bytes is None:
         return available
     return min(available, max(0, group.memory_bytes - (group.used_bytes or 0)))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from packlight.budget import Budget, format_bytes
+from packlight.control_groups import host_memory
 from packlight.planner.beside import other_bytes
 from packlight.planner.cut import agreement_of
 from packlight.planner.hardware import measure
@@ -199,5 +200,4 @@ def device_bytes(device: torch.device) -> int:
     """Return the size of a device's memory in bytes; the machine's for the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return int(file.readline().split()[1]) * 1024
+    return host_memory()["MemTotal"]

@@ -82,11 +82,14 @@ class Session(Listener):
 
     def __exit__(self, *exc_info: object) -> None:
         """Stop listening, and undo the plan; all of it, also where a part of that fails."""
-        with ExitStack() as undo:
+        with ExitStack() as undo:  # the last first
             undo.callback(self._adopted.release)
             undo.callback(self._put_blocks_back)
-            for part in (self._watch and self._watch.close, self._mend and self._mend.remove, self._stack.close):
-                undo.callback(part or (lambda: None))
+            if self._watch is not None:
+                undo.callback(self._watch.close)
+            if self._mend is not None:
+                undo.callback(self._mend.remove)
+            undo.callback(self._stack.close)
 
     @property
     def trained(self) -> bool:
@@ -181,9 +184,8 @@ class Session(Listener):
         """Stand around the plan in force; states and a loss to hold are there from the second step on."""
         plan = self._first or self.plan
         if plan is not None and self._model is not None and self._watch is not None:
-            num_steps = 1 if self.settings.plan is None else 2
             options: Any = {"change": self._change, "tell": self._tell, "agreement": self._agreement.in_step()}
-            self._mend = Mend(self._model, self._watch, num_steps=num_steps, **options)
+            self._mend = Mend(self._model, self._watch, num_steps=1 if self.settings.plan is None else 2, **options)
             self._mend.begin(plan, self._step, is_final=self._first is None)
 
     def _tell(self, plan: Plan, title: str) -> None:

@@ -195,7 +195,7 @@ class Timeline(TorchDispatchMode):
         by_category = dict.fromkeys(CATEGORIES, 0)
         for entry in self.entries:
             if entry.born <= at and (entry.died is None or entry.died > at):
-                by_category[entry.category or self.category_of(entry)] += entry.num_bytes
+                by_category[self.category_of(entry)] += entry.num_bytes
         return peak_bytes, self._phase_at(at), by_category
 
     def highest_point(self, start: int = 0) -> tuple[int, int]:
@@ -208,9 +208,9 @@ class Timeline(TorchDispatchMode):
         return best, best_bytes
 
     def category_of(self, entry: Entry) -> str:
-        """Call a storage an activation if it outlives the phase that made it, else a temporary."""
-        if entry.phase in ("backward", "optimizer"):
-            return "temporaries"
+        """Return a storage's category; without one, an activation outlives the phase that made it, a temporary not."""
+        if entry.category or entry.phase in ("backward", "optimizer"):
+            return entry.category or "temporaries"
         following = bisect.bisect_right(self.phases, (entry.born, "\uffff"))
         phase_end = self.phases[following][0] if following < len(self.phases) else len(self.events)
         return "activations" if entry.died is None or entry.died > phase_end else "temporaries"
@@ -289,9 +289,10 @@ def take_off(mode: Timeline) -> bool:
 def put_under(mode: Timeline) -> None:
     """Put a mode at the bottom of the stack, unless it is on it, so that a script's own modes come and go above it."""
     stack = _get_current_dispatch_mode_stack()
-    above = [_pop_mode() for _ in stack if mode not in stack]
-    if mode not in stack:
-        mode.__enter__()  # type: ignore[no-untyped-call]
+    if mode in stack:
+        return
+    above = [_pop_mode() for _ in stack]
+    mode.__enter__()  # type: ignore[no-untyped-call]
     for other in reversed(above):
         _push_mode(other)
 

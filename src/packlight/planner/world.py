@@ -250,10 +250,16 @@ def fastest_sharding(step: Profile, found: Sequence[Way], *, link: float, solver
         for at, (way, rank, as_it_is) in enumerate(tried)
     )
     asked = replace(tried[chosen][0].asked, link_bytes_per_second=link, rows=rows, binds=_binds(plan, rows[chosen]))
-    differ = asked.dtype in ("bfloat16", "float16") and len({way.sharding.engine for way in found}) > 1
-    without_ddp = bool(asked.precision) and len({way.sharding.engine for way in found}) > 1
-    notes = (*plan.notes, *[IN_SIXTEEN_BITS] * (differ and not asked.precision), *[NO_DDP] * without_ddp)
-    return replace(beside_plain(plan, plain_cost(step)), sharding=asked, notes=notes)
+    return replace(beside_plain(plan, plain_cost(step)), sharding=asked, notes=(*plan.notes, *_notes(asked, found)))
+
+
+def _notes(asked: Sharded, found: Sequence[Way]) -> list[str]:
+    """Say what a reader should know of a choice among several engines."""
+    if len({way.sharding.engine for way in found}) == 1:
+        return []
+    if asked.precision:
+        return [NO_DDP]
+    return [IN_SIXTEEN_BITS] * (asked.dtype in ("bfloat16", "float16"))
 
 
 def _is_possible(sharding: Sharding, seen: Profile) -> bool:
