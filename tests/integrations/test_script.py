@@ -27,8 +27,8 @@ CASES = {
 }
 LOOPS = ("variable_length", "closure", "parts", "scaled_and_pickled")
 CASES |= {name: (f"loops/{name}.py",) for name in LOOPS}
-FEW = ("plain_gpt", "llama_transformers", "digits_convnet", "variable_length", "closure")
-"""A script of each kind."""
+FEW = ("digits_convnet", "variable_length")
+"""Others of these kinds have tests of their own below, or as a Trainer's."""
 
 
 def packlight_run(options: list[str], name: str, folder: Path) -> tuple[Run, str, str]:

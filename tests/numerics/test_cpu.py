@@ -287,7 +287,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.Mo
     cpu.compiled.cache_clear()
 
 
-NARROWER = ("-mno-avx512f", "-mno-avx2", "-mno-avx -mno-sse4.1")
+NARROWER = ("-mno-avx512f", pytest.param("-mno-avx2", marks=pytest.mark.slow), "-mno-avx -mno-sse4.1")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")

@@ -171,7 +171,7 @@ def host_bytes_of(step: Profile, made: Plan) -> int:
     return sum(moved) + sum(cost.host_bytes for cost in step.optimizers if cost.formats == made.state_formats)
 
 
-@pytest.mark.parametrize("host_budget", ["450MiB", "2GiB"])
+@pytest.mark.parametrize("host_budget", ["450MiB", pytest.param("2GiB", marks=pytest.mark.slow)])
 def test_what_moves_and_states_share_the_host_s_memory(host_budget: str) -> None:
     step = with_activations(host_budget)
     solver, capacity_bytes = Solver(step), parse_bytes(host_budget)
