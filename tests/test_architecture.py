@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "shortage": set(),
     "control_groups": set(),
     "memory": set(),
+    "lanes": set(),
     "numerics": set(),
     "optim": {"numerics", "activations.copies", "activations.extents", "activations.pages"},
     "activations": {"numerics"},
@@ -57,6 +58,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "shortage": set(),
     "control_groups": set(),
     "memory": set(),
+    "lanes": set(),
     "report": {"rich", "plotly"},
     "cli": {"torch", "click", "rich"},
     "planner": {"torch", "numpy", "scipy"},
@@ -217,7 +219,7 @@ def keeps_to_the_arrows(modules: Sequence[Module]) -> Iterator[str]:
 def may_import(module: Module, target: str) -> bool:
     allowed = set(ARROWS[module.part])
     if module.part not in NO_RECORDS:
-        allowed |= {"budget", "control_groups", "memory", "ranks", "records", "serial", "shortage", "step"}
+        allowed |= {"budget", "control_groups", "lanes", "memory", "ranks", "records", "serial", "shortage", "step"}
     if module.part not in {"", *NO_SIBLINGS}:
         allowed.add(module.part)
     return any(inside(target, name) for name in allowed)

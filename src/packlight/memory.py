@@ -18,6 +18,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from packlight.lanes import Lanes
+
 MOST_EVENTS = 800
 MOST_STORAGES = 400
 """A record has no more storages than this, and not many more events: the first of each phase is kept, too."""
@@ -75,6 +77,7 @@ class Memory:
         held: the large storages, the largest first.
         rests: the others.
         step: the number of the step, from 1, where it was measured.
+        lanes: what is copied meanwhile, and when; None where nothing moves, or where it was measured.
     """
 
     events: tuple[int, ...]
@@ -83,6 +86,7 @@ class Memory:
     held: tuple[Held, ...]
     rests: tuple[Rest, ...]
     step: int = 0
+    lanes: Lanes | None = None
 
     @property
     def peak_bytes(self) -> int:

@@ -10,13 +10,19 @@ import torch
 from torch import Tensor, nn
 
 import packlight
+from packlight.budget import Budget
+from packlight.lanes import Lanes, seconds_of
 from packlight.memory import Memory
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.held import Treatment
 from packlight.planner.lives import predicted
+from packlight.planner.moving import Moving
 from packlight.planner.options import encodings, moves
+from packlight.planner.outcome import plain_cost
 from packlight.planner.profile import profile
 from packlight.planner.released import released
+from packlight.planner.revise import rescale
+from packlight.planner.solve import solve
 from packlight.step import Link, OptimizerCost, Profile
 from tests.cases import CASES
 
@@ -33,6 +39,21 @@ def check(memory: Memory, cost: Cost) -> None:
     assert memory.phase_at(memory.peak) == cost.moment
 
 
+def check_seconds(lanes: Lanes | None, cost: Cost, moving: Moving) -> None:
+    """Hold what is told of moves against what they cost: nothing is told where nothing moves."""
+    assert (lanes is None) == (moving.stored_bytes == 0)
+    if lanes is None:
+        return
+    assert sum(each.num_bytes for each in lanes.out) == moving.stored_bytes
+    done = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+    for name, start, end in lanes.compute():
+        done[name] += end - start
+    waiting = seconds_of((*lanes.waits_out, *lanes.waits_back))
+    assert waiting == pytest.approx(moving.waiting_seconds, rel=1e-9)
+    seconds = lanes.num_microbatches * (done["forward"] + done["backward"] + waiting)
+    assert seconds + done["optimizer"] + lanes.unplaced_seconds == pytest.approx(cost.seconds, rel=1e-9)
+
+
 def check_choices(step: Profile, optimizer: OptimizerCost | None, *, window_bytes: int = 0, seed: int = 0) -> None:
     """Draw blocks to recompute and groups to treat, from none to nearly all."""
     draw, costs = random.Random(seed), StepCost(step).through(window_bytes)
@@ -43,7 +64,9 @@ def check_choices(step: Profile, optimizer: OptimizerCost | None, *, window_byte
         draw.shuffle(options)
         treated: dict[str, Treatment] = {each: how for each, how in options if each in free and draw.random() < share}
         cost = costs.price(recomputed, optimizer, treated=treated)
-        check(predicted(costs, cost, recomputed=recomputed, treated=treated, optimizer=optimizer), cost)
+        memory = predicted(costs, cost, recomputed=recomputed, treated=treated, optimizer=optimizer)
+        check(memory, cost)
+        check_seconds(memory.lanes, cost, costs.moving(recomputed, treated))
 
 
 @pytest.mark.parametrize("name", ["gpt", "convnet", "lstm", "mlp"])
@@ -66,6 +89,18 @@ def test_a_plan_has_them_for_what_it_chooses() -> None:
     plan = packlight.plan(case.model, case.batch, optimizer, budget="1GiB", loss=case.loss)
     assert plan.predicted is not None and plan.predicted.peak_bytes == plan.estimate.device_peak_bytes
     assert packlight.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert plan.predicted.lanes is None
+
+
+def test_a_plan_that_moves_tells_when_and_a_slower_step_tells_it_slower() -> None:
+    case = CASES["convnet"]()
+    fast = replace(LINK, out_bytes_per_second=1e15, in_bytes_per_second=1e15)
+    step = replace(profile(case.model, case.batch, None, loss=case.loss, link=fast), codec_call_seconds=0.0)
+    plan = solve(step, Budget.of(plain_cost(step).peak_bytes * 9 // 10), exact=True)
+    assert plan.tier == "disk" and plan.predicted is not None and plan.predicted.lanes is not None
+    assert packlight.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    slower = replace(plan.predicted, lanes=plan.predicted.lanes.scaled(2.0))
+    assert rescale(plan, 2.0, 1.0).predicted == slower
 
 
 class Two(nn.Module):

@@ -1,9 +1,11 @@
 """What a plan with moved groups is predicted to take is what the engine takes, however late the tier is."""
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -14,11 +16,12 @@ from packlight.activations import Engine
 from packlight.activations.offload import make_tier
 from packlight.activations.shelf import Shelf
 from packlight.activations.tier import Arrival, OffloadError, Record, Taken, Tier
+from packlight.lanes import seconds_of
 from packlight.planner import trace
 from packlight.planner.cost import StepCost
-from packlight.planner.held import Treatment, has_sign
+from packlight.planner.held import Treatment, has_sign, merged
 from packlight.planner.loop import Seen
-from packlight.planner.moving import moved_bytes, order_of_use
+from packlight.planner.moving import moved_bytes, order_of_use, simulate
 from packlight.planner.profile import profile
 from packlight.planner.timeline import Timeline, flat_tensors
 from packlight.step import Link, Profile
@@ -185,3 +188,40 @@ def test_the_disk_takes_the_predicted_bytes(name: str, tmp_path: Path) -> None:
     )
     uses = order_of_use(step, costs.groups, treated)
     assert [predicted.peak_bytes] * 2 == real_peaks(case, choices_of(step, costs, treated), tier, uses)
+
+
+@pytest.mark.parametrize("slowness", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("name", ["gpt", "convnet", "lstm", "mlp"])
+def test_copies_follow_one_another_and_compute_waits_for_them_as_long_as_is_predicted(
+    name: str, slowness: float
+) -> None:
+    """Copies take this many times what compute takes, in a window of two of the largest groups."""
+    step = profiled(name)
+    costs = StepCost(step).through(2 * max(map(StepCost(step).group_bytes, StepCost(step).groups)))
+    ways = [Treatment("offload"), Treatment("compress+offload", "int8")]
+    treated = {
+        group.name: random.choice(ways if group.can_encode and not has_sign(step, group) else ways[:1])
+        for group in costs.groups.values()
+        if random.random() < 0.7
+    }
+    speed = sum(map(costs.group_bytes, treated)) / (slowness * step.seconds)
+    step = replace(step, link=replace(LINK, out_bytes_per_second=speed, in_bytes_per_second=2 * speed))
+    made = simulate(step, costs.groups, treated, gone=(), window_bytes=costs.window_bytes)
+    for lane, rate in ((made.out, speed), (made.back, 2 * speed)):
+        assert all(one.end <= following.start for one, following in pairwise(lane))
+        assert [each.end - each.start for each in lane] == pytest.approx([each.num_bytes / rate for each in lane])
+    saves = {name: [step.saves[at] for at in costs.groups[name].saves] for name in treated}
+    in_order = sorted(treated, key=lambda name: saves[name][0].packed)
+    assert list(dict.fromkeys(each.group for each in made.out)) == in_order
+    assert sum(each.num_bytes for each in made.out) == made.stored_bytes
+    uses = {name: len(merged((each.unpacked, each.used) for each in saves[name])) for name in treated}
+    assert Counter(each.group for each in made.back) == uses
+    sizes = {name: moved_bytes(step, costs.groups[name], each) for name, each in treated.items()}
+    assert all(each.num_bytes == sizes[each.group] for each in made.back)
+    for waits, seconds in ((made.waits_out, made.waiting_out_seconds), (made.waits_back, made.waiting_back_seconds)):
+        assert all(one.end <= following.start for one, following in pairwise(waits))
+        assert seconds_of(waits) == pytest.approx(seconds, rel=1e-9)
+    assert made.waits_back and (slowness < 1 or made.waits_out)
+    forward_end = step.forward_seconds + made.waiting_out_seconds
+    assert made.out[-1].end <= forward_end * (1 + 1e-12) and forward_end <= made.back[0].start * (1 + 1e-12)
+    assert made.back[-1].end <= (step.seconds + made.waiting_seconds) * (1 + 1e-12)

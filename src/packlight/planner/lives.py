@@ -6,10 +6,14 @@ that `StepCost` counts it by, so that they add up to its peak and to its categor
 
     storages of the first run   birth to end under the plan      second runs    their peak, and what they save again
     codes, copies, fetches      the spans that live meanwhile    beside         parameters, states, what the loop holds
+
+What moves has seconds, too, which add up to the step's.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
+from packlight.lanes import Lanes, joined
 from packlight.memory import Held, Memory, Phase, condensed
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.held import Treatment, spans
@@ -41,7 +45,8 @@ def predicted(
     found = [*lives.first_run(), *lives.second_runs(), *lives.treated(), *lives.beside()]
     if optimizer is not None:
         found += lives.updating(optimizer)
-    return condensed(found, num_events=lives.num_events, phases=_phases(step, optimizer), peak=cost.at)
+    memory = condensed(found, num_events=lives.num_events, phases=_phases(step, optimizer), peak=cost.at)
+    return replace(memory, lanes=_lanes(costs, frozenset(recomputed), treated, optimizer))
 
 
 def _phases(step: Profile, optimizer: OptimizerCost | None) -> list[Phase]:
@@ -52,6 +57,28 @@ def _phases(step: Profile, optimizer: OptimizerCost | None) -> list[Phase]:
         Phase("backward", step.backward_start, step.num_events),
     ]
     return found if optimizer is None else [*found, Phase("optimizer", step.num_events, step.num_events + 1)]
+
+
+def _lanes(
+    costs: StepCost, recomputed: frozenset[str], treated: Mapping[str, Treatment], optimizer: OptimizerCost | None
+) -> Lanes | None:
+    """Return when groups move; None where none does."""
+    moving, step = costs.moving(recomputed, treated), costs.profile
+    if not moving.out:
+        return None
+    unplaced_seconds = sum(map(costs.recompute_seconds, recomputed))
+    unplaced_seconds += sum(costs.treatment_seconds(name, treatment) for name, treatment in treated.items())
+    return Lanes(
+        out=joined(moving.out),
+        back=joined(moving.back),
+        waits_out=joined(moving.waits_out),
+        waits_back=joined(moving.waits_back),
+        forward_end=step.forward_seconds + moving.waiting_out_seconds,
+        backward_end=step.seconds + moving.waiting_seconds,
+        update_seconds=step.update_seconds(optimizer) if optimizer is not None else 0.0,
+        unplaced_seconds=unplaced_seconds,
+        num_microbatches=step.num_microbatches,
+    )
 
 
 class _Lives:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from packlight.activations.compress import encoded_parts
 from packlight.activations.prefetch import MOST_AHEAD
+from packlight.lanes import Stretch
 from packlight.planner.held import Group, Span, Treatment, merged
 from packlight.step import Link, Profile, Save
 
@@ -72,12 +73,18 @@ class Moving:
         waiting_out_seconds: time that compute waits in forward.
         waiting_back_seconds: and in backward.
         stored_bytes: what lies on the tier at most.
+        out, back: each copy, in the order of its queue; codes and scales go out one by one.
+        waits_out, waits_back: each time that compute waits in forward, and in backward.
     """
 
     spans: list[Span] = field(default_factory=list)
     waiting_out_seconds: float = 0.0
     waiting_back_seconds: float = 0.0
     stored_bytes: int = 0
+    out: list[Stretch] = field(default_factory=list)
+    back: list[Stretch] = field(default_factory=list)
+    waits_out: list[Stretch] = field(default_factory=list)
+    waits_back: list[Stretch] = field(default_factory=list)
 
     @property
     def waiting_seconds(self) -> float:
@@ -165,14 +172,20 @@ def _go_out(profile: Profile, moves: Sequence[Move], made: Moving, *, link: Link
         while under_way and under_way_bytes + part_bytes > window_bytes:
             arrived, other, other_bytes = under_way.popleft()
             under_way_bytes -= other_bytes
-            now = max(now, arrived)
+            if now < arrived:
+                made.waits_out.append(Stretch(other.name, 0, now, arrived))
+                now = arrived
             _live_until(other, other_bytes, move.first.packed, made)
         late = now - move.first.packed_seconds
-        finished = max(now, finished) + part_bytes / link.out_bytes_per_second
+        began = max(now, finished)
+        finished = began + part_bytes / link.out_bytes_per_second
+        made.out.append(Stretch(move.name, part_bytes, began, finished))
         under_way.append((finished, move, part_bytes))
         under_way_bytes += part_bytes
     for _, other, other_bytes in under_way:
         _live_until(other, other_bytes, profile.forward_end, made)
+    if (forward_end := profile.forward_seconds + late) < finished:
+        made.waits_out.append(Stretch(moves[-1].name, 0, forward_end, finished))
     made.waiting_out_seconds = max(late, finished - profile.forward_seconds)
 
 
@@ -196,7 +209,7 @@ def _uses(
 
 
 class _Reader:
-    """The way back: one queue, and a window for what is fetched ahead of its use."""
+    """The way back: one queue, and a window for what is fetched ahead of its use; it knows no waits of forward."""
 
     def __init__(self, link: Link, window_bytes: int, made: Moving) -> None:
         self._link, self._window_bytes, self._made = link, window_bytes, made
@@ -226,10 +239,15 @@ class _Reader:
         end = event + 1 if move.is_encoded else event  # codes live until the tensor is decoded
         if began < end:
             self._made.spans.append((move.num_bytes, began, end))
+        if now < finished:
+            late = self._made.waiting_out_seconds
+            self._made.waits_back.append(Stretch(move.name, 0, late + now, late + finished))
         return max(0.0, finished - now)
 
     def _read(self, move: Move, now: float) -> float:
-        self._finished = max(now, self._finished) + move.num_bytes / self._link.in_bytes_per_second
+        began, late = max(now, self._finished), self._made.waiting_out_seconds
+        self._finished = began + move.num_bytes / self._link.in_bytes_per_second
+        self._made.back.append(Stretch(move.name, move.num_bytes, late + began, late + self._finished))
         return self._finished
 
 

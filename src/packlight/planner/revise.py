@@ -114,7 +114,10 @@ def rescale(made: Plan, measured_seconds: float, predicted_seconds: float) -> Pl
     factor = measured_seconds / predicted_seconds if predicted_seconds else 1.0
     estimate = replace(made.estimate, step_seconds=made.estimate.step_seconds * factor)
     choices, kept = (tuple(_scaled(choice, factor) for choice in each) for each in (made.choices, made.kept))
-    return replace(made, estimate=estimate, choices=choices, kept=kept)
+    memory = made.predicted
+    if memory is not None and memory.lanes is not None:
+        memory = replace(memory, lanes=memory.lanes.scaled(factor))
+    return replace(made, estimate=estimate, choices=choices, kept=kept, predicted=memory)
 
 
 def _scaled(choice: Choice, factor: float) -> Choice:
