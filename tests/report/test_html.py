@@ -17,13 +17,26 @@ from click.testing import CliRunner
 
 from packlight.budget import format_bytes
 from packlight.cli import main
+from packlight.lanes import Lanes, Stretch, seconds_of
 from packlight.records import CurvePoint, Plan, Run
+from packlight.report import lanes
 from packlight.report.html import MOST_ROWS, write
 from tests.report.browser import MISSING, Browser, browser, is_there
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "flat_sequential.py"
 NAME = "<b>of & 'one'.py"
 NEEDS_BROWSER = pytest.mark.skipif(not is_there(), reason=MISSING)
+MOVES = Lanes(
+    out=(Stretch("layers.<1>:0", 3 * 2**20, 0.25, 0.5), Stretch("layers.2:0 to layers.4:0", 2**22, 0.5, 1.25, 3)),
+    back=(Stretch("layers.4:0", 2**20, 1.5, 1.75), Stretch("layers.<1>:0", 3 * 2**20, 2.0, 2.5)),
+    waits_out=(Stretch("layers.2:0", 0, 0.75, 1.0),),
+    waits_back=(Stretch("layers.<1>:0", 0, 2.25, 2.5),),
+    forward_end=1.5,
+    backward_end=3.0,
+    update_seconds=0.5,
+    unplaced_seconds=0.125,
+    num_microbatches=2,
+)
 SCREENS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
 
 
@@ -38,10 +51,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run.load(folder / "run.json")
 
 
+def moving(run: Run) -> Run:
+    """Return a run whose plan says that groups move."""
+    assert run.plan is not None and run.plan.predicted is not None
+    predicted = dataclasses.replace(run.plan.predicted, lanes=MOVES)
+    return dataclasses.replace(run, plan=dataclasses.replace(run.plan, tier="disk", predicted=predicted))
+
+
 @pytest.fixture(scope="module")
 def page(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "page.html"
-    run.save(path.with_name("run.json"))
+    moving(run).save(path.with_name("run.json"))
     done = CliRunner().invoke(main, ["explain", str(path.with_name("run.json")), "--html", str(path)])
     assert done.exit_code == 0, done.output
     assert done.output.endswith(f"the page is {path}\n") and "bytes at the peak" in done.output
@@ -121,6 +141,30 @@ def test_predicted_and_measured_lines_are_the_record_s_to_the_byte(run: Run) -> 
     assert any(code.startswith(NAME) or code.endswith(" in main") for code in codes)
 
 
+def test_copies_are_drawn_and_told_where_groups_move_and_there_alone(run: Run, page: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    rows = Tables(text).tables["predicted: copies and compute over the step"][1:]
+    assert [row[4:] for row in rows if row[0] == "compute"] == [
+        [f"{start:.4g}", f"{end:.4g}"]
+        for start, end in ((0, 0.75), (0.75, 1), (1, 1.5), (1.5, 2.25), (2.25, 2.5), (2.5, 3), (3, 3.5))
+    ]
+    for lane, each in (("out", MOVES.out), ("back", MOVES.back)):
+        told = [row[2:4] for row in rows if row[0] == lane]
+        assert told == [[format_bytes(one.num_bytes), f"{one.end - one.start:.3g}"] for one in each]
+    assert ["out", "layers.2:0 to layers.4:0 (3 copies joined), out", "4.00 MiB", "0.75", "0.5", "1.25"] in rows
+    assert "4 copies out, 7.00 MiB in 1 s; 2 copies back, 4.00 MiB in 0.75 s. Compute waits 0.25 s in forward" in text
+    assert "A step does this 2 times" in text and "0.125 s of the step" in text
+    drawn = lanes.copies_drawing(MOVES)
+    seconds = {trace.name: sum(trace.x) for trace in drawn.data}
+    assert seconds.pop(lanes.LOOKS["wait"].name) == seconds_of((*MOVES.waits_out, *MOVES.waits_back)) == 0.5
+    assert [*seconds.values()] == [1.25, 1.25, 0.5, seconds_of(MOVES.out), seconds_of(MOVES.back)]
+    before = json.loads(json.dumps(run.to_dict()))  # as records were that know of no lanes
+    del before["plan"]["predicted"]["lanes"], before["measured"]["lanes"]
+    assert Run.from_dict(before) == run
+    write(run, tmp_path / "page.html")
+    assert "Copies to" in text and "Copies to" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_the_page_fetches_nothing_and_the_script_s_name_is_text_on_it(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert [each for each in Tables(text).addresses if not each.startswith("data:")] == []
@@ -141,7 +185,7 @@ def test_markup_in_any_string_of_a_record_is_text_on_the_page(run: Run, tmp_path
         fixed = ("kind", "choice", "category", "tier", "codec", "engine")
         return f"{value}{attack}" if isinstance(value, str) and name not in fixed else value
 
-    record: Any = spoiled(run.to_dict())
+    record: Any = spoiled(moving(run).to_dict())
     made = Run.from_dict(record)
     write(made, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -227,7 +271,7 @@ def test_nothing_overflows_and_colours_follow_the_reader(
     width: int, scheme: str, chromium: Browser, page: Path
 ) -> None:
     chromium.show(page, width=width, scheme=scheme)
-    chromium.until("return document.querySelectorAll('.plotly-graph-div .main-svg').length >= 6")
+    chromium.until("return document.querySelectorAll('.plotly-graph-div .main-svg').length >= 8")
     assert chromium.console() == []
     assert chromium.run("return document.documentElement.scrollWidth <= innerWidth")
     assert chromium.run(
@@ -262,6 +306,20 @@ def test_the_pointer_tells_sites_and_lines_and_a_drag_zooms(chromium: Browser, p
     )
     chromium.until(f"const now = (() => {{ {scale} }})(); return now[1] - now[0] < {(before[1] - before[0]) / 2}")
     assert chromium.console() == []
+
+
+@NEEDS_BROWSER
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_pointer_tells_a_copy_s_group_bytes_and_seconds(width: int, chromium: Browser, page: Path) -> None:
+    chromium.show(page, width=width)
+    left, top, wide, high = plot_area(chromium, "copies")
+    first = MOVES.out[0]
+    x, y = left + wide * (first.start + first.end) / 2 / MOVES.end, top + high / 2  # of three lanes the second
+    chromium.mouse(("mouseMoved", x, top - 5), ("mouseMoved", x, y))
+    told = chromium.until(
+        "return [...document.querySelectorAll('#copies .hoverlayer text')].map(e => e.textContent).join()"
+    )
+    assert told == "layers.<1>:0, out3.00 MiB, 0.25 sfrom 0.25 to 0.5 s" and chromium.console() == []
 
 
 @NEEDS_BROWSER

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from packlight.budget import format_bytes
 from packlight.memory import Held, Memory, Phase
 from packlight.records import Plan, Run
-from packlight.report import drawings, frame, text
+from packlight.report import drawings, frame, lanes, text
 
 MOST_ROWS = 60
 """So many of the storages at a peak are told one by one."""
@@ -42,7 +42,7 @@ def body_of(record: Plan | Run) -> str:
     parts = [f"<h1>{frame.escaped(title_of(record))}</h1>", _headline(plan, run)]
     if plan is not None:
         parts.append(f"<pre>{frame.escaped(plan)}</pre>")
-    parts += [_over_the_step(plan, run), _at_the_peak(plan, run), _largest(plan, run)]
+    parts += [_over_the_step(plan, run), _moved(plan), _at_the_peak(plan, run), _largest(plan, run)]
     parts += [_chosen(plan)] if plan is not None else []
     parts += [_run(run)] if run is not None else []
     return "\n".join(part for part in parts if part)
@@ -91,11 +91,17 @@ def _over_the_step(plan: Plan | None, run: Run | None) -> str:
     )
     legend = [(drawings.named(name), colour) for name, colour in drawings.COLOURS.items()]
     legend += [(f"budget {format_bytes(budget_bytes)} (dashed)", drawings.BUDGET_COLOUR)] if budget_bytes else []
-    keys = "".join(f'<li><span style="background:{colour}"></span>{name}</li>' for name, colour in legend)
     return (
-        f'<h2>Memory over the step</h2><p class="soft">{note}</p><ul class="keys">{keys}<li>\u25c6 the peak</li></ul>'
+        f'<h2>Memory over the step</h2><p class="soft">{note}</p>{_keys(legend, is_peak_marked=True)}'
         f'<div class="beside">{"".join(shown)}</div>'
     )
+
+
+def _keys(legend: Sequence[tuple[str, str]], *, is_peak_marked: bool = False) -> str:
+    """Return what colours mean, and the mark of a peak, where there is one."""
+    keys = [f'<li><span style="background:{colour}"></span>{frame.escaped(name)}</li>' for name, colour in legend]
+    keys += ["<li>\u25c6 the peak</li>"] if is_peak_marked else []
+    return f'<ul class="keys">{"".join(keys)}</ul>'
 
 
 def _memory(name: str, memory: Memory, *, budget_bytes: int | None, highest_bytes: int) -> str:
@@ -105,16 +111,42 @@ def _memory(name: str, memory: Memory, *, budget_bytes: int | None, highest_byte
     drawing = frame.drawn(figure, f"memory-{name}", described=said)
     parts = [("whole step", 0.0, drawings.ends(memory))]
     parts += [(phase.name, phase.start, max(phase.end, phase.start + 1)) for phase in _longest(memory)]
-    buttons = "".join(
-        f'<button type="button" data-drawing="memory-{name}" data-start="{start}" data-end="{end}">'
-        f"{frame.escaped(part)}</button>"
-        for part, start, end in parts
-    )
+    buttons = _buttons(f"memory-{name}", parts)
     table = frame.tabled(f"{name}: most bytes in each part of the step", *_phase_rows(memory), numbers=(1, 2))
     head = f"{name}{step}: peak {format_bytes(memory.peak_bytes)} in {_moment(memory)}"
     return (
         f"<section><h3>{frame.escaped(head)}</h3><p>{buttons}</p>{drawing}<details><summary>as a table</summary>{table}"
         "</details></section>"
+    )
+
+
+def _buttons(drawing: str, parts: Sequence[tuple[str, float, float]]) -> str:
+    """Return buttons that show a part of a drawing: each with its name, and where it begins and ends."""
+    return "".join(
+        f'<button type="button" data-drawing="{drawing}" data-start="{start}" data-end="{end}">'
+        f"{frame.escaped(part)}</button>"
+        for part, start, end in parts
+    )
+
+
+def _moved(plan: Plan | None) -> str:
+    """Return when a plan's groups go to its tier and come back; nothing where none does."""
+    found = plan.predicted.lanes if plan is not None and plan.predicted is not None else None
+    if plan is None or found is None:
+        return ""
+    note = (
+        "What is copied when over one forward and backward, as it is predicted; copies that compute waits for slow the "
+        "step down, others do not. Drag to zoom, double-click to see all; the pointer tells groups, bytes and seconds."
+    )
+    parts = [("whole step", 0.0, found.end), ("forward", 0.0, found.forward_end)]
+    parts.append(("backward", found.forward_end, found.backward_end))
+    said = f"predicted seconds of compute, and of copies to the {plan.tier} and back; {lanes.summed(found)}"
+    drawing = frame.drawn(lanes.copies_drawing(found), "copies", described=said)
+    table = frame.tabled("predicted: copies and compute over the step", *lanes.rows(found), numbers=(2, 3, 4, 5))
+    return (
+        f'<h2>Copies to the {frame.escaped(plan.tier)} and back</h2><p class="soft">{note}</p>'
+        f"<p>{lanes.summed(found)}</p>{_keys(lanes.legend(found))}<p>{_buttons('copies', parts)}</p>"
+        f"{drawing}<details><summary>as a table</summary>{table}</details>"
     )
 
 

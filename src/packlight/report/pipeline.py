@@ -14,29 +14,19 @@ from rich.table import Table
 from packlight.budget import format_bytes
 from packlight.records import Bar, Choice, Pipeline, PipelineRow, Plan
 from packlight.report import frame
+from packlight.report.lanes import LANES, Drawn, Look, lanes_drawing
 
-COLOURS = {
-    "F": "#4c78a8",
-    "I": "#f58518",
-    "W": "#54a24b",
-    "B": "#e45756",
-    "OFFLOAD": "#9d9da1",
-    "RELOAD": "#b279a2",
+LOOKS = {
+    "F": Look("forward", "#4c78a8"),
+    "I": Look("gradient of the input", "#f58518"),
+    "W": Look("gradient of the weights", "#54a24b"),
+    "B": Look("both gradients", "#e45756"),
+    "OFFLOAD": Look("to the host", "#9d9da1"),
+    "RELOAD": Look("back", "#b279a2"),
 }
 """By action; told apart by people who confuse red and green too (Tableau's ten, in its own order)."""
-NAMES = {
-    "F": "forward",
-    "I": "gradient of the input",
-    "W": "gradient of the weights",
-    "B": "both gradients",
-    "OFFLOAD": "to the host",
-    "RELOAD": "back",
-}
-LANES = ("compute", "out", "back")
 MAX_BARS = 20000
 """A browser draws so many in a second or two; of a longer step the beginning is drawn."""
-FEW_BARS = 2000
-"""Of more, edges would hide the bars."""
 
 
 def candidates(rows: Sequence[PipelineRow]) -> RenderableType:
@@ -123,44 +113,17 @@ def write_page(path: Path, plan: Plan, bars: Sequence[Bar]) -> None:
         plan: the choice.
         bars: what is drawn.
     """
-    from plotly.graph_objects import Bar as Bars
-    from plotly.graph_objects import Figure
-
     drawn, note = list(bars), ""
     if len(drawn) > MAX_BARS:
         drawn = sorted(drawn, key=lambda each: each.start)[:MAX_BARS]
         note = f"; the first {drawn[-1].start:.3g} s of {max(each.end for each in bars):.3g}"
-    figure = Figure()
-    for kind, name in NAMES.items():
-        each = [bar for bar in drawn if bar.kind == kind]
-        if not each:
-            continue
-        figure.add_trace(
-            Bars(
-                base=[bar.start for bar in each],
-                x=[bar.end - bar.start for bar in each],
-                y=[_lane(bar.rank, bar.lane) for bar in each],
-                customdata=[(bar.stage, bar.microbatch, bar.start, bar.end) for bar in each],
-                hovertemplate="stage %{customdata[0]}, microbatch %{customdata[1]}<br>"
-                "%{customdata[2]:.4g} to %{customdata[3]:.4g} s",
-                name=name,
-                orientation="h",
-                marker={
-                    "color": COLOURS[kind],
-                    "line": {"width": 0.5 if len(drawn) < FEW_BARS else 0, "color": "white"},
-                },
-            )
-        )
     used = {_lane(bar.rank, bar.lane) for bar in drawn}
     num_ranks = 1 + max((bar.rank for bar in drawn), default=0)
     order = [lane for rank in range(num_ranks) for each in LANES if (lane := _lane(rank, each)) in used]
+    figure = lanes_drawing([_drawn(bar) for bar in drawn], LOOKS, order)
     figure.update_layout(
-        barmode="overlay",
-        bargap=0.15,
         height=200 + 22 * len(order),
         margin={"l": 70, "r": 10, "t": 30, "b": 160},
-        xaxis={"title": "seconds"},
-        yaxis={"categoryorder": "array", "categoryarray": order, "autorange": "reversed"},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
     )
     title = f"{plan.pipeline.told(plan.tier, plan.folder) if plan.pipeline else plan.device}{note}"
@@ -168,6 +131,12 @@ def write_page(path: Path, plan: Plan, bars: Sequence[Bar]) -> None:
         figure, "pipeline", described="What each rank computes and copies, over the seconds of a step."
     )
     frame.write_page(path, title=title, body=f"<p>{frame.escaped(title)}</p>\n{drawing}")
+
+
+def _drawn(bar: Bar) -> Drawn:
+    what = f"{LOOKS[bar.kind].name}: stage {bar.stage}, microbatch {bar.microbatch}"
+    told = f"{what}<br>{bar.start:.4g} to {bar.end:.4g} s"
+    return Drawn(_lane(bar.rank, bar.lane), bar.kind, bar.start, bar.end, told)
 
 
 def _lane(rank: int, lane: str) -> str:
