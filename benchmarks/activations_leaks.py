@@ -30,7 +30,7 @@ from packlight.activations import Engine, make_tier
 from packlight.activations.compress import CODECS
 from packlight.activations.offload import Tier
 from packlight.activations.saver import top_hooks
-from packlight.planner.timeline import existing_tensors
+from packlight.planner.tensors import existing_tensors
 
 WIDTH, BATCH, NUM_LAYERS = 32, 32, 5
 MIN_BYTES = 2**10

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from packlight.activations import find_blocks
 from packlight.activations.offload import Tier
 from packlight.demo.train_gpt import GPT, Shape, draw_batch, next_byte_loss, read_text
-from packlight.planner.timeline import Timeline, existing_tensors
+from packlight.planner.tensors import existing_tensors
+from packlight.planner.timeline import Timeline
 
 Record = dict[str, Any]
 Step = Callable[[], object]

@@ -21,7 +21,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from packlight.planner.timeline import existing_tensors
+from packlight.planner.tensors import existing_tensors
 
 #: What may stay behind, with the reason.
 ALLOWED_VARIABLES = {

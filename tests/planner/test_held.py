@@ -11,7 +11,8 @@ from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment
 from packlight.planner.loop import Seen
 from packlight.planner.profile import profile
-from packlight.planner.timeline import Timeline, flat_tensors
+from packlight.planner.tensors import flat_tensors
+from packlight.planner.timeline import Timeline
 from packlight.step import Profile
 from tests.cases import CASES, Case
 

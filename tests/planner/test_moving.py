@@ -23,7 +23,8 @@ from packlight.planner.held import Treatment, has_sign, merged
 from packlight.planner.loop import Seen
 from packlight.planner.moving import moved_bytes, order_of_use, simulate
 from packlight.planner.profile import profile
-from packlight.planner.timeline import Timeline, flat_tensors
+from packlight.planner.tensors import flat_tensors
+from packlight.planner.timeline import Timeline
 from packlight.step import Link, Profile
 from tests.cases import CASES, Case
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from packlight.planner import operators
 from packlight.planner.operators import CallCost, Operators
-from packlight.planner.timeline import existing_tensors
+from packlight.planner.tensors import existing_tensors
 
 CPU = torch.device("cpu")
 aten: Any = torch.ops.aten

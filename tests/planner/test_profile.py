@@ -19,7 +19,8 @@ from packlight.planner.cost import Cost, StepCost
 from packlight.planner.fake import lstm_workspace_bytes
 from packlight.planner.loop import Call, Seen
 from packlight.planner.profile import ASKED, ProfileError, profile
-from packlight.planner.timeline import Timeline, flat_tensors
+from packlight.planner.tensors import flat_tensors
+from packlight.planner.timeline import Timeline
 from packlight.records import CATEGORIES
 from packlight.step import Profile
 from tests.cases import CASES, GPT, MLP, Case, digits

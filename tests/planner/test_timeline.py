@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from packlight.planner.timeline import Entry, Timeline, existing_tensors, flat_tensors
+from packlight.planner.tensors import existing_tensors, flat_tensors
+from packlight.planner.timeline import Entry, Timeline
 from packlight.records import CATEGORIES
 from tests.cases import CASES
 

@@ -209,7 +209,7 @@ def fsdp() -> list[Any]:
     """Cut a model as a plan says; what is found of it, and what was said from shapes."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    from packlight.planner.timeline import storage_bytes
+    from packlight.planner.tensors import storage_bytes
     from packlight.sharding import fsdp as cutting
     from packlight.sharding import weights_of
 

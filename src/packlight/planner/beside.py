@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from packlight.planner.cut import stepped_by
 from packlight.planner.likeness import state_tensors
-from packlight.planner.timeline import Timeline, existing_tensors, inner_tensors
+from packlight.planner.tensors import existing_tensors, inner_tensors
+from packlight.planner.timeline import Timeline
 
 
 def other_bytes(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from packlight.optim.flat import Flat, Origin, flat_layout
 from packlight.planner.agree import Agreement
 from packlight.planner.loop import parameters_of, unwrapped
-from packlight.planner.timeline import storage_bytes
+from packlight.planner.tensors import storage_bytes
 from packlight.sharding import Sharding, fsdp
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight.budget import format_bytes
-from packlight.planner.timeline import flat_tensors
+from packlight.planner.tensors import flat_tensors
 
 PAGED_ELEMENTS = 100_000
 """Below so many elements of a parameter a paged optimiser's states are ordinary (`get_state_buffer`)."""

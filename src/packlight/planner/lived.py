@@ -17,7 +17,8 @@ from packlight.memory import Held, Memory, Phase, condensed
 from packlight.planner.cut import stepped_by
 from packlight.planner.likeness import state_tensors
 from packlight.planner.places import Places
-from packlight.planner.timeline import Timeline, flat_tensors
+from packlight.planner.tensors import flat_tensors
+from packlight.planner.timeline import Timeline
 
 Peak = tuple[int, str, dict[str, int]]
 """Bytes, the phase, and the bytes by category."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from packlight.planner.timeline import flat_tensors
+from packlight.planner.tensors import flat_tensors
 from packlight.step import Tail
 
 TAIL_BYTES = ("forward_peak_bytes", "saved_bytes", "backward_peak_bytes", "carried_bytes")

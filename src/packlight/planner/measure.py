@@ -30,14 +30,8 @@ from packlight.planner.lived import Lived
 from packlight.planner.loop import Seen
 from packlight.planner.process import reset_resident_peak, resident_bytes
 from packlight.planner.tail import TailWatch
-from packlight.planner.timeline import (
-    Resizes,
-    Timeline,
-    existing_tensors,
-    put_under,
-    storage_bytes,
-    take_off,
-)
+from packlight.planner.tensors import existing_tensors, storage_bytes
+from packlight.planner.timeline import Resizes, Timeline, put_under, take_off
 from packlight.records import Measurement
 
 NUM_MEASURED_STEPS = 3

@@ -8,7 +8,8 @@ from typing import Protocol, Self
 
 import torch
 
-from packlight.planner.timeline import Timeline, existing_tensors
+from packlight.planner.tensors import existing_tensors
+from packlight.planner.timeline import Timeline
 
 
 class Meter(Protocol):

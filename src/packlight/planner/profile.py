@@ -20,7 +20,7 @@ from packlight.planner.known_hardware import Hardware, named
 from packlight.planner.loop import Call, Loss, Optimizers, Seen
 from packlight.planner.repeats import without_unrepeatable
 from packlight.planner.sharded import on_rank
-from packlight.planner.timeline import flat_tensors
+from packlight.planner.tensors import flat_tensors
 from packlight.planner.trace import Trace
 from packlight.step import Link, Profile, Tail
 

@@ -16,7 +16,7 @@ from packlight.activations.recompute import recompute
 from packlight.planner.answers import Answers
 from packlight.planner.known_hardware import Hardware
 from packlight.planner.loop import Call, Seen
-from packlight.planner.timeline import flat_tensors
+from packlight.planner.tensors import flat_tensors
 from packlight.planner.trace import Trace
 from packlight.step import Profile
 

@@ -35,7 +35,7 @@ from packlight.planner.exhausted import Exhausted, is_out_of_memory
 from packlight.planner.loop import Call, num_elements
 from packlight.planner.rewind import Aside, Drawn, Start
 from packlight.planner.stages import Outputs
-from packlight.planner.timeline import flat_tensors
+from packlight.planner.tensors import flat_tensors
 from packlight.records import Plan
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from packlight.activations.attributes import version_of
 from packlight.activations.buffers import MAX_COPIED_ELEMENTS, drawn_state, set_drawn_state
 from packlight.planner.loop import Call
-from packlight.planner.timeline import flat_tensors
+from packlight.planner.tensors import flat_tensors
 
 MAX_COPIED_BYTES = 8 * MAX_COPIED_ELEMENTS
 """Buffers in larger storages are not copied, but must not be written to."""

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from packlight.planner.timeline import flat_tensors
+from packlight.planner.tensors import flat_tensors
 
 _Edge = tuple[Any, int]
 _REENTRANT = "CheckpointFunctionBackward"

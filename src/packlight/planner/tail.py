@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from packlight.planner.timeline import Timeline, flat_tensors
+from packlight.planner.tensors import flat_tensors
+from packlight.planner.timeline import Timeline
 from packlight.step import Tail
 
 

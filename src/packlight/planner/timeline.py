@@ -10,9 +10,8 @@ Not seen: scratch memory that an operator's kernel takes and returns inside one 
 """
 
 import bisect
-import gc
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +22,11 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     _pop_mode,
     _push_mode,
-    is_traceable_wrapper_subclass,
 )
 
 from packlight.activations.buffers import is_recomputing
 from packlight.planner.places import Places
+from packlight.planner.tensors import inner_tensors
 from packlight.records import CATEGORIES
 
 ALLOCATION_BYTES = {"cuda": 512}
@@ -100,17 +99,15 @@ class Timeline(TorchDispatchMode):
         """Note a tensor's storage, unless it is known or on another device; name it, if a name is given.
 
         Returns:
-            The storage's index, None for another device's.
+            The storage's index, the first one's where a tensor consists of several; None for another device's.
         """
         if tensor.device.type != self.device_type:
             return None
-        if is_traceable_wrapper_subclass(tensor):  # what holds bytes are the tensors inside (a DTensor's share)
-            indices = [self.add(part, category=category, site=site) for part in inner_tensors(tensor)]
-            return indices[0]
-        index = self._add_storage(tensor.untyped_storage(), category)
-        if site and index is not None:
-            self.entries[index].site = site
-        return index
+        indices = [self._add_storage(part.untyped_storage(), category) for part in inner_tensors(tensor)]
+        for index in indices:
+            if site and index is not None:
+                self.entries[index].site = site
+        return indices[0] if indices else None
 
     def _add_storage(self, storage: torch.UntypedStorage, category: str | None) -> int | None:
         key, num_bytes = storage._cdata, self.round(storage.nbytes())
@@ -143,7 +140,8 @@ class Timeline(TorchDispatchMode):
 
     def index(self, tensor: torch.Tensor) -> int | None:
         """Return the index of a tensor's storage, None where it is not followed."""
-        known = self._live.get(next(iter(inner_tensors(tensor))).untyped_storage()._cdata)
+        plain = next(inner_tensors(tensor), None)
+        known = None if plain is None else self._live.get(plain.untyped_storage()._cdata)
         return known[0] if known is not None and known[0] != _LEFT_OUT else None
 
     def leave_out(self, tensor: torch.Tensor) -> None:
@@ -295,56 +293,3 @@ def put_under(mode: Timeline) -> None:
     mode.__enter__()  # type: ignore[no-untyped-call]
     for other in reversed(above):
         _push_mode(other)
-
-
-def existing_tensors(device_type: str) -> list[torch.Tensor]:
-    """Return every tensor on a device type that Python holds now (a batch, a data set, buffers, parameters).
-
-    What only reference cycles hold is freed first: nobody can use it, yet it would be counted as held.
-    """
-    gc.collect()
-    kinds = _kinds(torch.Tensor) - _kinds(torch._subclasses.FakeTensor)
-    return [
-        item
-        for item in gc.get_objects()
-        if type(item) in kinds  # there are hundreds of thousands of objects
-        and not is_traceable_wrapper_subclass(item)  # the tensors inside stand by themselves
-        and item.layout == torch.strided
-        and item.device.type == device_type
-    ]
-
-
-def _kinds(kind: type) -> set[type]:  # a class and all that derive from it
-    return {kind}.union(*map(_kinds, kind.__subclasses__()))
-
-
-def inner_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the plain tensors that a tensor consists of: itself, or a wrapper's (a DTensor's share)."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    for part in parts:  # a DTensor names its mesh, too
-        if isinstance(part, torch.Tensor):
-            yield from inner_tensors(part)
-
-
-def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of tensors' storages, each once; of wrappers those of the tensors inside."""
-    plain = (part for tensor in tensors for part in inner_tensors(tensor))
-    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in plain}.values())
-
-
-def flat_tensors(value: object) -> Iterable[torch.Tensor]:
-    """Yield the tensors inside nested tuples, lists, mappings and dataclass-like outputs, in order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from flat_tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from flat_tensors(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from flat_tensors(getattr(value, name))

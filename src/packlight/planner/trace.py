@@ -47,7 +47,7 @@ from packlight.planner.known_hardware import Hardware
 from packlight.planner.likeness import attached, likeness
 from packlight.planner.loop import Call, Optimizers, Seen, listed
 from packlight.planner.places import Places
-from packlight.planner.timeline import flat_tensors
+from packlight.planner.tensors import flat_tensors
 from packlight.planner.updates import notes_on, optimizer_costs, step_as_on_cuda
 from packlight.step import OptimizerCost, Profile
 
