@@ -23,10 +23,12 @@ ARROWS: dict[str, set[str]] = {
     "budget": set(),
     "records": set(),
     "ranks": set(),
+    "schedules": set(),
     "serial": set(),
     "step": set(),
     "shortage": set(),
     "control_groups": set(),
+    "measurement": set(),
     "memory": set(),
     "lanes": set(),
     "numerics": set(),
@@ -53,10 +55,12 @@ THIRD_PARTY: dict[str, set[str]] = {
     "budget": set(),
     "records": set(),
     "ranks": set(),
+    "schedules": set(),
     "serial": set(),
     "step": set(),
     "shortage": set(),
     "control_groups": set(),
+    "measurement": set(),
     "memory": set(),
     "lanes": set(),
     "report": {"rich", "plotly"},
@@ -219,7 +223,8 @@ def keeps_to_the_arrows(modules: Sequence[Module]) -> Iterator[str]:
 def may_import(module: Module, target: str) -> bool:
     allowed = set(ARROWS[module.part])
     if module.part not in NO_RECORDS:
-        allowed |= {"budget", "control_groups", "lanes", "memory", "ranks", "records", "serial", "shortage", "step"}
+        allowed |= {"budget", "control_groups", "lanes", "measurement", "memory", "ranks", "records", "schedules"}
+        allowed |= {"serial", "shortage", "step"}
     if module.part not in {"", *NO_SIBLINGS}:
         allowed.add(module.part)
     return any(inside(target, name) for name in allowed)

@@ -15,7 +15,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from packlight.records import CATEGORIES, CHOICES, Choice, Estimate, Measurement, Plan, Run
+from packlight.measurement import Measurement
+from packlight.records import CATEGORIES, CHOICES, Choice, Estimate, Plan, Run
 from packlight.serial import SCHEMA, JsonRecord
 from packlight.step import OptimizerCost, Profile, Region, Save, Storage
 
@@ -350,7 +351,12 @@ def test_a_printed_plan_says_what_is_chosen_and_what_it_costs() -> None:
     printed = str(dataclasses.replace(PLAN, exact=True, notes=("the loss was guessed",)))
     for part in ("1.07 KiB on cpu (exact)", "1000 B", "1.46 KiB if nothing is changed", "0.5 s a step (1.25x)"):
         assert part in printed
-    for part in ("1 of 2 recomputed: blocks.0", "fp32, paper4bit", "at the peak (backward)", "parameters 400 B"):
+    for part in (
+        "1 of 2 recomputed: blocks.0",
+        "fp32 for 1 parameter, paper4bit for 1 parameter",
+        "at the peak (backward)",
+        "parameters 400 B",
+    ):
         assert part in printed
     assert "temporaries" not in printed
     assert printed.endswith("note: the loss was guessed")
@@ -363,3 +369,55 @@ def test_a_plan_s_recomputed_blocks_are_those_that_it_says() -> None:
 def test_many_recomputed_blocks_are_printed_as_a_range() -> None:
     choices = tuple(Choice(f"blocks.{at}", "recompute", 1, 0.0) for at in range(9))
     assert "9 of 9 recomputed: blocks.0, blocks.1, ... blocks.8" in str(dataclasses.replace(PLAN, choices=choices))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, "0.97x: states in few bits are stepped faster than the optimiser does it"),
+        ({"state_formats": {"weight": "fp32"}, "num_microbatches": 2}, "0.97x: parts of a batch, timed alone"),
+        ({"state_formats": {"weight": "as is"}}, "0.97x: as fast, to the noise of timing"),
+    ],
+)
+def test_a_slowdown_below_one_is_explained(changes: dict[str, Any], why: str) -> None:
+    faster = dataclasses.replace(PLAN, estimate=dataclasses.replace(ESTIMATE, slowdown=0.97), **changes)
+    assert why in str(faster) and why in faster._repr_html_()
+    as_fast = dataclasses.replace(faster, estimate=dataclasses.replace(ESTIMATE, slowdown=0.996))
+    assert "(1.00x)" in str(as_fast)
+
+
+# What a run says of itself
+
+TOLD = dataclasses.replace(
+    MEASUREMENT, predicted_peak_bytes=1000, step_seconds=0.25, predicted_step_seconds=0.5, notes=("<b> of notes",)
+)
+
+
+def test_a_printed_measurement_has_predictions_beside_what_happened() -> None:
+    assert str(dataclasses.replace(TOLD, peak_by_category={"parameters": 900, "other": 90})).splitlines() == [
+        "measured: peak 990 B (predicted 1000 B) in 2 of 2 steps, 0.25 s a step (predicted 0.5 s)",
+        "  at the peak (forward): parameters 900 B, other 90 B",
+        "  resident peak 4.88 KiB, optimiser states 200 B",
+        "  loss: 2.5 at first, 2 at last",
+        "  note: <b> of notes",
+    ]
+
+
+def test_what_a_measurement_does_not_know_it_leaves_out() -> None:
+    bare = dataclasses.replace(MEASUREMENT, losses={"first": (), "last": ()})
+    assert str(bare).splitlines() == [
+        "measured: peak 990 B in 2 of 2 steps, - a step",
+        "  resident peak 4.88 KiB, optimiser states 200 B",
+    ]
+
+
+def test_a_printed_run_has_its_plan_and_its_measurement() -> None:
+    assert str(RUN) == f"run of train.py --steps 2\n{PLAN}\n{MEASUREMENT}"
+    assert str(dataclasses.replace(RUN, plan=None)) == f"run of train.py --steps 2\n{MEASUREMENT}"
+
+
+def test_a_notebook_shows_a_run_as_two_small_tables() -> None:
+    shown = dataclasses.replace(RUN, measurement=TOLD)._repr_html_()
+    assert shown.count("<table>") == 2 and "<b>" not in shown and "&lt;b&gt; of notes" in shown
+    assert "<tr><th>peak</th><td>990 B (predicted 1000 B)</td></tr>" in shown
+    assert TOLD._repr_html_() in shown and PLAN._repr_html_() in shown

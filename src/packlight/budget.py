@@ -51,6 +51,18 @@ def format_bytes(num_bytes: float, *, rounds_up: bool = False) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def format_seconds(seconds: float | None) -> str:
+    """Write a time for a person, "-" where it is not known.
+
+    Returns:
+        The seconds with three significant digits.
+
+    >>> format_seconds(0.12345)
+    '0.123 s'
+    """
+    return "-" if seconds is None else f"{seconds:.3g} s"
+
+
 def parse_bytes(text: object, *, total_bytes: int | None = None) -> int:
     """Read a number of bytes: an int, "12GiB", "800MB", or "80%" of `total_bytes`.
 

@@ -5,17 +5,21 @@ runs: its profiler writes traces of what already happened. Here every stage of p
 of this file and nothing else, so that deciding and doing are separate programs joined by a JSON file, and a saved
 record can be read on a machine without torch.
 
-The line of events that a `Profile` holds stands in `step.py`, for its size; how records become JSON, in `serial.py`.
+For their size the line of events that a `Profile` holds stands in `step.py`, what happened in a run in
+`measurement.py`, what ranks share in `ranks.py`, and how a pipeline's ranks work in `schedules.py`; how records become
+JSON, in `serial.py`.
 """
 
-import html
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from packlight.budget import format_bytes
+from packlight.budget import format_bytes, format_seconds
+from packlight.measurement import Measurement, as_html
 from packlight.memory import Memory
 from packlight.ranks import Sharded
+from packlight.schedules import Pipeline
 from packlight.serial import JsonRecord
 
 CATEGORIES = ("parameters", "gradients", "optimizer_states", "activations", "temporaries", "other")
@@ -90,81 +94,6 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """How microbatches go through the ranks of a pipeline.
-
-    Attributes:
-        schedule: the name of the rule that orders each rank's actions.
-        num_ranks, num_chunks, num_microbatches: ranks, stages of each, microbatches of a step.
-        num_moved: chunks of each rank whose microbatches go to the plan's tier, from the first on.
-        bubble: share of the step in which the busiest rank has nothing to do.
-        peaks_bytes, hosts_bytes: most on each rank's device, and on its tier.
-        orders: what each rank does, as `Runtime` carries it out: "0F0 0SEND_F0 ..." (stage, action, microbatch).
-    """
-
-    schedule: str
-    num_ranks: int
-    num_chunks: int
-    num_microbatches: int
-    num_moved: int
-    bubble: float
-    peaks_bytes: tuple[int, ...]
-    hosts_bytes: tuple[int, ...]
-    orders: tuple[str, ...] = ()
-
-    def told(self, tier: str, folder: str = "") -> str:
-        """Say in a line how the ranks work, and what is on their tier: the name of one, and its folder."""
-        at = f"the {tier}{f' in {folder}' if folder else ''}, up to {format_bytes(max(self.hosts_bytes))} of a rank"
-        moved = f", {self.num_moved} of {self.num_chunks} chunks of each rank moved to {at}" * bool(self.num_moved)
-        ranks = f"{self.num_ranks} rank{'s' * (self.num_ranks != 1)}"
-        chunks = f"{self.num_chunks} chunk{'s' * (self.num_chunks != 1)}"
-        microbatches = f"{self.num_microbatches} microbatch{'es' * (self.num_microbatches != 1)}"
-        return f"{self.schedule} on {ranks} with {chunks}, {microbatches}{moved}; bubble {self.bubble:.1%}"
-
-
-@dataclass(frozen=True)
-class PipelineRow:
-    """A schedule that was weighed, and what it would take.
-
-    Attributes:
-        name: of the schedule, with the chunks that move.
-        peak_bytes, host_bytes: most on the device of a rank, and of its host's memory.
-        bubble: share of the step in which the busiest rank has nothing to do.
-        step_seconds, tokens_per_second: of the whole pipeline.
-        is_chosen: whether the plan takes it.
-    """
-
-    name: str
-    peak_bytes: int
-    host_bytes: int
-    bubble: float
-    step_seconds: float
-    tokens_per_second: float
-    is_chosen: bool
-
-
-@dataclass(frozen=True)
-class Bar:
-    """What one lane of a rank does for a while, as a page draws it.
-
-    Attributes:
-        rank: the rank.
-        lane: "compute", "out" (copies to the host) or "back".
-        kind: "F", "I", "W" or "B" for compute; "OFFLOAD" or "RELOAD".
-        stage, microbatch: what it is done for.
-        start, end: in seconds from the step's begin.
-    """
-
-    rank: int
-    lane: str
-    kind: str
-    stage: int
-    microbatch: int
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
 class Plan(JsonRecord):
     """What is chosen where, and what it is expected to cost; it can be printed, saved, compared and edited.
 
@@ -188,6 +117,7 @@ class Plan(JsonRecord):
         pipeline: the schedule of a pipeline, whose stages the choices are for; None for a model on one device.
         sharding: how ranks share the model's states; None where each has them all.
         predicted: what lives over a step; None where that was not worked out (a pipeline, a record of before).
+        num_elements: elements of each parameter in `state_formats`; empty in a record of before.
     """
 
     kind: ClassVar[str] = "plan"
@@ -214,6 +144,7 @@ class Plan(JsonRecord):
     pipeline: Pipeline | None = None
     sharding: Sharded | None = None
     predicted: Memory | None = None
+    num_elements: Mapping[str, int] = field(default_factory=dict)
 
     def recomputed(self) -> frozenset[str]:
         """Return the paths of the blocks that are recomputed in backward."""
@@ -227,24 +158,55 @@ class Plan(JsonRecord):
             for site in each.sites
         }
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether training goes on as if there were no plan."""
+        is_kept = all(choice.choice == "keep" for choice in self.choices)
+        is_kept = is_kept and all(chosen in ("fp32", "as is") for chosen in self.state_formats.values())
+        is_whole = self.num_microbatches == 1 and self.pipeline is None and self.sharding is None
+        return is_kept and is_whole and not self.releases_gradients
+
+    def _slowdown(self) -> str:
+        """Say the slowdown and, where a step is expected to be faster than if nothing is changed, why."""
+        told = f"{self.estimate.slowdown:.2f}x"
+        if round(self.estimate.slowdown, 2) >= 1:
+            return told
+        if any(chosen not in ("fp32", "as is") for chosen in self.state_formats.values()):
+            return f"{told}: states in few bits are stepped faster than the optimiser does it"
+        if self.num_microbatches > 1:
+            return f"{told}: parts of a batch, timed alone, took less than their share"
+        return f"{told}: as fast, to the noise of timing"
+
+    def _states(self) -> str:
+        """Say how many parameters, of how many elements, have their optimiser's state in each format."""
+        named: dict[str, list[str]] = {}
+        for name, chosen in self.state_formats.items():
+            named.setdefault(chosen, []).append(name)
+        told = []
+        for chosen, names in sorted(named.items()):
+            num_elements = sum(self.num_elements.get(name, 0) for name in names)
+            elements = f" ({num_elements:,} elements)" if num_elements else ""
+            told.append(f"{chosen} for {len(names)} parameter{'s' * (len(names) != 1)}{elements}")
+        return ", ".join(told) or "none"
+
     def __str__(self) -> str:
         """Say in a few lines what is chosen, and what it is expected to cost."""
         estimate, recomputed = self.estimate, self.recomputed()
-        formats = ", ".join(sorted(set(self.state_formats.values()))) or "none"
         num_blocks = sum(not choice.sites for choice in self.choices)
+        blocks = f"blocks: {len(recomputed)} of {num_blocks} recomputed{_shorten(recomputed, self.choices)}"
+        if self.changes_nothing:
+            blocks = "nothing is changed: blocks, what they save and states stay as they are"
         freed = "; gradients freed inside backward" if self.releases_gradients else ""
         lines = [
             f"plan for {format_bytes(self.budget_bytes)} on {self.hardware or self.device}{' (exact)' * self.exact}: "
             f"predicted peak {format_bytes(estimate.device_peak_bytes)} "
             f"({format_bytes(estimate.plain_peak_bytes)} if nothing is changed), "
-            f"{estimate.step_seconds:.3g} s a step ({estimate.slowdown:.2f}x)",
-            f"  pipeline: {self.pipeline.told(self.tier, self.folder)}"
-            if self.pipeline
-            else f"  blocks: {len(recomputed)} of {num_blocks} recomputed{_shorten(recomputed, self.choices)}",
+            f"{format_seconds(estimate.step_seconds)} a step ({self._slowdown()})",
+            f"  pipeline: {self.pipeline.told(self.tier, self.folder)}" if self.pipeline else f"  {blocks}",
             *[f"  shared: {self.sharding}"] * (self.sharding is not None),
             *self._treated_lines(),
             *[f"  each batch in {self.num_microbatches} microbatches"] * (self.num_microbatches > 1),
-            *[f"  optimiser states: {formats}{freed}"] * (self.pipeline is None),
+            *[f"  optimiser states: {self._states()}{freed}"] * (self.pipeline is None),
             *[f"  in host memory: {format_bytes(estimate.host_peak_bytes)}"] * (estimate.host_peak_bytes > 0),
             f"  at the peak ({estimate.peak_moment}): "
             + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.peak_by_category.items() if size),
@@ -258,10 +220,9 @@ class Plan(JsonRecord):
             "budget": format_bytes(self.budget_bytes),
             "predicted peak": f"{format_bytes(estimate.device_peak_bytes)} in {estimate.peak_moment}",
             "peak if nothing is changed": format_bytes(estimate.plain_peak_bytes),
-            "predicted step": f"{estimate.step_seconds:.3g} s ({estimate.slowdown:.2f}x)",
+            "predicted step": f"{format_seconds(estimate.step_seconds)} ({self._slowdown()})",
         }
-        cells = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in rows.items())
-        return f"<table>{cells}</table><pre>{html.escape(str(self))}</pre>"
+        return as_html(rows, self)
 
     def _treated_lines(self) -> list[str]:
         found: dict[str, list[int]] = {}
@@ -280,46 +241,6 @@ def _shorten(recomputed: frozenset[str], choices: tuple[Choice, ...]) -> str:
     if not names:
         return ""
     return f": {', '.join(names)}" if len(names) <= 4 else f": {names[0]}, {names[1]}, ... {names[-1]}"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What happened in the run.
-
-    Attributes:
-        device_peak_bytes: on CUDA the allocator's peak, on the CPU the peak of live tensor bytes in the measured steps.
-        host_peak_bytes: bytes in host memory beyond the device's (0 where nothing is moved there).
-        reserved_peak_bytes: on CUDA what the allocator had reserved; None on the CPU.
-        resident_peak_bytes: the process's peak resident size less its resident size before the first step.
-        step_seconds: median time of the steps that were not watched op by op; None where there was none.
-        num_steps: optimiser steps that the script took.
-        num_measured_steps: how many of them the peak was taken over.
-        losses: the values that backward was called on, summed over a step's microbatches: first and last ten.
-        peak_by_category: `device_peak_bytes` divided by `CATEGORIES` (empty on CUDA).
-        peak_moment: where in the step the peak stood.
-        state_bytes: bytes of the optimiser's states at the end.
-        plan_peak_bytes: the device peak in the measured steps that ran under the plan in force at the end, from their
-            first forward on; None where no whole step was measured under it.
-        tier_peak_bytes: most that lay on the tier under that plan.
-        out_bytes_per_second, in_bytes_per_second: how fast the tier was while something was on its way; 0 where
-            nothing was.
-    """
-
-    device_peak_bytes: int
-    host_peak_bytes: int
-    reserved_peak_bytes: int | None
-    resident_peak_bytes: int
-    step_seconds: float | None
-    num_steps: int
-    num_measured_steps: int
-    losses: Mapping[str, tuple[float, ...]]
-    peak_by_category: Mapping[str, int]
-    peak_moment: str
-    state_bytes: int
-    plan_peak_bytes: int | None = None
-    tier_peak_bytes: int = 0
-    out_bytes_per_second: float = 0.0
-    in_bytes_per_second: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -347,3 +268,12 @@ class Run(JsonRecord):
     def predicted(self) -> Memory | None:
         """What was expected to live over a step under the plan that was carried out."""
         return None if self.plan is None else self.plan.predicted
+
+    def __str__(self) -> str:
+        """Say what was run, under which plan, and what happened."""
+        planned = [str(self.plan)] * (self.plan is not None)
+        return "\n".join([f"run of {shlex.join(self.script)}", *planned, str(self.measurement)])
+
+    def _repr_html_(self) -> str:
+        """Show in a notebook the plan, and below it what happened."""
+        return ("" if self.plan is None else self.plan._repr_html_()) + self.measurement._repr_html_()

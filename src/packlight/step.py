@@ -167,6 +167,7 @@ class OptimizerCost:
         temporary_bytes: most that a step allocates beside parameters, gradients and states.
         seconds: predicted time of a step.
         formats: the format of each parameter's state, by the parameter's name (small ones stay fp32).
+        num_elements: elements of each of these parameters.
         alone_bytes: most that the step of one parameter alone allocates, whatever its size.
         alone_share: the same for each byte of its gradient.
         host_bytes: what states in host memory take there, and the copies to and from them.
@@ -187,6 +188,7 @@ class OptimizerCost:
     out_bytes: int = 0
     in_bytes: int = 0
     largest_share: float = 0.0
+    num_elements: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def own_format(self) -> str:

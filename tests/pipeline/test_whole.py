@@ -24,7 +24,7 @@ from packlight.pipeline.schedule import (
 )
 from packlight.pipeline.simulate import StageCost, Timed, simulate
 from packlight.pipeline.whole import check_messages, read, whole, whole_of, written
-from packlight.records import Pipeline
+from packlight.schedules import Pipeline
 
 pytestmark = pytest.mark.usefixtures("seed")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from packlight.measurement import Measurement
 from packlight.planner.guest import Guest
-from packlight.records import Measurement
 from tests.cases import GPT, windows
 
 pytestmark = pytest.mark.usefixtures("seed")

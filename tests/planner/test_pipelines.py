@@ -16,8 +16,8 @@ from packlight.pipeline.schedule import ScheduleError
 from packlight.pipeline.shapes import Shape, parameters_of, shape_named
 from packlight.planner.known_hardware import KNOWN
 from packlight.planner.pipelines import PipelineAnswer, PipelineQuestion, plan_pipeline
-from packlight.records import Bar
 from packlight.report.pipeline import MAX_BARS, write_page
+from packlight.schedules import Bar
 
 pytestmark = pytest.mark.usefixtures("seed")
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from packlight.records import CATEGORIES, Choice, Estimate, Measurement, Plan, Run
-from packlight.report.text import comparison, read_record, show, summary
+from packlight.measurement import Measurement
+from packlight.records import CATEGORIES, Choice, Estimate, Plan, Run
+from packlight.report.text import comparison, gathered, read_record, show, summary
 from packlight.serial import JsonRecord
 
 MIB = 2**20
@@ -65,9 +67,9 @@ BARE_MEASUREMENT = dataclasses.replace(
 BARE_RUN = Run(("train.py",), None, None, None, BARE_MEASUREMENT, {})
 
 
-def shown(record: Plan | Run, *, width: int = 100) -> str:
+def shown(record: Plan | Run, *, width: int = 100, is_short: bool = False) -> str:
     file = io.StringIO()
-    show(record, console=Console(file=file, width=width))
+    show(record, console=Console(file=file, width=width), is_short=is_short)
     return file.getvalue()
 
 
@@ -129,10 +131,37 @@ def test_a_tier_s_rates_stand_beside_those_that_were_planned_with() -> None:
 def test_the_choices_are_shown_and_neighbours_gathered(record: Plan | Run) -> None:
     printed = shown(record)
     assert str(PLAN) in printed
-    assert cells(printed, "blocks.0 ... blocks.1 (2)") == ["recompute", "3.00 MiB", "0.125 s"]
+    assert cells(printed, "blocks.0-1") == ["recompute", "3.00 MiB", "0.125 s"]
     assert cells(printed, "blocks.2") == ["keep", "3.00 MiB", "0 s"]
-    assert cells(printed, "optimiser states of 2 parameters")[0] == "4bit"
-    assert cells(printed, "optimiser states of 1 parameters")[0] == "fp32"
+
+
+def test_parameters_are_listed_by_their_states_format_those_of_equal_layers_in_a_row() -> None:
+    layers = {f"layers.{at}.{name}": "fp32" if at == 2 else "4bit" for at in range(5) for name in ("up", "down")}
+    elements = {name: 4096 if name.endswith("up") else 2048 for name in layers}
+    plan = dataclasses.replace(PLAN, state_formats=layers, num_elements=elements)
+    printed = shown(plan)
+    assert cells(printed, "layers.0-1,3-4.up") == ["4bit", "4,096"]
+    assert cells(printed, "layers.2.down") == ["fp32", "2,048"]
+    assert "4bit for 8 parameters (24,576 elements), fp32 for 2 parameters (6,144 elements)" in str(plan)
+    assert cells(shown(PLAN), "other.weight") == ["4bit"]  # a record that does not tell the elements
+
+
+def test_names_that_differ_in_several_numbers_are_gathered_where_all_of_them_are_alike() -> None:
+    square = {f"a.{row}.b_{column}:7": 0 for row in range(3) for column in (1, 2)}
+    assert gathered(square) == [("a.0-2.b_1-2:7", list(square))]
+    assert [name for name, _ in gathered({**square, "a.2.b_2:7": 1})] == ["a.0-1.b_1-2:7", "a.2.b_1:7", "a.2.b_2:7"]
+    calls = {"a:1": 0, "a:2": 0, "a.1": 0, "a.b": 0}  # the number of a call is no layer's
+    assert [name for name, _ in gathered(calls)] == list(calls)
+
+
+def test_in_short_only_what_changes_something_is_listed() -> None:
+    printed = shown(PLAN, is_short=True)
+    assert cells(printed, "blocks.0-1")[0] == "recompute"
+    assert "1 other kept; --all lists them" in printed and "blocks.2" not in printed.partition("choices")[2]
+    kept = dataclasses.replace(PLAN, choices=PLAN.choices[2:], state_formats={"weight": "fp32"})
+    assert kept.changes_nothing and not PLAN.changes_nothing
+    assert "nothing is changed: " in shown(kept) and "choices" in shown(kept)
+    assert "choices" not in shown(kept, is_short=True) and "nothing is changed: " not in shown(PLAN)
 
 
 def test_what_else_could_be_done_stands_beside_each_choice_and_beside_what_is_kept() -> None:
@@ -140,28 +169,29 @@ def test_what_else_could_be_done_stands_beside_each_choice_and_beside_what_is_ke
     treated = Choice("a:0", "compress", 2**20, 0.25, codec="int8", sites=("a:0",), held_seconds=2.0, options=options)
     kept = Choice("b:0", "keep", 2**20, 0.0, held_seconds=3.0, options=options)
     printed = shown(dataclasses.replace(PLAN, choices=(treated,), kept=(kept,)), width=140)
-    assert cells(printed, "a:0") == ["compress", "1.00 MiB", "2 s", "0.25 s", "keep 0 s, offload 0.5 s"]
+    assert cells(printed, "a:0") == ["compress", "1.00 MiB", "2 s", "0.25 s", "offload 0.5 s"]
     assert cells(printed, "b:0") == ["keep", "1.00 MiB", "3 s", "0 s", "compress 0.25 s, offload 0.5 s"]
 
 
-def test_neighbours_with_other_bytes_stand_alone() -> None:
-    choices = (Choice("a", "keep", 1, 0.0), Choice("b", "keep", 2, 0.0), Choice("c", "keep", 2, 0.0))
+def test_layers_with_other_bytes_stand_alone_and_times_are_told_from_the_shortest_on() -> None:
+    choices = (Choice("a.0", "keep", 1, 0.0), Choice("a.1", "keep", 2, 0.5), Choice("a.2", "keep", 2, 0.25))
     printed = shown(dataclasses.replace(PLAN, choices=choices))
-    assert cells(printed, "a")[1] == "1 B" and cells(printed, "b ... c (2)")[1] == "2 B"
+    assert cells(printed, "a.0")[1:] == ["1 B", "0 s"] and cells(printed, "a.1-2")[1:] == ["2 B", "0.25 to 0.5 s"]
 
 
-def test_a_plan_has_nothing_measured() -> None:
+def test_a_plan_has_no_column_for_what_is_measured() -> None:
     printed = shown(PLAN)
-    assert cells(printed, "all") == ["10.50 MiB", "-"]
-    assert cells(printed, "where") == ["backward", "-"]
+    assert cells(printed, "category") == ["predicted"]
+    assert cells(printed, "all") == ["10.50 MiB"]
+    assert cells(printed, "where") == ["backward"]
     assert "run of" not in printed and "step time" not in printed
 
 
 def test_what_is_not_known_is_a_dash_or_left_out() -> None:
     printed = shown(BARE_RUN)
     assert cells(printed, "step time") == ["-"]
-    assert cells(printed, "parameters") == ["-", "-"]
-    assert cells(printed, "all") == ["-", "10.75 MiB"]
+    assert cells(printed, "category") == ["measured"] and "parameters" not in printed
+    assert cells(printed, "all") == ["10.75 MiB"]
     assert "reserved peak" not in printed and "loss" not in printed and "None" not in printed
 
 
@@ -192,6 +222,18 @@ def test_a_summary_is_one_line_with_both_peaks_and_step_times() -> None:
     expected = "0.456 s a step (predicted 0.321 s)"
     assert summary(RUN) == f"packlight: peak 10.75 MiB (predicted 10.50 MiB) {followed}, {end}, {expected}"
     assert summary(BARE_RUN) == f"packlight: peak 10.75 MiB {followed}, {end}, - a step"
+
+
+def test_a_resident_peak_below_the_tensors_is_explained_on_the_cpu_alone() -> None:
+    why = "beyond what was resident before step 1, so without parameters and memory that is used again"
+    low = dataclasses.replace(BARE_MEASUREMENT, resident_peak_bytes=8 * MIB)
+    for said in (summary(dataclasses.replace(BARE_RUN, measurement=low)), str(low)):
+        assert f"resident peak 8.00 MiB ({why})" in said
+    compared = comparison({"low": dataclasses.replace(BARE_RUN, measurement=low)}, {"low": 1.0})
+    assert isinstance(compared, Table) and compared.caption == f"resident: {why}"
+    on_a_gpu = dataclasses.replace(low, reserved_peak_bytes=16 * MIB)  # other memory than the tensors'
+    for measured in (on_a_gpu, BARE_MEASUREMENT):
+        assert why not in str(measured)
 
 
 def test_the_peak_under_the_final_plan_stands_beside_the_one_of_the_whole_run() -> None:

@@ -22,7 +22,7 @@ from packlight.pipeline.copies import Copies
 from packlight.pipeline.line import Line, Lines
 from packlight.pipeline.schedule import COPIES, MESSAGES, Action, Schedule, ScheduleError, check, needs, refuse_waits
 from packlight.pipeline.simulate import StageCost, Timed, simulate
-from packlight.records import Pipeline
+from packlight.schedules import Pipeline
 
 
 def whole(timed: Timed, copies: Sequence[Copies] = ()) -> Schedule:

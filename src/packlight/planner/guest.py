@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from packlight.budget import BudgetError
+from packlight.measurement import Measurement
 from packlight.planner.loop import Call
 from packlight.planner.recorded import recorded
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.session import Session
-from packlight.records import Measurement, Plan
+from packlight.records import Plan
 from packlight.serial import of_rank, this_rank
 
 

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from packlight.measurement import Measurement
 from packlight.planner.likeness import state_tensors
 from packlight.planner.listen import ModuleHook
 from packlight.planner.lived import Lived
@@ -32,7 +33,6 @@ from packlight.planner.process import reset_resident_peak, resident_bytes
 from packlight.planner.tail import TailWatch
 from packlight.planner.tensors import existing_tensors, storage_bytes
 from packlight.planner.timeline import Resizes, Timeline, put_under, take_off
-from packlight.records import Measurement
 
 NUM_MEASURED_STEPS = 3
 MAX_SYNCHRONISED_STEPS = 20

@@ -38,6 +38,7 @@ def plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, exa
         choices=choices_of(costs, chosen.recomputed, chosen.treated, options=options),
         kept=_kept(costs, chosen, options),
         state_formats=dict(chosen.optimizer.formats) if chosen.optimizer else {},
+        num_elements=dict(chosen.optimizer.num_elements) if chosen.optimizer else {},
         estimate=_estimate(chosen.cost, plain, host_bytes=in_host_bytes),
         smallest_budget_bytes=smallest_bytes,
         notes=costs.profile.notes,

@@ -19,7 +19,8 @@ from packlight.pipeline.shapes import Shape, layers_of, parameters_of, shape_nam
 from packlight.pipeline.simulate import StageCost
 from packlight.pipeline.whole import whole, written
 from packlight.planner.known_hardware import KNOWN, named
-from packlight.records import Bar, Choice, Estimate, Pipeline, PipelineRow, Plan
+from packlight.records import Choice, Estimate, Plan
+from packlight.schedules import Bar, Pipeline, PipelineRow
 
 STATE_BYTES = 16
 """Of a parameter in mixed precision with AdamW: 2 and 2 for itself and its gradient in 16 bits, 12 for an fp32 copy and

@@ -61,6 +61,7 @@ def optimizer_costs(
         temporary_bytes=temporary_bytes,
         seconds=seconds,
         formats=dict.fromkeys(names.values(), state_format),
+        num_elements={name: parameter.numel() for parameter, name in names.items()},
         alone_share=_alone_share(fake_optimizers, line),
     )
     if not known:
@@ -249,6 +250,7 @@ def _rest(
         temporary_bytes=temporary_bytes,
         seconds=seconds,
         formats=dict.fromkeys(stepped, "fp32"),
+        num_elements={name: at.numel() for name, at in stepped.items()},
         alone_bytes=max((math.ceil(present.alone_share * line.round(at.nbytes)) for at in rest), default=0),
     )
 

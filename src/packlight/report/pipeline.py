@@ -12,9 +12,10 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from packlight.budget import format_bytes
-from packlight.records import Bar, Choice, Pipeline, PipelineRow, Plan
+from packlight.records import Choice, Plan
 from packlight.report import frame
 from packlight.report.lanes import LANES, Drawn, Look, lanes_drawing
+from packlight.schedules import Bar, Pipeline, PipelineRow
 
 LOOKS = {
     "F": Look("forward", "#4c78a8"),

@@ -5,15 +5,18 @@ stands beside the measurement, category by category, so that a reader sees at on
 """
 
 import os
+import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from packlight.budget import format_bytes
+from packlight.budget import format_bytes, format_seconds
+from packlight.measurement import RESIDENT, Measurement
 from packlight.ranks import Sharded, ShardingRow
-from packlight.records import CATEGORIES, Choice, CurvePoint, Estimate, Measurement, Plan, Run
+from packlight.records import CATEGORIES, Choice, CurvePoint, Estimate, Plan, Run
 from packlight.report.pipeline import details
 from packlight.serial import read_json
 
@@ -30,12 +33,13 @@ def read_record(path: str | os.PathLike[str]) -> Plan | Run:
     return Plan.load(path) if read_json(path).get("kind") == "plan" else Run.load(path)
 
 
-def show(record: Plan | Run, *, console: Console | None = None) -> None:
+def show(record: Plan | Run, *, console: Console | None = None, is_short: bool = False) -> None:
     """Print a plan or a run.
 
     Args:
         record: what `read_record` returned.
         console: where to print; None: standard output.
+        is_short: of a plan's choices, print those that change something.
     """
     out = console or Console(emoji=False)
     run = record if isinstance(record, Run) else None
@@ -44,18 +48,25 @@ def show(record: Plan | Run, *, console: Console | None = None) -> None:
         _print_plain(out, f"run of {shlex.join(run.script)}")
     if plan is not None:
         _print_plain(out, str(plan))
-        for table in plan_tables(plan):
+        for table in plan_tables(plan, is_short=is_short):
             out.print(table, markup=False)
     out.print(peaks(plan.estimate if plan else None, run.measurement if run else None), markup=False)
     if run is not None:
         out.print(run_facts(run), markup=False)
 
 
-def plan_tables(plan: Plan) -> list[Table]:
+def plan_tables(plan: Plan, *, is_short: bool = False) -> list[Table]:
     """Return what a plan chooses, what other budgets would give, and the ways to share states, as far as it says so."""
-    told = [choices(plan)] if plan.pipeline is None else [*details(plan.pipeline, plan.choices)]
+    told = [*details(plan.pipeline, plan.choices)] if plan.pipeline is not None else _chosen(plan, is_short=is_short)
     told += [curve(plan.curve)] if plan.curve else []
     return told + ([shardings(plan.sharding)] if plan.sharding is not None else [])
+
+
+def _chosen(plan: Plan, *, is_short: bool) -> list[Table]:
+    every = [choices(plan, is_short=is_short)] if plan.choices or plan.kept else []
+    if is_short:
+        return every if any(choice.choice != "keep" for choice in plan.choices) else []
+    return every + ([states(plan)] if plan.state_formats else [])
 
 
 def _print_plain(out: Console, line: str) -> None:
@@ -65,20 +76,23 @@ def _print_plain(out: Console, line: str) -> None:
 
 def summary(run: Run) -> str:
     """Say in one line what was expected of a run and what happened."""
-    measured, estimate = run.measurement, run.estimate
+    measured = _beside(run)
     excess_bytes = measured.device_peak_bytes - (run.plan.budget_bytes if run.plan else measured.device_peak_bytes)
     warning = f"; ABOVE THE BUDGET by {format_bytes(excess_bytes)}" if excess_bytes > 0 else ""
     followed = f"{measured.num_measured_steps} of {measured.num_steps} steps"
-    expected = f" (predicted {format_bytes(estimate.device_peak_bytes)})" if estimate else ""
-    expected_step = f" (predicted {_seconds(estimate.step_seconds)})" if estimate else ""
-    under_plan_bytes = measured.plan_peak_bytes
-    if under_plan_bytes is not None and under_plan_bytes < measured.device_peak_bytes:  # other plans came before it
-        expected = f", {format_bytes(under_plan_bytes)} under the final plan{expected}"
     return (
-        f"packlight: peak {format_bytes(measured.device_peak_bytes)}{expected} in {followed}, "
-        f"resident peak {format_bytes(measured.resident_peak_bytes)}, {_seconds(measured.step_seconds)} a step"
-        f"{expected_step}{_moved(run)}{warning}"
+        f"packlight: peak {measured.told_peak()} in {followed}, resident peak {measured.told_resident()}, "
+        f"{measured.told_step(' a step')}{_moved(run)}{warning}"
     )
+
+
+def _beside(run: Run) -> Measurement:
+    """Return a run's measurement with what was expected, which a record of before does not have there."""
+    measured, estimate = run.measurement, run.estimate
+    if estimate is None or measured.predicted_peak_bytes is not None:
+        return measured
+    expected = {"predicted_peak_bytes": estimate.device_peak_bytes, "predicted_step_seconds": estimate.step_seconds}
+    return replace(measured, **expected)  # type: ignore[arg-type]
 
 
 def _moved(run: Run) -> str:
@@ -103,7 +117,9 @@ def comparison(runs: dict[str, Run], losses: dict[str, float]) -> RenderableType
         runs: the runs by name.
         losses: their held-out losses by name.
     """
-    table = Table(title="plain and planned", title_justify="left")
+    is_below = any(run.measurement.is_resident_below for run in runs.values())
+    caption = f"resident: {RESIDENT}" if is_below else None
+    table = Table(title="plain and planned", title_justify="left", caption=caption, caption_justify="left")
     table.add_column("")
     for name in runs:
         table.add_column(name, justify="right")
@@ -122,46 +138,122 @@ def _comparison_rows(runs: dict[str, Run], losses: dict[str, float]) -> list[tup
         ),
         ("peak measured", [format_bytes(each.device_peak_bytes) for each in measured.values()]),
         ("resident peak", [format_bytes(each.resident_peak_bytes) for each in measured.values()]),
-        ("seconds per step", [_seconds(each.step_seconds) for each in measured.values()]),
+        ("seconds per step", [format_seconds(each.step_seconds) for each in measured.values()]),
         ("held-out loss", [f"{losses[name]:.4f}" for name in runs]),
     ]
 
 
-def choices(plan: Plan) -> Table:
-    """Return what is done with each block, group and state, and what the other choices would add."""
-    table, every = Table(title="choices", title_justify="left"), (*plan.choices, *plan.kept)
+def choices(plan: Plan, *, is_short: bool = False) -> Table:
+    """Return what is done with each block and group, and what the other choices would add.
+
+    Args:
+        plan: the plan.
+        is_short: leave out what is kept, and say of how many that is.
+    """
+    every = (*plan.choices, *plan.kept)
+    shown = [choice for choice in every if choice.choice != "keep" or not is_short]
+    num_left = len(every) - len(shown)
+    caption = f"{num_left} other{'s' * (num_left != 1)} kept; --all lists them" if num_left else None
+    table = Table(title="choices", title_justify="left", caption=caption, caption_justify="left")
     more = any(choice.options for choice in every)  # a record of an older packlight has none
+    others = any(map(_others, shown))
     table.add_column("block or site", overflow="fold")
     table.add_column("choice")
-    for title in ("holds for backward", *["held for"] * more, "adds"):
+    for title in ("each holds", *["held for"] * more, "each adds"):
         table.add_column(title, justify="right")
-    if more:
+    if others:
         table.add_column("others would add")
-    for first, last, num_choices in _alike(every):
-        name = first.group if num_choices == 1 else f"{first.group} ... {last.group} ({num_choices})"
-        held, added = [_span(first.held_seconds, last.held_seconds)] * more, _span(first.seconds, last.seconds)
-        table.add_row(name, first.choice, format_bytes(first.bytes), *held, added, *[_others(first)] * more)
-    formats = sorted(set(plan.state_formats.values()))
-    for state_format in formats:
-        num_states = sum(chosen == state_format for chosen in plan.state_formats.values())
-        table.add_row(f"optimiser states of {num_states} parameters", state_format, "", "")
+    of_name = {choice.group: choice for choice in shown}
+    for name, alike in gathered({name: _kind(choice) for name, choice in of_name.items()}):
+        same = [of_name[each] for each in alike]
+        held = [_span(choice.held_seconds for choice in same)] * more
+        added = _span(choice.seconds for choice in same)
+        table.add_row(name, same[0].choice, format_bytes(same[0].bytes), *held, added, *[_others(same[0])] * others)
     return table
 
 
-def _span(first: float, last: float) -> str:
-    """Say the times of neighbours, of the first and of the last."""
-    return _seconds(first) if _seconds(first) == _seconds(last) else f"{_seconds(first)} ... {_seconds(last)}"
+def states(plan: Plan) -> Table:
+    """Return which parameters have their optimiser's state in which format, those of equal layers in one row."""
+    table = Table(title="optimiser states", title_justify="left")
+    table.add_column("of parameters", overflow="fold")
+    table.add_column("format")
+    known = any(plan.num_elements.values())  # a record of an older packlight does not say
+    if known:
+        table.add_column("elements of each", justify="right")
+    kinds = {name: (chosen, plan.num_elements.get(name, 0)) for name, chosen in plan.state_formats.items()}
+    for name, alike in gathered(kinds):
+        chosen, num_elements = kinds[alike[0]]
+        table.add_row(name, chosen, *[f"{num_elements:,}"] * known)
+    return table
+
+
+def gathered(kinds: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
+    """Gather names of one kind that differ in a number alone: equal layers.
+
+    Args:
+        kinds: of each name; what stands after a colon in it is no layer's number.
+
+    Returns:
+        For each row its name, in which numbers are ranges, and the names in it.
+
+    >>> gathered({"layers.0.up:1": 1, "layers.1.up:1": 1, "layers.2.up:1": 2, "layers.3.up:1": 1})
+    [('layers.0-1,3.up:1', ['layers.0.up:1', 'layers.1.up:1', 'layers.3.up:1']), ('layers.2.up:1', ['layers.2.up:1'])]
+    """
+    rows = [(_cut_at_numbers(name), kind, [name]) for name, kind in kinds.items()]
+    for at in reversed(range(1, max((len(parts) for parts, _, _ in rows), default=0), 2)):
+        found: dict[Hashable, list[tuple[list[str], Hashable, list[str]]]] = {}
+        for number, (parts, kind, names) in enumerate(rows):
+            same = (*parts[:at], "", *parts[at + 1 :], kind) if at < len(parts) else number
+            found.setdefault(same, []).append((parts, kind, names))
+        rows = [_joined(alike, at) for alike in found.values()]
+    return [("".join(parts), names) for parts, _, names in rows]
+
+
+def _cut_at_numbers(name: str) -> list[str]:
+    """Cut a name before and after each number of its path, which stand at odd places then."""
+    path, colon, rest = name.partition(":")
+    *parts, last = re.split(r"(\d+)", path)
+    return [*parts, last + colon + rest]
+
+
+def _joined(alike: list[tuple[list[str], Hashable, list[str]]], at: int) -> tuple[list[str], Hashable, list[str]]:
+    parts, kind, _ = alike[0]
+    names = [name for _, _, names in alike for name in names]
+    if len(alike) == 1:
+        return parts, kind, names
+    numbers = _ranges(sorted({int(parts[at]) for parts, _, _ in alike}))
+    return [*parts[:at], numbers, *parts[at + 1 :]], kind, names
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write growing numbers as ranges."""
+    ends: list[list[int]] = []
+    for number in numbers:
+        if ends and number == ends[-1][-1] + 1:
+            ends[-1] = [ends[-1][0], number]
+        else:
+            ends.append([number])
+    return ",".join("-".join(map(str, each)) for each in ends)
+
+
+def _span(seconds: Iterable[float]) -> str:
+    """Say the times of equal layers, from the shortest to the longest."""
+    shortest, *_, longest = sorted([*seconds] * 2)
+    ends = format_seconds(shortest), format_seconds(longest)
+    return ends[0] if ends[0] == ends[1] else f"{ends[0].removesuffix(' s')} to {ends[1]}"
 
 
 def _others(choice: Choice) -> str:
-    """Say what the other choices would add, the cheapest first."""
-    others = sorted((seconds, name) for name, seconds in choice.options.items() if name != choice.choice)
-    return ", ".join(f"{name} {_seconds(seconds)}" for seconds, name in others)
+    """Say what the other choices would add, the cheapest first; keeping adds nothing."""
+    others = sorted((seconds, name) for name, seconds in choice.options.items() if name not in ("keep", choice.choice))
+    return ", ".join(f"{name} {format_seconds(seconds)}" for seconds, name in others)
 
 
 def curve(points: tuple[CurvePoint, ...]) -> Table:
     """Return step time against budget, and what a GiB more would spare from there to the next point."""
-    table = Table(title="step time against budget", title_justify="left")
+    is_faster = any(round(point.slowdown, 2) < 1 for point in points)
+    caption = "below 1.00x: states in few bits are stepped faster, or the noise of timing" if is_faster else None
+    table = Table(title="step time against budget", title_justify="left", caption=caption, caption_justify="left")
     for title in ("budget", "predicted peak", "adds to a step", "slowdown", "one GiB more spares"):
         table.add_column(title, justify="right")
     fastest = points[-1].step_seconds
@@ -169,9 +261,9 @@ def curve(points: tuple[CurvePoint, ...]) -> Table:
         spared = "-"
         if following is not None:
             num_gib = (following.budget_bytes - point.budget_bytes) / 2**30
-            spared = _seconds((point.step_seconds - following.step_seconds) / num_gib) if num_gib else "-"
+            spared = format_seconds((point.step_seconds - following.step_seconds) / num_gib) if num_gib else "-"
         sizes = format_bytes(point.budget_bytes), format_bytes(point.device_peak_bytes)
-        table.add_row(*sizes, _seconds(point.step_seconds - fastest), f"{point.slowdown:.2f}x", spared)
+        table.add_row(*sizes, format_seconds(point.step_seconds - fastest), f"{point.slowdown:.2f}x", spared)
     return table
 
 
@@ -201,69 +293,50 @@ def _sharding_cells(rows: Sequence[ShardingRow]) -> Iterator[tuple[str, list[str
         yield "on its host, without states", [format_bytes(row.host_bytes) for row in rows]
     yield "peak as it is", [format_bytes(row.plain_peak_bytes) for row in rows]
     yield "sent", [format_bytes(row.sent_bytes) for row in rows]
-    yield "waits", [_seconds(row.exposed_seconds) for row in rows]
-    yield "planned step", [_seconds(row.step_seconds) for row in rows]
-
-
-def _alike(choices: tuple[Choice, ...]) -> list[tuple[Choice, Choice, int]]:
-    """Gather neighbours with the same choice, bytes and other choices."""
-    gathered: list[tuple[Choice, Choice, int]] = []
-    for choice in choices:
-        if gathered and _kind(gathered[-1][0]) == _kind(choice):
-            gathered[-1] = (gathered[-1][0], choice, gathered[-1][2] + 1)
-        else:
-            gathered.append((choice, choice, 1))
-    return gathered
+    yield "waits", [format_seconds(row.exposed_seconds) for row in rows]
+    yield "planned step", [format_seconds(row.step_seconds) for row in rows]
 
 
 def _kind(choice: Choice) -> tuple[object, ...]:
-    return choice.choice, choice.codec, choice.bytes, sorted(choice.options)
+    return choice.choice, choice.codec, choice.bytes, tuple(sorted(choice.options))
 
 
 def peaks(estimate: Estimate | None, measured: Measurement | None) -> Table:
-    """Return what a peak consists of, as predicted and as measured."""
+    """Return what a peak consists of, as predicted and as measured, as far as there is either."""
     table = Table(title="bytes at the peak", title_justify="left")
     table.add_column("category")
-    predicted = estimate.peak_by_category if estimate else {}
-    found = measured.peak_by_category if measured else {}
-    table.add_column("predicted", justify="right")
-    table.add_column("measured", justify="right")
+    sides: list[Estimate | Measurement] = [each for each in (estimate, measured) if each is not None]
+    for side in sides:
+        table.add_column("predicted" if side is estimate else "measured", justify="right")
     for name in CATEGORIES:
-        cells = [format_bytes(values[name]) if name in values else "-" for values in (predicted, found)]
-        table.add_row(name.replace("_", " "), *cells)
+        cells = [format_bytes(each.peak_by_category[name]) if name in each.peak_by_category else "-" for each in sides]
+        if set(cells) != {"-"}:
+            table.add_row(name.replace("_", " "), *cells)
     table.add_section()
-    table.add_row(
-        "all",
-        format_bytes(estimate.device_peak_bytes) if estimate else "-",
-        format_bytes(measured.device_peak_bytes) if measured else "-",
-    )
+    table.add_row("all", *[format_bytes(each.device_peak_bytes) for each in sides])
     if estimate is not None and measured is not None and measured.plan_peak_bytes is not None:
         table.add_row("all, under the final plan", "", format_bytes(measured.plan_peak_bytes))
-    table.add_row("where", estimate.peak_moment if estimate else "-", measured.peak_moment if measured else "-")
+    table.add_row("where", *[each.peak_moment or "-" for each in sides])
     return table
 
 
 def run_facts(run: Run) -> Table:
     """Return what else is known of a run."""
-    measured, estimate = run.measurement, run.estimate
+    measured = _beside(run)
     table = Table(show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    predicted = f" (predicted {_seconds(estimate.step_seconds)})" if estimate else ""
-    table.add_row("step time", f"{_seconds(measured.step_seconds)}{predicted}")
+    table.add_row("step time", measured.told_step())
     table.add_row("steps", f"{measured.num_steps}, of which {measured.num_measured_steps} were measured for the peak")
-    table.add_row("resident peak", format_bytes(measured.resident_peak_bytes))
+    table.add_row("resident peak", measured.told_resident())
     if measured.reserved_peak_bytes is not None:
         table.add_row("reserved peak", format_bytes(measured.reserved_peak_bytes))
     table.add_row("optimiser states", format_bytes(measured.state_bytes))
     if moved := _moved(run).removeprefix("; "):
         table.add_row("tier", moved)
-    ends = [values for values in (measured.losses.get("first"), measured.losses.get("last")) if values]
-    if ends:
-        table.add_row("loss", f"{ends[0][0]:.6g} at first, {ends[-1][-1]:.6g} at last")
+    if measured.told_loss():
+        table.add_row("loss", measured.told_loss())
+    for note in measured.notes:
+        table.add_row("note", note)
     table.add_row("environment", ", ".join(f"{key} {value}" for key, value in run.environment.items()))
     return table
-
-
-def _seconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.3g} s"
