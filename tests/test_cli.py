@@ -20,7 +20,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from packlight.cli import main
-from packlight.records import Choice, Estimate, Measurement, Plan, Run
+from packlight.measurement import Measurement
+from packlight.records import Choice, Estimate, Plan, Run
 
 SCRIPTS = Path(__file__).parent / "scripts"
 BAD = SCRIPTS / "bad"
@@ -413,7 +414,7 @@ def test_a_missing_script_is_refused(
     [
         (["frobnicate"], "No such command 'frobnicate'"),
         (["run", "--budget", AMPLE], "Missing argument 'SCRIPT'"),
-        (["plan", "script.py"], "Missing option '--budget'"),
+        (["plan", "script.py"], 'wanted --budget BYTES .*"16GiB", "80%".*, or --hardware NAME'),
         (
             ["plan", "--budget", AMPLE, "--save", "missing/plan.json", "script.py"],
             "--save missing/plan.json: there is no",
@@ -506,6 +507,20 @@ def test_a_plan_for_named_hardware_stops_the_script_before_its_first_step(
     assert (plan.hardware, plan.budget_bytes) == ("t4", int(14.5 * 2**30) // 2)
 
 
+def test_without_a_budget_a_named_device_s_memory_is_planned_with_but_for_a_tenth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "script.py").write_text(META_SCRIPT.replace("DEVICE", "meta"))
+    monkeypatch.chdir(tmp_path)
+    result = invoke("plan", "--hardware", "t4", "script.py")
+    assert result.exit_code == 0, result.stderr
+    assert "packlight: --budget was not given; it is 90% of t4\n" in result.stderr
+    assert result.stdout.startswith("built\nplan for 13.05 GiB on t4: ")
+    assert "nothing is changed: " in result.stdout and "choices" not in result.stdout
+    whole = invoke("plan", "--hardware", "t4", "--all", "script.py").stdout
+    assert "choices" in whole and re.search(r"0-3\.0\.weight +│ fp32 +│ +4,096", whole)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -545,7 +560,8 @@ def test_a_saved_plan_is_carried_out_within_its_estimate_and_explained(
     assert run.measurement.device_peak_bytes == pytest.approx(plan.estimate.device_peak_bytes, rel=0.05)
 
     monkeypatch.setenv("COLUMNS", COLUMNS)
-    assert invoke("explain", str(tmp_path / "plan.json")).stdout == planned.stdout
+    listed = invoke("explain", str(tmp_path / "plan.json")).stdout
+    assert listed.startswith(f"{plan}\n") and "optimiser states" in listed.removeprefix(str(plan))
     explained = invoke("explain", str(tmp_path / "run.json")).stdout
     assert explained.startswith("run of ") and str(plan) in explained
     assert f"{run.measurement.device_peak_bytes / 2**20:.2f} MiB" in explained

@@ -17,6 +17,9 @@ from packlight.records import Plan
 from packlight.report import text
 from packlight.serial import of_rank
 
+DEFAULT_BUDGET = "90%"
+"""Of a named device: what libraries and fragments of its allocator take comes on top of tensors."""
+
 _SCRIPT = {"allow_interspersed_args": False}  # what follows the script is the script's
 
 
@@ -62,7 +65,10 @@ def run(*, script: str, arguments: tuple[str, ...], record: str | None, **option
 
 
 @click.command(context_settings=_SCRIPT)
-@click.option("--budget", metavar="BYTES", required=True, help='"16GiB", "800MB", "80%" or a number of bytes.')
+@click.option(
+    "--budget", metavar="BYTES", help=f'"16GiB", "800MB", "80%" or a number. Default with --hardware: {DEFAULT_BUDGET}.'
+)
+@click.option("--all", "every", is_flag=True, help="List what is kept, too, and each parameter's state format.")
 @click.option("--save", metavar="FILE", help="Write the plan to this JSON file.")
 @click.option("--hardware", metavar="NAME", help='Plan for this device ("h100-80g"), which need not be here.')
 @click.option("--curve", metavar="N", type=click.IntRange(min=2), help="Tell the step time for N other budgets, too.")
@@ -71,18 +77,29 @@ def run(*, script: str, arguments: tuple[str, ...], record: str | None, **option
 @click.option("--precision", type=click.Choice(["bf16", "fp16"]), help="Ranks use fp32 parameters in 16 bits.")
 @click.option("--link", metavar="BYTES", help='What a rank sends to the next in a second ("50GB").')
 @_script_arguments
-def plan(*, script: str, arguments: tuple[str, ...], save: str | None, **options: Any) -> None:
+def plan(*, script: str, arguments: tuple[str, ...], save: str | None, every: bool, **options: Any) -> None:
     """Stop SCRIPT before its first step, and print the plan."""
     plans: list[Plan] = []
     target = output_file("--save", save)
+    options["budget"] = _budget_or_default(options["budget"], options["hardware"])
     outcome = _run(script, arguments, stop_before_step=True, plans=plans, **options)
     if outcome.message:
         say(f"packlight: {outcome.message}")
     if plans and outcome.exit_status == 0:
-        text.show(plans[-1])
+        text.show(plans[-1], is_short=not every)
         if target is not None:
             plans[-1].save(of_rank(target))
     _leave(outcome.exit_status)
+
+
+def _budget_or_default(budget: str | None, hardware: str | None) -> str:
+    """Return the budget that was given, or a share of the device that was named."""
+    if budget is not None:
+        return budget
+    if hardware is None:
+        raise click.UsageError('wanted --budget BYTES ("16GiB", "80%"), or --hardware NAME for the most of its memory')
+    say(f"packlight: --budget was not given; it is {DEFAULT_BUDGET} of {hardware}")
+    return DEFAULT_BUDGET
 
 
 def _leave(exit_status: int) -> NoReturn:
