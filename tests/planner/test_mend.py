@@ -1,6 +1,7 @@
 """Memory that runs out in the first steps does not show in training; a wrong prediction is mended once, and said."""
 
 import gc
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -496,13 +497,29 @@ def test_a_prediction_that_holds_is_left_alone(run: str) -> None:
 def test_a_plan_without_a_profile_is_not_made_again_but_a_wrong_peak_is_said() -> None:
     model, optimizer = hidden(7 * 2**20)
     made = plan(model, batch(), optimizer, budget="18MiB", loss=mean_of_squares, exact=True)
-    with pytest.warns(UserWarning, match=r"measured .* MiB where .* MiB was predicted, ABOVE THE BUDGET"):
+    with pytest.warns(UserWarning, match=r"measured .* MiB where .* MiB was predicted, ABOVE THE BUDGET") as warned:
         with apply(made, model, optimizer) as handle:
             train(model, optimizer)
             assert handle.plan is made
+    assert [each.filename for each in warned] == [__file__]  # the line that stepped, not torch's or packlight's
     with pytest.warns(UserWarning, match=r"measured .* where .* was predicted, and the plan stays as it is"):
         with apply(replace(made, budget_bytes=2**30), model, optimizer):
             train(model, optimizer)
+
+
+def test_a_peak_below_its_prediction_is_noted_beside_the_measurement_and_no_reason_to_warn() -> None:
+    model, optimizer = hidden(0)
+    made = plan(model, batch(), optimizer, budget="18MiB", loss=mean_of_squares, exact=True)
+    above = replace(made, estimate=replace(made.estimate, device_peak_bytes=19 * 2**20), budget_bytes=20 * 2**20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with apply(above, model, optimizer) as handle:
+            train(model, optimizer)
+            measured, shown = handle.measurement, handle._repr_html_()
+    assert measured is not None and measured.predicted_peak_bytes == 19 * 2**20 > measured.device_peak_bytes
+    (note,) = measured.notes
+    assert re.fullmatch(r"after step \d, measured .* where 19.00 MiB was predicted, and the plan stays as it is", note)
+    assert note in str(measured) and note in shown
 
 
 def test_a_plan_without_a_profile_is_tightened_to_all_its_blocks() -> None:

@@ -5,6 +5,7 @@ forever. Each rank plans from what it measured; the plan of the rank that holds 
 group ask at the same points of a step, in the same order.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from packlight.budget import BudgetError
+from packlight.planner.places import level_of_user
 from packlight.planner.request import SessionStop
 from packlight.records import Plan
 from packlight.step import Profile
@@ -20,6 +22,11 @@ LARGER_ON_A_RANK = (
     "packlight: a batch is larger than those that the plan was made for; ranks that share a model keep their plan, and "
     "the peak may exceed the budget. Let the first batch be the largest"
 )
+
+
+def warn_of_larger() -> None:
+    """Warn of a batch that is larger on one rank."""
+    warnings.warn(LARGER_ON_A_RANK, stacklevel=level_of_user())
 
 
 class Agreement:

@@ -7,12 +7,14 @@ format under the optimiser that is already there, and `remove` puts everything b
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from packlight.budget import Budget
+from packlight.measurement import Measurement
 from packlight.memory import Memory
 from packlight.planner.carry import Adopted, adopt_formats, carry_out
 from packlight.planner.cut import agreement_of
@@ -21,9 +23,10 @@ from packlight.planner.loop import Call, Loss, num_elements
 from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
 from packlight.planner.microbatches import split
+from packlight.planner.places import level_of_user
 from packlight.planner.plan import profiled
 from packlight.planner.released import as_planned
-from packlight.records import Measurement, Plan
+from packlight.records import Plan
 from packlight.step import Profile
 
 
@@ -54,6 +57,7 @@ class Applied:
         if plan.pipeline is not None:
             raise ValueError("the plan is for the stages of a pipeline, not for one model; make one by packlight.plan")
         self.plan, self._model = plan, model
+        self._notes: list[str] = []
         self._carried = carry_out(plan, model)
         self._adopted: Adopted | None = None
         self._undo: list[Callable[[], None]] = [self._put_back]
@@ -77,7 +81,7 @@ class Applied:
         measured = self._watch.measurement()
         if not measured.num_steps:
             return None
-        completed = self._carried.complete(measured)
+        completed = replace(self._carried.complete(measured), notes=tuple(self._notes))
         return completed if self._adopted is None else self._adopted.complete(completed)
 
     @property
@@ -86,8 +90,9 @@ class Applied:
         return self._watch.lived.now()[1]
 
     def _repr_html_(self) -> str:
-        """Show the plan in a notebook."""
-        return self.plan._repr_html_()
+        """Show the plan in a notebook, and below it what happened so far."""
+        measured = self.measurement
+        return self.plan._repr_html_() + ("" if measured is None else measured._repr_html_())
 
     def microbatches(self, batch: Any) -> Iterator[tuple[Any, float]]:
         """Yield the parts of a batch that the plan is for, each with its share of the rows.
@@ -106,8 +111,8 @@ class Applied:
     def _begin_to_mend(self, step: Profile | None, num_elements: int | None) -> None:
         """Repeat what fails for want of memory in the first steps, and hold their peak against the plan."""
         agreement = agreement_of(self._model).in_step()
-        options: Any = {"change": self._change, "tell": _warn, "num_steps": 2, "agreement": agreement}
-        self._mend = Mend(self._model, self._watch, **options)
+        told: Any = {"change": self._change, "tell": _warn, "note": self._note}
+        self._mend = Mend(self._model, self._watch, num_steps=2, agreement=agreement, **told)
         self._mend.begin(self.plan, step, num_elements=num_elements)
         self._backward = BackwardStandIn(self._mend.backward)
         self._undo += [self._backward.remove, self._mend.remove]
@@ -126,6 +131,10 @@ class Applied:
         self._mend.step_aside()
         self._put_back()
         self._carried, self.plan = carry_out(plan, self._model), plan
+
+    def _note(self, _: Plan, said: str) -> None:
+        """Keep what is no reason to warn for the measurement."""
+        self._notes.append(said.rstrip(" ,:"))
 
     def _put_back(self) -> None:
         self._carried.remove()
@@ -223,4 +232,4 @@ def fit(
 
 
 def _warn(plan: Plan, said: str) -> None:
-    warnings.warn(f"packlight: {said}{plan}", stacklevel=2)
+    warnings.warn(f"packlight: {said}{plan}", stacklevel=level_of_user())

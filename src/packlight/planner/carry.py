@@ -14,15 +14,17 @@ from packlight.activations.offload import make_tier
 from packlight.activations.recompute import Recomputation, recompute
 from packlight.activations.sites import module_of
 from packlight.activations.tier import OffloadError, Tier, Traffic
+from packlight.measurement import Measurement
 from packlight.optim.adopt import Adoption, adopt
 from packlight.optim.early import update_early
 from packlight.planner.cut import flats_of, without_engine
 from packlight.planner.exhausted import is_out_of_memory
 from packlight.planner.loop import Call
+from packlight.planner.places import level_of_user
 from packlight.planner.plan import device_of
 from packlight.planner.solve import EXACT_FORMATS
 from packlight.planner.updates import parameter_names
-from packlight.records import Measurement, Plan
+from packlight.records import Plan
 
 
 class Carried:
@@ -49,8 +51,14 @@ class Carried:
         self._handle.remove()
 
     def complete(self, measured: Measurement) -> Measurement:
-        """Return a measurement with what has moved; what was measured on the device stays."""
+        """Return a measurement with what was expected and what has moved; what was measured on the device stays."""
         self._look_at_traffic()
+        expected = self._plan.estimate
+        measured = replace(
+            measured,
+            predicted_peak_bytes=expected.device_peak_bytes,
+            predicted_step_seconds=expected.step_seconds,
+        )
         if self._traffic is None:
             return measured
         traffic, plan = self._traffic, self._plan
@@ -135,7 +143,8 @@ class Adopted:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            warnings.warn(f"packlight: optimiser states stay where and as they are: {error}", stacklevel=2)
+            text = f"packlight: optimiser states stay where and as they are: {error}"
+            warnings.warn(text, stacklevel=level_of_user())
 
     def complete(self, measured: Measurement) -> Measurement:
         """Return a measurement with what states take of the host's memory."""

@@ -40,6 +40,7 @@ class Mend(Tightener):
         watch: what measures its steps.
         change: carries out another plan for what the model saves.
         tell: tells the user.
+        note: told instead of a whole step whose peak is below its prediction, where that is no news; None: `tell`.
         num_steps: whole steps under a plan until its peak is at its highest.
         agreement: with other ranks, which would wait for one that does its work twice: then nothing is repeated.
 
@@ -56,6 +57,7 @@ class Mend(Tightener):
         *,
         change: Change,
         tell: Tell,
+        note: Tell | None = None,
         num_steps: int = 1,
         agreement: Agreement | None = None,
     ) -> None:
@@ -63,7 +65,7 @@ class Mend(Tightener):
         self.pace = 1.0, 1.0
         self.limit_bytes: int | None = None
         self._step: Profile | None = None
-        self._watch, self._change, self._tell = watch, change, tell
+        self._watch, self._change, self._tell, self._note = watch, change, tell, note or tell
         self._num_elements: int | None = None
         self._num_steps, self._least_steps, self._whole_steps = 0, num_steps, 0
         self._is_verified = self._is_mended = self._is_late = self._is_final = False
@@ -145,8 +147,9 @@ class Mend(Tightener):
         said = f"after step {self._num_steps}, measured {format_bytes(measured_bytes)} where "
         said += f"{format_bytes(predicted_bytes)} was predicted, "
         above = f"ABOVE THE BUDGET of {format_bytes(plan.budget_bytes)}, " if is_above else ""
+        tell = self._tell if is_above or measured_bytes > predicted_bytes else self._note
         if self._step is None or self._is_mended:
-            self._tell(plan, f"{said}{above}and the plan stays as it is: ")
+            tell(plan, f"{said}{above}and the plan stays as it is: ")
             return
         self._is_mended, step = True, corrected(self._step, measured_bytes - predicted_bytes)
         made, is_enough = mended(plan, step)
@@ -154,7 +157,7 @@ class Mend(Tightener):
         made = replace(made, notes=(*made.notes, f"made again {said.removesuffix(', ')}"))
         self._step = step
         self._take(made)
-        self._tell(self.plan or made, said if is_enough else f"{said}{above}which no plan mends; the most saving ")
+        tell(self.plan or made, said if is_enough else f"{said}{above}which no plan mends; the most saving ")
 
     def _is_wrong(self, plan: Plan, measured_bytes: int) -> bool:
         """Tell whether a measured peak is above the budget or, once it is at its highest, far from its prediction."""

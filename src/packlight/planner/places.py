@@ -130,6 +130,18 @@ class Places:
         return self._lines[key]
 
 
+def level_of_user() -> int:
+    """Return the `stacklevel` by which a warning of the caller's names the user's line; 2 where none stands above."""
+    frame, level = sys._getframe(1), 1
+    while True:
+        file = frame.f_code.co_filename
+        if not (file.startswith(_NOT_A_FILE) or _is_of_others(file)):
+            return level
+        if frame.f_back is None:
+            return 2
+        frame, level = frame.f_back, level + 1
+
+
 def _is_of_others(file: str) -> bool:
     if file.startswith(_OWN):
         return not file.startswith(os.path.join(_OWN, "demo", ""))

@@ -14,7 +14,6 @@ for the first time, because states do not exist before.
 ```
 """
 
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -24,8 +23,9 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from packlight.activations.offload import OffloadError
+from packlight.measurement import Measurement
 from packlight.memory import Memory
-from packlight.planner.agree import LARGER_ON_A_RANK, Agreement
+from packlight.planner.agree import Agreement, warn_of_larger
 from packlight.planner.carry import Adoptions, Carried, carry_out, meets_states
 from packlight.planner.cut import num_calls
 from packlight.planner.exhausted import tell_once
@@ -39,7 +39,7 @@ from packlight.planner.profile import ProfileError
 from packlight.planner.released import as_planned
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import joined, predicted_step_seconds, rescale, without_tier
-from packlight.records import Estimate, Measurement, Plan
+from packlight.records import Estimate, Plan
 from packlight.step import Profile
 
 
@@ -216,7 +216,7 @@ class Session(Listener):
             return
         if self._agreement.is_shared:  # the other ranks' batches may be as before, and they would not ask
             self._shapes.append(shapes)
-            warnings.warn(LARGER_ON_A_RANK, stacklevel=2)
+            warn_of_larger()
             return
         largest = max(map(num_elements, self._shapes), default=0)
         self._shapes.append(shapes)
