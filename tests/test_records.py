@@ -374,7 +374,7 @@ def test_many_recomputed_blocks_are_printed_as_a_range() -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({}, "0.97x: states in few bits are stepped faster than the optimiser does it"),
+        ({}, "0.97x: states in few bits, as timed here, are stepped faster than others"),
         ({"state_formats": {"weight": "fp32"}, "num_microbatches": 2}, "0.97x: parts of a batch, timed alone"),
         ({"state_formats": {"weight": "as is"}}, "0.97x: as fast, to the noise of timing"),
     ],

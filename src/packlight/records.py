@@ -172,7 +172,7 @@ class Plan(JsonRecord):
         if round(self.estimate.slowdown, 2) >= 1:
             return told
         if any(chosen not in ("fp32", "as is") for chosen in self.state_formats.values()):
-            return f"{told}: states in few bits are stepped faster than the optimiser does it"
+            return f"{told}: states in few bits, as timed here, are stepped faster than others"
         if self.num_microbatches > 1:
             return f"{told}: parts of a batch, timed alone, took less than their share"
         return f"{told}: as fast, to the noise of timing"

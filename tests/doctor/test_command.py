@@ -44,6 +44,9 @@ def test_a_machine_that_works_exits_with_0_and_a_table(tmp_path: Path) -> None:
         assert f"│ {part}" in done.stdout
     assert "packlight can plan and run here" in done.stdout
     assert "Traceback" not in done.stderr
+    says = [line.removeprefix("packlight: ") for line in done.stderr.splitlines() if line.startswith("packlight: ")]
+    names = ", ".join(package.name for package in OPTIONAL)
+    assert says[:2] == [f"importing torch, {names}", "planning and training a small model"]
 
 
 def test_what_is_broken_is_told_with_its_error_and_a_named_folder_that_is_none_exits_with_1(tmp_path: Path) -> None:

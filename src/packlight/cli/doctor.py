@@ -19,11 +19,15 @@ _STYLES = {"works": "green", "limited": "yellow", "untried": "blue", "missing": 
 def doctor(*, disk: str | None, quick: bool, as_json: bool) -> None:
     """Try all that packlight may use here. Exit status: 0 where it can plan and run, 1 where it cannot."""
     console = Console(stderr=True)
-    doing = "looking at this machine: packages are imported, a kernel is compiled, a step is planned; up to two minutes"
-    if not console.is_terminal:
-        click.echo(f"packlight: {doing}", err=True)
-    with console.status(doing):
-        diagnosis = examine(disk, quick=quick)
+    with console.status("looking at this machine, up to two minutes") as status:
+
+        def tell(doing: str) -> None:
+            if console.is_terminal:
+                status.update(f"up to two minutes: {doing}")
+            else:
+                click.echo(f"packlight: {doing}", err=True)
+
+        diagnosis = examine(disk, quick=quick, tell=tell)
     if as_json:
         click.echo(json.dumps(diagnosis.to_dict(), indent=1))
     else:

@@ -6,6 +6,7 @@ before torch itself was seen to load in a process of its own: a torch that canno
 
 import os
 import platform
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,26 +24,32 @@ def examine(
     quick: bool = False,
     root: Path = ROOT,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    tell: Callable[[str], object] = str,
 ) -> Diagnosis:
-    """Try everything that packlight may use on this machine; it takes some seconds.
+    """Try everything that packlight may use on this machine; it takes some seconds, a minute where others compute.
 
     Args:
         disk: the folder of the disk tier; None for the folder for temporary files. One that is named is essential.
         quick: import no optional package; what is installed is untried then.
         root: the folder in which proc and sys stand.
         timeout_seconds: for the import of each optional package.
+        tell: called with what is being done, before each part that takes its time.
 
     Returns:
         What was found. A part that fails, in whatever way, is a finding and no error.
     """
+    awaited = {} if quick else {each.name: None for each in OPTIONAL}  # in this order
     with ThreadPoolExecutor(1) as pool:
-        look = packages.installed if quick else partial(packages.findings_of, timeout_seconds=timeout_seconds)
-        others = pool.submit(look, OPTIONAL)
+        look = partial(packages.findings_of, timeout_seconds=timeout_seconds, ended=awaited.pop)
+        tell(f"importing {', '.join([TORCH.name, *awaited])}")
+        others = pool.submit(packages.installed if quick else look, OPTIONAL)
         torch = packages.findings_of([TORCH], timeout_seconds=timeout_seconds)[0]
         found = [_python(), torch]
         works = torch.status != "missing"
-        found += _trials(None if disk is None else os.fspath(disk), root) if works else []
+        found += _trials(None if disk is None else os.fspath(disk), root, tell) if works else []
         found += _limits(root, num_threads=_num_threads() if works else None)
+        if waiting := list(awaited):  # at once, since it shrinks meanwhile
+            tell(f"waiting for the imports of {', '.join(waiting)}")
         return Diagnosis.of([*found, *others.result()])
 
 
@@ -56,14 +63,17 @@ def _num_threads() -> int:
     return torch.get_num_threads()
 
 
-def _trials(disk: str | None, root: Path) -> list[Finding]:
+def _trials(disk: str | None, root: Path, tell: Callable[[str], object]) -> list[Finding]:
     """Return what came of all that needs torch."""
+    tell("planning and training a small model")
     try:
         from packlight.doctor import trials
     except Exception as error:  # numpy or scipy may be broken
         return [Finding("plan and run", "missing", told(error), packages.TORCH.cost, essential=True)]
+    planned = guarded("plan and run", trials.planning, cost=packages.TORCH.cost, essential=True)
+    tell("trying kernels, pinned memory and the disk tier")
     return [
-        *guarded("plan and run", trials.planning, cost=packages.TORCH.cost, essential=True),
+        *planned,
         *guarded("CUDA", lambda: list(trials.gpus(root)), cost=trials.NO_GPU),
         *guarded("C++ compiler", trials.compiler, cost=trials.NO_COMPILER),
         *guarded("pinned memory", trials.pinned_memory, cost="tensors cannot wait in host memory (--host-budget)"),

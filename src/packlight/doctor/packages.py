@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -75,18 +75,27 @@ class Imported:
     failure: str = ""
 
 
-def import_each(names: Sequence[str], *, timeout_seconds: float = TIMEOUT_SECONDS) -> list[Imported]:
+def import_each(
+    names: Sequence[str], *, timeout_seconds: float = TIMEOUT_SECONDS, ended: Callable[[str], object] = str
+) -> list[Imported]:
     """Import modules, each in a process of its own and all at once.
 
     Args:
         names: of the modules.
         timeout_seconds: after which an import has failed, and its process is killed.
+        ended: called with each name when its import has ended, in another thread.
 
     Returns:
         What came of each.
     """
+
+    def imported(name: str) -> Imported:
+        result = _import(name, timeout_seconds)
+        ended(name)
+        return result
+
     with ThreadPoolExecutor(max(1, len(names))) as pool:
-        return list(pool.map(lambda name: _import(name, timeout_seconds), names))
+        return list(pool.map(imported, names))
 
 
 def _import(name: str, timeout_seconds: float) -> Imported:
@@ -119,17 +128,20 @@ def _read(code: int, output: Sequence[str], errors: Sequence[str]) -> Imported:
     return Imported(failure=errors[-1] if errors and code else f"its import ended the process with status {code}")
 
 
-def findings_of(packages: Sequence[Package], *, timeout_seconds: float = TIMEOUT_SECONDS) -> list[Finding]:
+def findings_of(
+    packages: Sequence[Package], *, timeout_seconds: float = TIMEOUT_SECONDS, ended: Callable[[str], object] = str
+) -> list[Finding]:
     """Tell which of these packages can be used.
 
     Args:
         packages: what to look at.
         timeout_seconds: for each import.
+        ended: see `import_each`.
 
     Returns:
         A finding for each.
     """
-    results = import_each([each.name for each in packages], timeout_seconds=timeout_seconds)
+    results = import_each([each.name for each in packages], timeout_seconds=timeout_seconds, ended=ended)
     return [_finding(each, imported) for each, imported in zip(packages, results, strict=True)]
 
 
