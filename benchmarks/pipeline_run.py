@@ -267,7 +267,7 @@ SIZES = {
     "batch": 2,
     "chunks": 2,
     "microbatches": 8,
-    "rounds": 3,
+    "rounds": 2,
     "steps": 2,
 }
 """Of the model and of the measurement."""

@@ -61,6 +61,22 @@ class Proof:
         parts += ["\n".join(f"- {goal}" for goal in self.goals)] if self.goals else []
         return "\n\n".join(parts)
 
+    def row(self, first: str) -> Sequence[str]:
+        """Return the row that begins so."""
+        (found,) = (row for row in self.rows if row[0] == first)
+        return found
+
+    def cell(self, first: str, column: str, *, nth: int = 0) -> str:
+        """Return the cell of the row that begins so, below the nth header of that name."""
+        return self.row(first)[self._at(column, nth)]
+
+    def column(self, name: str) -> list[str]:
+        """Return all cells below the first header of that name."""
+        return [row[self._at(name, 0)] for row in self.rows]
+
+    def _at(self, column: str, nth: int) -> int:
+        return [at for at, header in enumerate(self.header) if header == column][nth]
+
 
 @cache
 def read(record: str) -> Record:

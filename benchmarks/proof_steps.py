@@ -215,9 +215,7 @@ def pipeline_run() -> Proof:
     ]
     shape = f"{sizes['layers']} layers, {sizes['chunks']} chunks a rank and {sizes['microbatches']} microbatches"
     claim = f"Pipelines of {shape} take the bytes that their plan says; + is what moves to a disk."
-    command = documented_command("pipeline_run.py", PIPELINE).replace(
-        " --output", f" --rounds {sizes['rounds']} --output"
-    )
+    command = documented_command("pipeline_run.py", PIPELINE)
     return Proof("pipeline-run", claim, PIPELINE, command, machine(record["environment"]), header, rows, goals)
 
 
