@@ -1,5 +1,7 @@
 """The step that is kept of a measured run is the one in which its peak stands, and its storages bear their names."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 
 import packlight
 from packlight.planner.measure import StepWatch
+from packlight.planner.places import Places
+from packlight.planner.timeline import Timeline
 from tests.cases import CASES
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -97,6 +101,52 @@ def test_what_a_recomputed_block_makes_in_backward_has_its_own_lines() -> None:
         if each.category == "activations" and backward.start < each.born < backward.end and each.site
     ]
     assert any(each.site.startswith("blocks.0.") and each.code.startswith("cases.py:") for each in again)
+
+
+def in_another_thread(line: Timeline, run: Callable[[], None]) -> None:
+    """As autograd runs what is on a GPU: in a thread with a count of nodes of its own."""
+
+    def followed() -> None:
+        with line:
+            run()
+
+    thread = threading.Thread(target=followed)
+    thread.start()
+    thread.join()
+
+
+def test_backward_in_another_thread_has_the_lines_of_its_forward_whatever_ran_before() -> None:
+    line, model, slope = Timeline("cpu"), Two(), torch.ones(512, 64)
+    line.places = Places(model)
+    with line:
+        first = model(torch.ones(512, 64))
+        second = model(torch.ones(512, 64)).exp()
+    in_another_thread(line, lambda: first.backward(slope))
+    with line:
+        between = torch.ones(2**16)
+    num_before = len(line.entries)
+    in_another_thread(line, lambda: second.backward(slope))
+    found = next(each for each in line.entries[num_before:] if each.code)
+    assert found.num_bytes == slope.nbytes and between.numel() == 2**16
+    assert found.code.startswith(line_of("second = model(torch.ones(512, 64)).exp()"))
+
+
+def test_blocks_that_are_recomputed_in_another_thread_have_the_lines_that_they_have_in_one() -> None:
+    line, model = Timeline("cpu"), nn.Sequential(Two(), Two())
+    line.places = Places(model)
+    made = []
+    with packlight.recompute(model, ["0", "1"]):
+        for is_another in (False, True):
+            with line:
+                loss = model(torch.ones(512, 64)).sum()
+                num_before = len(line.entries)
+                if not is_another:
+                    loss.backward()
+            if is_another:
+                in_another_thread(line, loss.backward)
+            made.append([(each.site, each.code, each.num_bytes) for each in line.entries[num_before:] if each.site])
+            model.zero_grad()
+    assert made[0] == made[1] and {site.partition(".")[0] for site, *_ in made[1]} >= {"0", "1", "backward of 0"}
 
 
 def test_a_step_that_is_not_followed_has_no_record() -> None:

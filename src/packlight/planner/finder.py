@@ -45,8 +45,8 @@ class Finder:
         others = [optimizer for optimizer in self._living() if not own.intersection(trained_by(optimizer))]
         if others:
             raise SessionStop(
-                f"the script trains two models: {type(module).__name__}, and what {type(others[0]).__name__} steps. "
-                "packlight run plans for one; call packlight.fit on each in the script",
+                f"two models are trained: {type(module).__name__}, and what {type(others[0]).__name__} steps. "
+                "Packlight plans for one; call packlight.fit on each instead",
                 exit_status=2,
             )
 

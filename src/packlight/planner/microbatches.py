@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from packlight.budget import BudgetError, least_of
+from packlight.planner.cost import StepCost
 from packlight.planner.outcome import beside_plain, plain_cost
 from packlight.planner.profile import ProfileError
 from packlight.planner.program import rated
@@ -102,7 +103,7 @@ def fastest_split(
         ProfileError: the whole batch cannot be traced; a part that cannot is left out, with a note.
     """
     whole = step_of(1)
-    plain = functools.cache(lambda: plain_cost(whole))
+    plain = functools.cache(lambda: plain_cost(StepCost(whole)))
     found, errors, notes = list[tuple[float, Profile, Plan]](), list[BudgetError](), list[str]()
     for position, num in enumerate(tried):
         try:

@@ -12,7 +12,7 @@ from packlight.planner.moving import order_of_use
 from packlight.planner.options import by_name
 from packlight.planner.search import Chosen
 from packlight.records import Choice, Estimate, Plan
-from packlight.step import OptimizerCost, Profile, Save
+from packlight.step import OptimizerCost, Save
 
 
 def plan_of(costs: StepCost, chosen: Chosen, plain: Cost, budget: Budget, *, exact: bool, smallest_bytes: int) -> Plan:
@@ -148,9 +148,10 @@ def treated_by(plan: Plan) -> dict[str, Treatment]:
     return {each.group: Treatment(each.choice, each.codec) for each in plan.choices if each.sites}
 
 
-def plain_cost(step: Profile) -> Cost:
+def plain_cost(costs: StepCost) -> Cost:
     """Return what a step costs if nothing is changed."""
-    return StepCost(step).price((), step.optimizers[0] if step.optimizers else None)
+    step = costs.profile
+    return costs.price((), step.optimizers[0] if step.optimizers else None)
 
 
 def beside_plain(made: Plan, plain: Cost) -> Plan:

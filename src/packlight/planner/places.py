@@ -6,12 +6,14 @@ of torch's `Module._call_impl`), and the first line outside of torch, packlight 
 
 Backward has no such stack: the engine is called once, and all nodes run below it. The idea is the profiler's own link
 between the passes: autograd numbers the nodes that forward makes, and an operator that is dispatched runs just after
-its node got its number. So the place of a node is known when backward runs it.
+its node got its number. So the place of a node is known when backward runs it. Each thread numbers for itself, and what
+is on a GPU runs backward in a thread of autograd's own.
 """
 
 import os
 import sys
 import sysconfig
+import threading
 from collections.abc import Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple, Protocol
@@ -61,7 +63,7 @@ class Places:
         self._nodes: dict[int, Place] = {}
         self._lines: dict[tuple[CodeType, int], str] = {}
         self._kinds: dict[CodeType, str] = {}
-        self._number = 0
+        self._numbers: dict[int, int] = {}  # by thread
 
     def name(self, made: Sequence[Named], results: Any) -> None:
         """Name what the operator has made that has just run, and remember its place for its node.
@@ -70,8 +72,9 @@ class Places:
             made: the new storages.
             results: what it returned.
         """
-        number = torch._C._autograd._get_sequence_nr()
-        is_first, self._number = number != self._number, number
+        number, thread = torch._C._autograd._get_sequence_nr(), threading.get_ident()
+        is_first = self._numbers.get(thread) != number
+        self._numbers[thread] = number
         large = [each for each in made if each.num_bytes >= MIN_BYTES]
         if not large and not (is_first and _is_large(results)):
             return

@@ -18,7 +18,7 @@ from packlight.budget import Budget, BudgetError, least_of
 from packlight.optim.early import alone_seconds
 from packlight.planner.cost import StepCost
 from packlight.planner.held import EXACT_CODEC
-from packlight.planner.outcome import beside_plain
+from packlight.planner.outcome import beside_plain, plain_cost
 from packlight.planner.program import lossiness, rated
 from packlight.planner.solve import Solver, allowed_formats, solve
 from packlight.records import Plan
@@ -108,7 +108,7 @@ def _is_out(variant: Profile, best: Plan, step: Profile) -> bool:
     (cost,) = variant.optimizers if len(variant.optimizers) == 1 else (None,)
     if cost is None or not cost.host_bytes:
         return False
-    plain_seconds = StepCost(step).price((), step.optimizers[0]).seconds
+    plain_seconds = plain_cost(StepCost(step)).seconds
     slowdown = StepCost(variant).price((), cost).seconds / plain_seconds if plain_seconds else 1.0
     own = next(each for each in step.optimizers if each.formats == cost.formats)
     return rated(slowdown, lossiness(step.optimizers)[step.optimizers.index(own)] + 0.5) >= _rated(best, step=step)
@@ -124,8 +124,7 @@ def _rated(made: Plan, *, step: Profile) -> float:
 
 def as_released(made: Plan, step: Profile) -> Plan:
     """Return a plan for a released step as one for the step as it is, with what that would cost if nothing changed."""
-    plain = StepCost(step).price((), step.optimizers[0])
-    return replace(beside_plain(made, plain), releases_gradients=True)
+    return replace(beside_plain(made, plain_cost(StepCost(step))), releases_gradients=True)
 
 
 def as_planned(step: Profile, plan: Plan) -> Profile:

@@ -15,7 +15,7 @@ from packlight.budget import Budget, BudgetError, format_bytes
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.moving import ONE_AT_A_TIME
 from packlight.planner.options import encodings, moves
-from packlight.planner.outcome import plan_of
+from packlight.planner.outcome import plain_cost, plan_of
 from packlight.planner.program import Option
 from packlight.planner.search import Chosen, Search
 from packlight.records import Plan
@@ -124,7 +124,7 @@ class Solver:
 
     @functools.cached_property
     def _plain(self) -> Cost:
-        return self._costs.price((), self._optimizers[0] if self._optimizers else None)
+        return plain_cost(self._costs)
 
     @property
     def _formats(self) -> Sequence[OptimizerCost | None]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from packlight.activations.blocks import find_blocks
 from packlight.budget import BudgetError, format_bytes, least_of
-from packlight.planner.cost import Cost
+from packlight.planner.cost import Cost, StepCost
 from packlight.planner.cut import cut_of
 from packlight.planner.known_hardware import Hardware
 from packlight.planner.outcome import beside_plain, plain_cost
@@ -231,7 +231,7 @@ def fastest_sharding(step: Profile, found: Sequence[Way], *, link: float, solver
     """
     every = [(way, seen_by_rank(step, way.sharding, link)) for way in found]
     seen = [(way, rank) for way, rank in every if _is_possible(way.sharding, rank)]
-    tried = [(way, rank, plain_cost(rank)) for way, rank in sorted(seen, key=lambda each: each[1].seconds)]
+    tried = [(way, rank, plain_cost(StepCost(rank))) for way, rank in sorted(seen, key=lambda each: each[1].seconds)]
     made, errors = dict[int, Plan](), dict[str, BudgetError]()
     for at, (way, rank, as_it_is) in enumerate(tried):
         best = min((plan.estimate.step_seconds for plan in made.values()), default=None)
@@ -250,7 +250,9 @@ def fastest_sharding(step: Profile, found: Sequence[Way], *, link: float, solver
         for at, (way, rank, as_it_is) in enumerate(tried)
     )
     asked = replace(tried[chosen][0].asked, link_bytes_per_second=link, rows=rows, binds=_binds(plan, rows[chosen]))
-    return replace(beside_plain(plan, plain_cost(step)), sharding=asked, notes=(*plan.notes, *_notes(asked, found)))
+    return replace(
+        beside_plain(plan, plain_cost(StepCost(step))), sharding=asked, notes=(*plan.notes, *_notes(asked, found))
+    )
 
 
 def _notes(asked: Sharded, found: Sequence[Way]) -> list[str]:
