@@ -103,8 +103,8 @@ class Adoption:
         A second call does nothing.
 
         Raises:
-            torch.OutOfMemoryError: states in host memory find no room beside their parameters; then nothing has
-                changed. `state_dict()` needs none there.
+            torch.OutOfMemoryError: states find no room beside their parameters. Those in host memory have not changed
+                then; of others some may have torch's form, until their next step. `state_dict()` needs no room there.
         """
         self._hidden.show()
         groups = dict.fromkeys(self._flats, self._optimizer.param_groups[0])
@@ -212,6 +212,8 @@ class Adoption:
         state = self._optimizer.state.get(param)
         if isinstance(state, CompactState):
             return state
+        if state:  # given back by a `remove` that found no room for the others
+            return self._adopt_state(param, self._encode(param, state))
         return self._adopt_state(param, self._layout(param).init_state(param, device=self._place(param)))
 
     def _place(self, param: Tensor) -> torch.device:
