@@ -1,14 +1,16 @@
-"""What packlight promises holds on a GPU: bits of gradients and updates, bytes of plans."""
+"""What packlight promises holds on a GPU: bits of gradients and updates, bytes of plans, and what is told of both."""
 
 import contextlib
 import copy
 import functools
 import gc
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -17,6 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import packlight
 from packlight.activations.engine import Engine
 from packlight.activations.offload import make_tier
+from packlight.cli import main
+from packlight.doctor import trials
+from packlight.memory import Memory
 from packlight.numerics import FORMATS
 from packlight.numerics.groups import GROUP_FORMATS
 from packlight.optim import AdamW, adopt
@@ -29,6 +34,9 @@ from packlight.pipeline.simulate import StageCost, simulate
 from packlight.pipeline.whole import whole
 from packlight.planner.operators import Operators
 from packlight.planner.plan import plan
+from packlight.planner.timeline import ALLOCATION_BYTES
+from packlight.records import Measurement
+from packlight.report.snapshot import read_snapshot
 from tests.activations.cases import EXACT, MODELS, NUM_STEPS, assert_equal, bf16, engine, train
 from tests.cases import GPT, NUM_BYTES, Case, windows
 
@@ -279,6 +287,14 @@ def test_a_step_can_be_captured_in_a_graph() -> None:
 @pytest.mark.parametrize("tier", ["", "host"])
 @pytest.mark.parametrize("name", ["gpt", "lora", "llama", "bert", "convnet", "unet", "vit", "flat"])
 def test_an_exact_plan_keeps_its_budget_and_its_estimate(name: str, tier: str) -> None:
+    measured, _, made = fitted(name, tier=tier)
+    assert measured.num_steps == 4
+    assert measured.device_peak_bytes <= made.budget_bytes
+    assert measured.device_peak_bytes == pytest.approx(made.estimate.device_peak_bytes, rel=PEAK_TOLERANCE)
+
+
+def fitted(name: str, *, tier: str = "") -> tuple[Measurement, Memory, packlight.Plan]:
+    """Train four steps within a budget between the least and what plain training takes."""
     made_case = case_of(name)
     batch = _larger(made_case.batch)
     case = Case(made_case.model, batch, _own_loss_or_mean_square)
@@ -297,10 +313,8 @@ def test_an_exact_plan_keeps_its_budget_and_its_estimate(name: str, tier: str) -
             loss.backward()
             optimizer.step()
             del output, loss
-        measured, made = handle.measurement, handle.plan
-    assert measured is not None and measured.num_steps == 4
-    assert measured.device_peak_bytes <= budget
-    assert measured.device_peak_bytes == pytest.approx(made.estimate.device_peak_bytes, rel=PEAK_TOLERANCE)
+        assert handle.measurement is not None and handle.measured is not None
+        return handle.measurement, handle.measured, handle.plan
 
 
 def _larger(batch: Any) -> Any:
@@ -354,3 +368,112 @@ def test_a_pipeline_of_one_rank_moves_parcels_to_the_host_and_gives_the_same_gra
     assert found["moved"][1] > 0 and found["plain"][1] == 0
     assert found["moved"][0] < found["plain"][0]
     assert all(torch.equal(a, b) for a, b in zip(found["plain"][2], found["moved"][2], strict=True))
+
+
+def test_what_is_told_of_a_step_is_what_tensors_took_at_its_peak_with_the_lines_that_made_it() -> None:
+    """The allocator counts what kernels take inside, and libraries' workspaces, too; the line has tensors alone."""
+    measured, memory, made = fitted("gpt")
+    assert made.recomputed()
+    assert memory.peak_bytes == max(map(sum, zip(*memory.by_category().values(), strict=True)))
+    assert 0.5 * measured.device_peak_bytes < memory.peak_bytes <= measured.device_peak_bytes
+    phases = {phase.name for phase in memory.phases}
+    assert {"forward", "backward", "optimizer"} <= phases
+    gradients = [each for each in memory.held if each.site.startswith("backward of ")]
+    assert gradients and any(each.code.startswith("cases.py:") for each in gradients)  # autograd's thread has no stack
+    again = [
+        each for each in memory.held if each.site.startswith("blocks.") and memory.phase_at(each.born) == "backward"
+    ]
+    assert again and all(each.code.startswith("cases.py:") for each in again)
+
+
+def rounded_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return what the allocator takes for tensors that are small."""
+    unit = ALLOCATION_BYTES[DEVICE]
+    return sum(-(-each.nbytes // unit) * unit for each in tensors)
+
+
+@pytest.mark.parametrize("stacks", ["python", "all"])
+def test_explain_tells_of_a_snapshot_what_each_kind_of_tensor_takes(
+    stacks: Literal["python", "all"], tmp_path: Path
+) -> None:
+    take_steps(warm := gpt(), torch.optim.AdamW(warm.parameters()), 1)  # libraries make their workspaces
+    del warm
+    gc.collect()
+    torch.cuda.memory._record_memory_history(stacks=stacks, clear_history=True)
+    try:
+        net = gpt()
+        optimizer = torch.optim.AdamW(net.parameters())
+        take_steps(net, optimizer, 2)
+        loss = loss_of(net, 2)
+        torch.cuda.memory._dump_snapshot(str(tmp_path / "snapshot.pickle"))
+        allocated_bytes = torch.cuda.memory_allocated()
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    (device,) = read_snapshot(tmp_path / "snapshot.pickle")
+    states = [each for state in optimizer.state.values() for each in state.values() if each.device.type == DEVICE]
+    assert loss.requires_grad and device.allocated_bytes == allocated_bytes == sum(device.by_kind.values())
+    assert device.by_kind["parameters"] == rounded_bytes(net.parameters())
+    assert device.by_kind["gradients"] == rounded_bytes(_gradients(net))
+    assert device.by_kind["optimizer_states"] == rounded_bytes(states)
+    assert device.by_kind["activations"] > 0
+    done = CliRunner().invoke(main, ["explain", str(tmp_path / "snapshot.pickle")])
+    assert done.exit_code == 0 and "optimizer states" in done.output and "1. " in done.output
+
+
+def test_the_doctor_finds_each_gpu_and_pins_memory() -> None:
+    found = list(trials.gpus(Path("/")))
+    assert len(found) == torch.cuda.device_count() and {each.status for each in found} == {"works"}, found
+    assert found[0].name == "CUDA 0" and torch.cuda.get_device_name(0) in found[0].found
+    assert 0 < found[0].facts["free_bytes"] <= found[0].facts["total_bytes"]
+    pinned = trials.pinned_memory()
+    assert pinned.status == "works" and "were pinned in" in pinned.found, pinned
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers warns of what a small training leaves out
+def test_a_trainer_with_the_plugin_keeps_its_budget_and_the_losses(repeatable: None, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from packlight.integrations.transformers import PacklightCallback
+
+    sizes = {"vocab_size": 128, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, bos_token_id=None, eos_token_id=None)
+    rows = (torch.arange(64)[:, None] + torch.arange(256)) % 128
+
+    def train(callback: PacklightCallback) -> list[float]:
+        gc.collect()
+        torch.manual_seed(0)
+        given = {"max_steps": 4, "per_device_train_batch_size": 16, "logging_steps": 1, "save_strategy": "no"}
+        args = transformers.TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, **given)
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        model = transformers.LlamaForCausalLM(config)
+        trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[callback])
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    measuring = PacklightCallback(None)
+    losses = train(measuring)
+    if train(PacklightCallback(None)) != losses:
+        pytest.skip("two plain runs differ")
+    assert measuring.measurement is not None and len(losses) == 4
+    planned = PacklightCallback(measuring.measurement.device_peak_bytes * 8 // 10, exact=True)
+    assert train(planned) == losses
+    assert planned.plan is not None and planned.plan.recomputed() and planned.measurement is not None
+    assert planned.measurement.device_peak_bytes <= planned.plan.budget_bytes
+
+
+def test_paged_states_of_bitsandbytes_are_told_and_lie_outside_of_the_allocator() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    net = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).to(DEVICE)
+    optimizer = bitsandbytes.optim.PagedAdamW8bit(net.parameters(), lr=1e-3)
+    batch = torch.ones(4096, 512, device=DEVICE)
+    made = plan(net, batch, optimizer, budget="4GiB", loss=lambda output, _: output.square().mean())
+    assert any("1.00 MiB of the states of PagedAdamW8bit are CUDA's managed memory" in note for note in made.notes)
+    with packlight.apply(made, net, optimizer) as handle:
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(batch).square().mean().backward()
+            optimizer.step()
+        measured = handle.measurement
+    weights = [net.get_parameter(name) for name in ("0.weight", "2.weight")]
+    assert {optimizer.state[each]["state1"].device.type for each in weights} == {"cpu"}  # how bitsandbytes shows them
+    assert measured is not None
+    assert measured.device_peak_bytes == pytest.approx(made.estimate.device_peak_bytes, rel=PEAK_TOLERANCE)
