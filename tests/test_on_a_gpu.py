@@ -21,6 +21,7 @@ from packlight.activations.engine import Engine
 from packlight.activations.offload import make_tier
 from packlight.cli import main
 from packlight.doctor import trials
+from packlight.measurement import Measurement
 from packlight.memory import Memory
 from packlight.numerics import FORMATS
 from packlight.numerics.groups import GROUP_FORMATS
@@ -35,7 +36,6 @@ from packlight.pipeline.whole import whole
 from packlight.planner.operators import Operators
 from packlight.planner.plan import plan
 from packlight.planner.timeline import ALLOCATION_BYTES
-from packlight.records import Measurement
 from packlight.report.snapshot import read_snapshot
 from tests.activations.cases import EXACT, MODELS, NUM_STEPS, assert_equal, bf16, engine, train
 from tests.cases import GPT, NUM_BYTES, Case, windows

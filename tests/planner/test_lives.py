@@ -96,7 +96,7 @@ def test_a_plan_that_moves_tells_when_and_a_slower_step_tells_it_slower() -> Non
     case = CASES["convnet"]()
     fast = replace(LINK, out_bytes_per_second=1e15, in_bytes_per_second=1e15)
     step = replace(profile(case.model, case.batch, None, loss=case.loss, link=fast), codec_call_seconds=0.0)
-    plan = solve(step, Budget.of(plain_cost(step).peak_bytes * 9 // 10), exact=True)
+    plan = solve(step, Budget.of(plain_cost(StepCost(step)).peak_bytes * 9 // 10), exact=True)
     assert plan.tier == "disk" and plan.predicted is not None and plan.predicted.lanes is not None
     assert packlight.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     slower = replace(plan.predicted, lanes=plan.predicted.lanes.scaled(2.0))
