@@ -34,23 +34,15 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from packlight.numerics.formats import state_format as format_named
 from packlight.numerics.noise import seed_of
-from packlight.optim.adoptable import group_refusal, raise_if
+from packlight.optim.adoptable import check_formats, group_refusal, raise_if
 from packlight.optim.adopted_state import CompactState, moments_of, own_state, show_portable
 from packlight.optim.flat import Flat
 from packlight.optim.hidden import HiddenGradients
 from packlight.optim.hosted import HostStep, placed
 from packlight.optim.layout import Layout, layout_of
-from packlight.optim.piece import is_dtensor, local_of
-from packlight.optim.state import (
-    MOMENTS,
-    State,
-    check_dtype,
-    group_settings,
-    nbytes,
-    step_device,
-)
+from packlight.optim.piece import local_of
+from packlight.optim.state import MOMENTS, State, group_settings, nbytes, step_device
 from packlight.optim.stepping import Entry, Scalars, check_dense, run
 
 _adopted: "weakref.WeakKeyDictionary[Optimizer, weakref.ref[Adoption]]" = weakref.WeakKeyDictionary()
@@ -61,18 +53,15 @@ class Adoption:
 
     def __init__(self, optimizer: Adam, state_formats: Mapping[Tensor, str], flats: Mapping[Tensor, Flat]) -> None:
         self._optimizer = optimizer
-        chosen = {param: placed(name) for param, name in state_formats.items() if name != "fp32"}
-        self._formats = {param: name for param, (name, _) in chosen.items()} | dict.fromkeys(flats, "")
+        self._formats = dict.fromkeys(flats, "")
         self._flats = dict(flats)
-        self._host = HostStep(param for param, (_, on_host) in chosen.items() if on_host)
+        self._host = HostStep(())
         self._hidden = HiddenGradients()
         self._loaded: dict[Tensor, State] = {}
         self._history: dict[tuple[Tensor, int], int] = {}
         self._num_calls = 0
         self._places: dict[Tensor, int] = {}
-        for param in self._formats:
-            if optimizer.state.get(param):
-                self._adopt_state(param, self._encode(param, optimizer.state[param]))
+        self._manage(state_formats)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -80,6 +69,28 @@ class Adoption:
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+
+    def extend(self, state_formats: Mapping[Tensor, str]) -> None:
+        """Keep the states of more parameters in our formats, as ones that are trained later.
+
+        Args:
+            state_formats: as `adopt` takes it; nothing changes for parameters that are managed already.
+
+        Raises:
+            ValueError: as `adopt`; nothing has changed then.
+        """
+        new = {param: name for param, name in state_formats.items() if param not in self._formats}
+        check_formats(set(_params(self._optimizer)), new)
+        self._manage(new)
+
+    def _manage(self, state_formats: Mapping[Tensor, str]) -> None:
+        chosen = {param: placed(name) for param, name in state_formats.items() if name != "fp32"}
+        self._formats |= {param: name for param, (name, _) in chosen.items()}
+        self._host.add(param for param, (_, on_host) in chosen.items() if on_host)
+        for param in (*chosen, *self._flats):
+            state = self._optimizer.state.get(param)
+            if state and not isinstance(state, CompactState):
+                self._adopt_state(param, self._encode(param, state))
 
     def state_bytes(self) -> int:
         """Return the exact bytes of the optimiser's states, managed or not, on any tier, also before the first step.
@@ -294,21 +305,7 @@ def adopt(
     """
     raise_if(can_adopt(optimizer))
     assert isinstance(optimizer, Adam)
-    own = set(_params(optimizer))
-    for param, chosen in state_formats.items():
-        if param not in own:
-            raise ValueError(
-                f"state_formats names a parameter of shape {tuple(param.shape)} that is not the optimiser's; "
-                "wanted only parameters of its param_groups. Call adopt after add_param_group."
-            )
-        name, on_host = placed(chosen)
-        if on_host and is_dtensor(param):
-            raise ValueError(
-                f"{chosen!r} came for a parameter of shape {tuple(param.shape)} that is a DTensor; its state can be in "
-                "host memory if the parameter is, too: shard it with CPUOffloadPolicy"
-            )
-        if format_named(name).name != "fp32" or on_host:
-            check_dtype(param.dtype)
+    check_formats(set(_params(optimizer)), state_formats)
     handle = Adoption(optimizer, state_formats, flats or {})
     _adopted[optimizer] = weakref.ref(handle)
     return handle

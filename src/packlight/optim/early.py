@@ -57,15 +57,21 @@ class EarlyUpdates:
         self._optimizer, self._adoption = optimizer, adoption
         self._done: set[Tensor] = set()
         self._used: dict[int, dict[str, Any]] = {}
-        places = [(param, number) for number, group in enumerate(optimizer.param_groups) for param in group["params"]]
-        self._hooks: list[Any] = [
-            param.register_post_accumulate_grad_hook(functools.partial(self._update, number=number))
-            for param, number in places
-            if param.requires_grad
-        ]
+        self._hooked: set[Tensor] = set()
+        self._hooks: list[Any] = []
+        self.extend()
         self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._check_settings()))
         self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._close_round()))
         self._hooks.append(refuse_what_needs_gradients())
+
+    def extend(self) -> None:
+        """Take in parameters that get gradients since."""
+        for number, group in enumerate(self._optimizer.param_groups):
+            for param in group["params"]:
+                if param.requires_grad and param not in self._hooked:
+                    update = functools.partial(self._update, number=number)
+                    self._hooks.append(param.register_post_accumulate_grad_hook(update))
+                    self._hooked.add(param)
 
     def remove(self) -> None:
         """Let the optimiser step as before; calling it again does nothing."""

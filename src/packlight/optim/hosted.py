@@ -112,6 +112,11 @@ class HostStep:
         for device, on_it in by_device.items():
             self._courier(device).step(on_it, update)
 
+    def add(self, params: Iterable[Tensor]) -> None:
+        """Take in more parameters; slots are made anew where one is larger."""
+        self.close()
+        self.params |= frozenset(params)
+
     def close(self) -> None:
         """Give the memory back, after the copies."""
         while self._couriers:

@@ -19,14 +19,18 @@ from packlight.records import Plan
 from packlight.step import Profile
 
 LARGER_ON_A_RANK = (
-    "packlight: a batch is larger than those that the plan was made for; ranks that share a model keep their plan, and "
-    "the peak may exceed the budget. Let the first batch be the largest"
+    "packlight: a plan would be made anew {}; ranks that share a model keep their plan, and the peak may exceed the "
+    "budget. Let the first step be the largest"
 )
 
 
-def warn_of_larger() -> None:
-    """Warn of a batch that is larger on one rank."""
-    warnings.warn(LARGER_ON_A_RANK, stacklevel=level_of_user())
+def warn_of_larger(told: str) -> None:
+    """Warn of a step that is larger on one rank.
+
+    Args:
+        told: what it is larger for.
+    """
+    warnings.warn(LARGER_ON_A_RANK.format(told), stacklevel=level_of_user())
 
 
 class Agreement:

@@ -19,13 +19,14 @@ from packlight.memory import Memory
 from packlight.planner.carry import Adopted, adopt_formats, carry_out
 from packlight.planner.cut import agreement_of
 from packlight.planner.listen import BackwardStandIn
-from packlight.planner.loop import Call, Loss, num_elements
+from packlight.planner.loop import Call, Loss
 from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
 from packlight.planner.microbatches import split
 from packlight.planner.places import level_of_user
 from packlight.planner.plan import profiled
 from packlight.planner.released import as_planned
+from packlight.planner.scope import num_elements
 from packlight.records import Plan
 from packlight.step import Profile
 

@@ -1,13 +1,13 @@
 """Carries out what a plan says of a model's blocks and sites, and of its optimiser's states, undone by handles."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from packlight.activations.engine import Engine
 from packlight.activations.offload import make_tier
@@ -16,7 +16,7 @@ from packlight.activations.sites import module_of
 from packlight.activations.tier import OffloadError, Tier, Traffic
 from packlight.measurement import Measurement
 from packlight.optim.adopt import Adoption, adopt
-from packlight.optim.early import update_early
+from packlight.optim.early import EarlyUpdates, update_early
 from packlight.planner.cut import flats_of, without_engine
 from packlight.planner.exhausted import is_out_of_memory
 from packlight.planner.loop import Call
@@ -125,10 +125,31 @@ class Adopted:
         is_beside: whether the host's memory is another than the model's.
         adoption: what keeps states in another format or place; None where they are as they were.
         undo: undoes everything.
+        early: what steps parameters inside backward; None where nothing does.
     """
 
-    def __init__(self, adoption: Adoption | None, undo: Callable[[], None], *, is_beside: bool) -> None:
+    def __init__(
+        self, adoption: Adoption | None, undo: Callable[[], None], *, is_beside: bool, early: EarlyUpdates | None = None
+    ) -> None:
         self._adoption, self._undo, self._is_beside, self._host_bytes = adoption, undo, is_beside, 0
+        self._early = early
+
+    def extend(self, changed: Mapping[Tensor, str]) -> bool:
+        """Take in parameters that get gradients since.
+
+        Args:
+            changed: formats of all states that are not torch's own, by parameter.
+
+        Returns:
+            False where states had all been torch's own, and some are not to be from now on: adopt anew then.
+        """
+        if self._adoption is None and changed:
+            return False
+        if self._adoption is not None:
+            self._adoption.extend(changed)
+        if self._early is not None:
+            self._early.extend()
+        return True
 
     def remove(self) -> None:
         """Undo the choices; again it does nothing."""
@@ -168,6 +189,16 @@ class Adoptions:
             if optimizer not in self._adopted:
                 self._adopted[optimizer] = adopt_formats(plan, model, optimizer)
 
+    def extend(self, plan: Plan, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Let optimisers keep states as a plan says that has formats for more parameters than the one before."""
+        for optimizer in optimizers:
+            held = self._adopted.get(optimizer)
+            if held is not None and held.extend(_changed(plan, model, optimizer)):
+                continue
+            if held is not None:
+                held.remove()
+            self._adopted[optimizer] = adopt_formats(plan, model, optimizer)
+
     def complete(self, measured: Measurement) -> Measurement:
         """Return a measurement with what states take of the host's memory."""
         for adopted in self._adopted.values():
@@ -196,6 +227,20 @@ def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer
         ValueError: the plan names a parameter that is not here, or wants a format for a state that this optimiser
             cannot keep in it.
     """
+    changed = _changed(plan, model, optimizer)
+    flats = flats_of(optimizer, changed)
+    with ExitStack() as undo:
+        adoption = adopt(optimizer, {} if flats else changed, flats=flats) if changed else None
+        if adoption is not None:
+            undo.callback(adoption.remove)
+        early = update_early(optimizer, adoption) if plan.releases_gradients else None
+        if early is not None:
+            undo.callback(early.remove)
+        return Adopted(adoption, undo.pop_all().close, is_beside=device_of(model).type != "cpu", early=early)
+
+
+def _changed(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
+    """Return the formats of states that are not to be torch's own."""
     with without_engine(model):
         names = parameter_names(model, optimizer)
     here = {*names.values(), *dict(model.named_parameters())}
@@ -206,12 +251,4 @@ def adopt_formats(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer
             "was it made for another model?"
         )
     formats = {parameter: plan.state_formats.get(name, "as is") for parameter, name in names.items()}
-    changed = {parameter: chosen for parameter, chosen in formats.items() if chosen not in EXACT_FORMATS}
-    flats = flats_of(optimizer, changed)
-    with ExitStack() as undo:
-        adoption = adopt(optimizer, {} if flats else changed, flats=flats) if changed else None
-        if adoption is not None:
-            undo.callback(adoption.remove)
-        if plan.releases_gradients:
-            undo.callback(update_early(optimizer, adoption).remove)
-        return Adopted(adoption, undo.pop_all().close, is_beside=device_of(model).type != "cpu")
+    return {parameter: chosen for parameter, chosen in formats.items() if chosen not in EXACT_FORMATS}

@@ -43,21 +43,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-Shapes = tuple[tuple[int, ...], ...]
 AUTOCAST_TYPES = ("cpu", "cuda")
-
-
-def covers(known: Shapes, shapes: Shapes) -> bool:
-    """Tell whether arguments are no longer than known ones in any dimension."""
-    if [len(shape) for shape in shapes] != [len(shape) for shape in known]:
-        return False
-    pairs = zip(known, shapes, strict=True)
-    return all(length <= most for most_shape, shape in pairs for most, length in zip(most_shape, shape, strict=True))
-
-
-def num_elements(shapes: Shapes) -> int:
-    """Return the elements of tensors of these shapes together."""
-    return sum(map(math.prod, shapes))
 
 
 def _autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
@@ -82,7 +68,7 @@ class Call:
             return cls(kwargs=dict(batch))
         return cls(tuple(batch)) if isinstance(batch, tuple) else cls((batch,))
 
-    def shapes(self) -> Shapes:
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of all tensors in the arguments."""
         return tuple(tuple(tensor.shape) for tensor in flat_tensors((self.args, dict(self.kwargs))))
 

@@ -5,7 +5,7 @@ it after. While one is made the model runs on fake tensors, and what a listener 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from packlight.planner.profile import ProfileError, profile
 from packlight.planner.released import as_planned, as_released, solve_releasing
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import carried_bytes
-from packlight.planner.solve import least_plan, solve
+from packlight.planner.solve import EXACT_FORMATS, least_plan, solve
 from packlight.planner.world import solver_in
 from packlight.records import Plan
 from packlight.step import Profile
@@ -92,8 +92,9 @@ class Maker:
             step = profile(self._model, call, self._optimizers, seen=seen, hardware=hardware, link=link)
             step = _noted(step, self._model)
             step = replace(step, notes=(*step.notes, *self._settings.unused(device)))
-            held = tuple(cost for cost in step.optimizers if self.held and cost.formats == self.held.state_formats)
-            step = replace(step, optimizers=held) if held else step
+            held = {} if self.held is None else self.held.state_formats
+            kept = tuple(cost for cost in step.optimizers if held and _keeps(cost.formats, held))
+            step = replace(step, optimizers=kept) if kept else step
             step = replace(step, carried_before_bytes=carried_bytes(step, before)) if before else step
             made = self._solve(step, allowed)
             points = self._settings.num_curve_points
@@ -189,6 +190,13 @@ class Maker:
             return step, replace(plan, budget_bytes=budget_bytes)
 
         return *self.agreement.made(tight), titles[0]
+
+
+def _keeps(formats: Mapping[str, str], held: Mapping[str, str]) -> bool:
+    """Tell whether states may go on under formats: as they are held; those of more parameters may have any."""
+    if held.keys() >= formats.keys() or not set(held.values()).issubset(EXACT_FORMATS):
+        return all(formats.get(name, chosen) == chosen for name, chosen in held.items())
+    return True  # torch's own can become what a plan with more parameters wants
 
 
 def _noted(step: Profile, model: nn.Module) -> Profile:

@@ -273,13 +273,15 @@ class StepWatch:
         self._measuring = True
         self._resizes = Resizes(self.line)
 
-    def measure_again(self) -> None:
-        """Follow the next step too, storage by storage."""
-        if not self._measuring and self._began:
+    def measure_again(self, num_steps: int = 1) -> None:
+        """Follow the next steps too, storage by storage."""
+        if not self._began:
+            return
+        self._num_measured = max(self._num_measured, self.num_steps + num_steps)
+        if not self._measuring:
             self.line = Timeline(self.line.device_type)
             self.tail = TailWatch(self.line)
             self._plan.start = None if self._plan.start is None else 0
-            self._num_measured = self.num_steps + 1
             self._follow()
 
     def _meet_others(self) -> None:

@@ -32,8 +32,9 @@ from torch._dynamo.eval_frame import OptimizedModule
 from packlight.activations.compiled import skipped
 from packlight.activations.standin import StandIn
 from packlight.planner.exhausted import Exhausted, is_out_of_memory
-from packlight.planner.loop import Call, num_elements
+from packlight.planner.loop import Call
 from packlight.planner.rewind import Aside, Drawn, Start
+from packlight.planner.scope import num_elements
 from packlight.planner.stages import Outputs
 from packlight.planner.tensors import flat_tensors
 from packlight.records import Plan

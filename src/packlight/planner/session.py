@@ -31,7 +31,7 @@ from packlight.planner.cut import num_calls
 from packlight.planner.exhausted import tell_once
 from packlight.planner.finder import Finder
 from packlight.planner.listen import Ears, Listener, LossLog, ModuleHook
-from packlight.planner.loop import Call, Seen, Shapes, covers, num_elements
+from packlight.planner.loop import Call, Seen
 from packlight.planner.making import Maker
 from packlight.planner.measure import StepWatch
 from packlight.planner.mend import Mend
@@ -39,6 +39,7 @@ from packlight.planner.profile import ProfileError
 from packlight.planner.released import as_planned
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import joined, predicted_step_seconds, rescale, without_tier
+from packlight.planner.scope import Growth, Scope
 from packlight.records import Estimate, Plan
 from packlight.step import Profile
 
@@ -64,7 +65,7 @@ class Session(Listener):
         self._blocks: Carried | None = None
         self._mend: Mend | None = None
         self._maker: Maker | None = None
-        self._shapes: list[Shapes] = []
+        self._scope: Scope | None = None
         self._pace = 1.0, 1.0
         self._stop: SessionStop | None = None
         self._num_updates = 0
@@ -159,7 +160,7 @@ class Session(Listener):
         self._ignore_calls()
         (self._model, trained), self._call = found, call
         self._optimizers = trained
-        self._shapes, self._maker = [call.shapes()], Maker(self._model, trained, self.settings)
+        self._scope, self._maker = Scope(call, self._model), Maker(self._model, trained, self.settings)
         self._agreement = self._maker.agreement
         try:
             self._plan_before_first_step()
@@ -209,22 +210,20 @@ class Session(Listener):
             raise self._stop
 
     def _forward_begins(self, call: Call) -> None:
-        """Plan anew for a batch that is longer in some dimension than every batch before."""
-        shapes = call.shapes()
+        """Plan anew for a batch that is longer in some dimension than all before, or where more is trained."""
         training = torch.is_grad_enabled() and not self._planning and self.settings.plan is None
-        if not training or self.plan is None or any(covers(known, shapes) for known in self._shapes):
+        if not training or self.plan is None or self._scope is None:
             return
-        if self._agreement.is_shared:  # the other ranks' batches may be as before, and they would not ask
-            self._shapes.append(shapes)
-            warn_of_larger()
+        growth = self._scope.growth(call)
+        if growth is None:
             return
-        largest = max(map(num_elements, self._shapes), default=0)
-        self._shapes.append(shapes)
-        if self._seen is None:
+        if self._agreement.is_shared:  # the other ranks' steps may be as before, and they would not ask
+            warn_of_larger(growth.told)
+        elif self._seen is None:
             self._call = call
         else:
-            self._seen = self._seen.for_batches(max(1.0, num_elements(shapes) / largest) if largest else 1.0)
-            self._plan_for_larger_batches(call)
+            self._seen = self._seen.for_batches(growth.ratio)
+            self._plan_for_larger_steps(call, growth)
 
     def _forward_ended(self) -> None:
         self._between = torch.is_grad_enabled() and self._num_updates == 0
@@ -277,17 +276,17 @@ class Session(Listener):
 
     def _meet(self, optimizer: Optimizer) -> None:
         """Take in an optimiser that was made after the first forward."""
-        assert self._model is not None and self._watch is not None
+        assert self._model is not None and self._watch is not None and self._scope is not None
         if self.settings.budget is not None:
             self._finder.refuse_others(self._model)
         self._optimizers.append(optimizer)
         self._watch.optimizers.append(optimizer)
         self._watch.measure_again()
-        self._shapes.clear()  # other parameters may get gradients now: the next forward plans anew
+        self._scope.met_optimizer()  # the next forward plans anew
 
     def _plan_again(self) -> None:
         """Plan with what step 1 has shown, and carry that out (step 3)."""
-        assert self._watch and self._first and self._mend and self._step
+        assert self._watch and self._first and self._mend and self._step and self._scope
         watch, seconds = self._watch, self._watch.step_seconds_so_far()
         self._seen = without_tier(watch.seen(self._gradients), self._first, self._step)
         with watch.aside():
@@ -303,28 +302,28 @@ class Session(Listener):
             self._tell(plan, f"after step 1, {title}")
             self.plan, self._call = plan, None  # a batch is not held longer than it is needed
             self._carry_out(plan)
-            num_planned = max(map(num_elements, self._shapes), default=0)
-            self._mend.begin(plan, as_planned(step, plan), num_elements=num_planned)
+            self._mend.begin(plan, as_planned(step, plan), num_elements=self._scope.num_elements)
 
-    def _plan_for_larger_batches(self, call: Call) -> None:
+    def _plan_for_larger_steps(self, call: Call, growth: Growth) -> None:
         """Choose blocks anew, with the states' format as it is; where nothing fits, say so and spare what can be."""
-        assert self._watch and self._seen and self._model is not None and self.plan and self._maker
+        assert self._watch and self._seen and self._model is not None and self.plan and self._maker and self._scope
         before = self.plan
         with self._watch.aside():
             self._put_blocks_back()
             step, plan, fits = self._maker.make_or_least(call, self._seen, before=before)
             misfit = "" if fits else f"which does not fit {self.settings.budget}, the smallest "
             self.plan = plan = joined(step, rescale(plan, *self._pace), before)
-            self._tell(plan, f"for a larger batch, {misfit}")
+            self._tell(plan, f"{growth.told}, {misfit}")
             self._blocks = carry_out(plan, self._model)
+            self._adopted.extend(plan, self._model, self._optimizers)
             if self._mend is not None:
                 is_final = not self._mend.is_verified()
-                num_planned = max(map(num_elements, self._shapes))
-                self._mend.begin(plan, as_planned(step, plan), num_elements=num_planned, is_final=is_final)
+                known = {"num_elements": self._scope.num_elements}
+                self._mend.begin(plan, as_planned(step, plan), is_final=is_final, **known)
         if self._watch.model is self._model:  # torch has the forward that it is going to call already
             self._in_call.enter_context(self._blocks.saving(call))
         self._watch.end_step()
-        self._watch.measure_again()
+        self._watch.measure_again(growth.num_steps)
 
     def _put_blocks_back(self) -> None:
         if self._mend is not None:

@@ -1,0 +1,128 @@
+"""Steps that grow in mid-run because more is trained: a body is unfrozen, parameters and optimisers come later."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from packlight.measurement import Measurement
+from packlight.optim.adopted_state import CompactState
+from packlight.planner.guest import Guest
+from packlight.planner.loop import Call
+from packlight.planner.scope import MAX_CHANGES, Scope
+from tests.cases import GPT, windows
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+WIDTH, NUM_STEPS, FROZEN_STEPS = 64, 9, 4
+
+
+def train(
+    budget: int | None, *, thaws: str = "group", exact: bool = True, releases: bool = False
+) -> tuple[Measurement, list[float], torch.optim.Optimizer]:
+    """Train the head, then all of it; return what was measured, losses, and the optimiser.
+
+    What is trained later becomes a group of its own then ("group"), or has been the optimiser's all the time ("there").
+    """
+    torch.manual_seed(3)
+    model, losses = GPT(width=WIDTH, num_layers=4), list[float]()
+    head = [*model.norm.parameters(), *model.head.parameters()]
+    body = [each for name, each in model.named_parameters() if not name.startswith(("norm", "head"))]
+    for parameter in body:
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.AdamW([*head, *body] if thaws == "there" else head, lr=1e-3)
+    guest = Guest(budget, exact=exact, release_gradients=releases)
+    with guest.during(optimizer):
+        for step in range(NUM_STEPS):
+            tokens = windows(4, 33)
+            if step == FROZEN_STEPS:
+                for parameter in body:
+                    parameter.requires_grad_(True)
+                if thaws == "group":
+                    optimizer.add_param_group({"params": body})
+            loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            losses.append(loss.item())
+            del loss
+            optimizer.step()
+            optimizer.zero_grad()
+        compact = [isinstance(state, CompactState) for state in optimizer.state.values()]
+    assert guest.measurement is not None
+    assert any(compact) == (not exact and budget is not None)
+    return guest.measurement, losses, optimizer
+
+
+def peak_of_all() -> int:
+    """What a step takes when everything is trained and nothing is planned: three steps of it are measured."""
+    torch.manual_seed(3)
+    model = GPT(width=WIDTH, num_layers=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    guest = Guest(None)
+    with guest.during(optimizer):
+        for _ in range(3):
+            tokens = windows(4, 33)
+            loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            del loss
+            optimizer.step()
+            optimizer.zero_grad()
+    assert guest.measurement is not None
+    return guest.measurement.device_peak_bytes
+
+
+@pytest.mark.parametrize("thaws", ["group", "there"])
+def test_a_plan_is_made_anew_when_more_is_trained_and_the_losses_stay(
+    thaws: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = train(None, thaws=thaws)[1]
+    budget = peak_of_all() * 92 // 100
+    measured, others, _ = train(budget, thaws=thaws)
+    assert others == losses
+    assert measured.device_peak_bytes <= budget and measured.predicted_peak_bytes is not None
+    assert measured.device_peak_bytes > peak_of_all() // 2  # what the frozen steps took is far below
+    assert measured.device_peak_bytes == pytest.approx(measured.predicted_peak_bytes, rel=0.02)
+    assert "parameters more that get gradients" in capsys.readouterr().err
+
+
+def test_states_of_what_is_trained_later_are_in_few_bits_as_the_new_plan_says() -> None:
+    budget = peak_of_all() * 60 // 100
+    measured, losses, optimizer = train(budget, exact=False)
+    fp32_bytes = sum(8 * each.numel() for group in optimizer.param_groups for each in group["params"])
+    assert measured.device_peak_bytes <= budget and measured.state_bytes < fp32_bytes // 2
+    assert losses[-1] < losses[0]
+
+
+def test_gradients_of_what_is_trained_later_are_released_too() -> None:
+    losses = train(None, thaws="there")[1]
+    budget = peak_of_all() * 80 // 100
+    measured, others, _ = train(budget, thaws="there", releases=True)
+    assert others == losses and measured.device_peak_bytes <= budget
+
+
+def test_what_is_trained_in_turns_is_planned_for_a_number_of_times_and_then_warned_of_once() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    scope = Scope(Call((torch.ones(1, 2),)), model)
+    model[0].requires_grad_(False)
+    assert scope.growth(Call((torch.ones(1, 2),))) is None
+    grown = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for turn in range(3 * MAX_CHANGES):
+            model[0].requires_grad_(turn % 2 == 0)
+            model[1].requires_grad_(turn % 2 == 1)
+            grown.append(scope.growth(Call((torch.ones(1, 2),))))
+    assert grown[0] is None  # less than before
+    assert sum(each is not None for each in grown) <= MAX_CHANGES
+    assert len(told) <= 1
+
+
+def test_batches_that_are_longer_somewhere_grow_by_their_elements_and_shorter_ones_do_not() -> None:
+    scope = Scope(Call((torch.ones(4, 8),)), nn.Linear(8, 8))
+    assert scope.growth(Call((torch.ones(3, 8),))) is None
+    longer = scope.growth(Call((torch.ones(6, 8),)))
+    assert longer is not None and longer.ratio == 1.5 and longer.told == "for a larger batch"
+    assert scope.growth(Call((torch.ones(6, 7),))) is None and scope.num_elements == 48
+    scope.met_optimizer()
+    again = scope.growth(Call((torch.ones(4, 8),)))
+    assert again is not None and again.ratio == 1.0 and again.told == "for another optimiser"
