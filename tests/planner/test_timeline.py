@@ -1,13 +1,14 @@
 """The line of events counts each storage once, from its birth to its death, to the byte."""
 
 import gc
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from packlight.planner.tensors import existing_tensors, flat_tensors
+from packlight.planner.tensors import existing_tensors, flat_tensors, inner_tensors, storage_bytes
 from packlight.planner.timeline import Entry, Timeline
 from packlight.records import CATEGORIES
 from tests.cases import CASES
@@ -105,6 +106,34 @@ def test_results_written_into_given_tensors_count_once_also_where_these_are_resi
         assert line.live_bytes == BYTES
         del out, grown
     assert line.live_bytes == 0
+
+
+def test_a_sparse_gradient_counts_with_its_indices_and_values(line: Timeline) -> None:
+    table = nn.Embedding(N, 8, sparse=True)
+    ids = torch.tensor([3, 3, 5, 8])
+    line.leave_out(ids)
+    with line:
+        table(ids).sum().backward()
+        assert table.weight.grad is not None and table.weight.grad.layout == torch.sparse_coo
+        assert line.live_bytes == storage_bytes([table.weight.grad]) >= len(ids) * (8 + 4 * 8)
+        assert line.index(table.weight.grad) is not None
+        table.weight.grad = None
+        assert line.live_bytes == 0
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr])
+def test_sparse_tensors_are_the_plain_ones_inside(layout: torch.layout) -> None:
+    dense = torch.diag(torch.ones(8))
+    size = (2, 2) if layout == torch.sparse_bsr else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
+        sparse = dense.to_sparse(layout=layout, blocksize=size)
+    parts = list(inner_tensors(sparse))
+    assert [part.layout for part in parts] == [torch.strided] * len(parts)
+    assert sum(part.sum() for part in parts if part.is_floating_point()) == 8
+    assert {part.untyped_storage()._cdata for part in parts} <= {
+        each.untyped_storage()._cdata for each in existing_tensors("cpu")
+    }
 
 
 def test_other_devices_do_not_count(line: Timeline) -> None:

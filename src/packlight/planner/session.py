@@ -158,7 +158,8 @@ class Session(Listener):
         if found is None:
             return
         self._ignore_calls()
-        (self._model, trained), self._call = found, call
+        self._model, trained = found
+        self._call = call if self.settings.budget and not self.settings.plan else None  # else it would be held for good
         self._optimizers = trained
         self._scope, self._maker = Scope(call, self._model), Maker(self._model, trained, self.settings)
         self._agreement = self._maker.agreement
@@ -300,7 +301,7 @@ class Session(Listener):
                 self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
             plan = self._agreement.plan(rescale(plan, *self._pace))
             self._tell(plan, f"after step 1, {title}")
-            self.plan, self._call = plan, None  # a batch is not held longer than it is needed
+            self.plan, self._call = plan, None
             self._carry_out(plan)
             self._mend.begin(plan, as_planned(step, plan), num_elements=self._scope.num_elements)
 
