@@ -184,7 +184,7 @@ def test_what_moves_and_states_share_the_host_s_memory(host_budget: str) -> None
     for made in plans:
         assert made.estimate.host_peak_bytes == host_bytes_of(step, made) <= capacity_bytes
         seen |= formats(made)
-    for both in (joined(step, made, before) for made in plans for before in plans):
+    for both in (joined(step, made, before, supersedes=False) for made in plans for before in plans):
         assert host_bytes_of(step, both) <= both.estimate.host_peak_bytes <= capacity_bytes
     assert any(name.endswith(ON_HOST) for name in seen)
 

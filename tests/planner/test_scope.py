@@ -100,6 +100,25 @@ def test_gradients_of_what_is_trained_later_are_released_too() -> None:
     assert others == losses and measured.device_peak_bytes <= budget
 
 
+def test_of_batches_that_grow_in_each_step_the_longest_one_is_what_a_run_is_expected_to_take() -> None:
+    torch.manual_seed(3)
+    model = GPT(width=WIDTH, num_layers=4, context=96)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    guest = Guest(peak_of_all() * 3 // 2, exact=True)
+    with guest.during(optimizer):
+        for length in (40, 52, 64, 76, 88):
+            tokens = windows(4, length + 1)
+            loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            del loss
+            optimizer.step()
+            optimizer.zero_grad()
+    measured = guest.measurement
+    assert measured is not None and measured.predicted_peak_bytes is not None
+    assert guest.plan is not None and guest.plan.recomputed()
+    assert measured.device_peak_bytes == pytest.approx(measured.predicted_peak_bytes, rel=0.02)
+
+
 def test_what_is_trained_in_turns_is_planned_for_a_number_of_times_and_then_warned_of_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     scope = Scope(Call((torch.ones(1, 2),)), model)
@@ -122,7 +141,13 @@ def test_batches_that_are_longer_somewhere_grow_by_their_elements_and_shorter_on
     assert scope.growth(Call((torch.ones(3, 8),))) is None
     longer = scope.growth(Call((torch.ones(6, 8),)))
     assert longer is not None and longer.ratio == 1.5 and longer.told == "for a larger batch"
+    assert not longer.supersedes  # a batch has come since
     assert scope.growth(Call((torch.ones(6, 7),))) is None and scope.num_elements == 48
+    wider = scope.growth(Call((torch.ones(2, 9),)))
+    assert wider is not None and wider.ratio == 1.0 and not wider.supersedes
+    assert scope.planned() == 48
+    longest = scope.growth(Call((torch.ones(7, 9),)))
+    assert longest is not None and longest.supersedes
     scope.met_optimizer()
     again = scope.growth(Call((torch.ones(4, 8),)))
     assert again is not None and again.ratio == 1.0 and again.told == "for another optimiser"

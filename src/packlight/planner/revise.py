@@ -40,16 +40,17 @@ def without_tier(seen: Seen, plan: Plan, step: Profile) -> Seen:
     return replace(seen, other_bytes=seen.other_bytes - step.staging_bytes)
 
 
-def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
+def joined(step: Profile, plan: Plan, before: Plan, *, supersedes: bool) -> Plan:
     """Do what either of two plans does, for batches of both kinds.
 
     Args:
         step: the profile that `plan` was made for.
         plan: a plan for the present batch.
         before: a plan for earlier batches.
+        supersedes: whether no step ran under the plan before, and no batch that it was made for takes more than this.
 
     Returns:
-        The joint plan; it expects the larger of the two peaks, and the time of the present batch.
+        The joint plan; it expects the larger of the two peaks, unless it supersedes, and the time of the present batch.
     """
     step = as_planned(step, plan)
     mover = max(plan, before, key=lambda each: each.window_bytes)
@@ -63,7 +64,7 @@ def joined(step: Profile, plan: Plan, before: Plan) -> Plan:
     treated = _that_fit(costs, wanted, taken_bytes=optimizer.host_bytes if optimizer else 0)
     cost = costs.price(recomputed, optimizer, treated=treated)
     estimate, memory = before.estimate, before.predicted
-    if cost.peak_bytes >= estimate.device_peak_bytes:
+    if supersedes or cost.peak_bytes >= estimate.device_peak_bytes:
         memory = predicted(costs, cost, recomputed=recomputed, treated=treated, optimizer=optimizer)
         estimate = replace(
             plan.estimate,

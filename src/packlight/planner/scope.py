@@ -39,11 +39,13 @@ class Growth:
     Attributes:
         told: the reason, in words.
         ratio: by which the batch is larger than the largest so far.
+        supersedes: whether the plan in force has met no batch, and was made for none that is longer in any dimension.
         num_steps: so many show what it takes: new states are there from the second on.
     """
 
     told: str
     ratio: float
+    supersedes: bool
     num_steps: int
 
 
@@ -58,12 +60,17 @@ class Scope:
     def __init__(self, call: Call, model: nn.Module) -> None:
         self._model, self._shapes = model, [call.shapes()]
         self._trained, self._num_changes = self._trained_now(), 0
-        self._by_optimizer = False
+        self._by_optimizer, self._num_met = False, 0
 
     @property
     def num_elements(self) -> int:
         """Elements of the largest batch."""
         return max(map(num_elements, self._shapes), default=0)
+
+    def planned(self) -> int:
+        """Note that a plan has been made between steps; return the elements of the largest batch."""
+        self._num_met = 0
+        return self.num_elements
 
     def met_optimizer(self) -> None:
         """Count nothing as planned for: another optimiser steps parameters now."""
@@ -87,12 +94,15 @@ class Scope:
             if others and self._num_changes == MAX_CHANGES:
                 self._num_changes += 1
                 _warn_of_changes()
+            self._num_met += 1
             return None
         largest = self.num_elements
+        supersedes = not self._num_met and all(covers(shapes, known) for known in self._shapes)
         self._shapes.append(shapes)
+        self._num_met = 1  # this one, under the plan that is made for it
         ratio = max(1.0, num_elements(shapes) / largest) if largest else 1.0
         num_steps = 2 if others or self._by_optimizer else 1
-        return Growth(self._told(others), ratio, num_steps)
+        return Growth(self._told(others), ratio, supersedes, num_steps)
 
     def _told(self, others: int) -> str:
         by_optimizer, self._by_optimizer = self._by_optimizer, False

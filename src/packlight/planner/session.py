@@ -303,7 +303,7 @@ class Session(Listener):
             self._tell(plan, f"after step 1, {title}")
             self.plan, self._call = plan, None
             self._carry_out(plan)
-            self._mend.begin(plan, as_planned(step, plan), num_elements=self._scope.num_elements)
+            self._mend.begin(plan, as_planned(step, plan), num_elements=self._scope.planned())
 
     def _plan_for_larger_steps(self, call: Call, growth: Growth) -> None:
         """Choose blocks anew, with the states' format as it is; where nothing fits, say so and spare what can be."""
@@ -313,7 +313,7 @@ class Session(Listener):
             self._put_blocks_back()
             step, plan, fits = self._maker.make_or_least(call, self._seen, before=before)
             misfit = "" if fits else f"which does not fit {self.settings.budget}, the smallest "
-            self.plan = plan = joined(step, rescale(plan, *self._pace), before)
+            self.plan = plan = joined(step, rescale(plan, *self._pace), before, supersedes=growth.supersedes)
             self._tell(plan, f"{growth.told}, {misfit}")
             self._blocks = carry_out(plan, self._model)
             self._adopted.extend(plan, self._model, self._optimizers)
