@@ -61,7 +61,7 @@ def saves(folder: Path) -> Path:
     return folder / "saves"
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_fsdp2_loads_a_converted_folder_bit_for_bit_and_trains_on(num_ranks: int, folder: Path) -> None:
     first, *others = loads(num_ranks, folder)
     found = [each for each in first if each["name"].startswith("dcp")]
@@ -72,7 +72,7 @@ def test_fsdp2_loads_a_converted_folder_bit_for_bit_and_trains_on(num_ranks: int
     assert all(each["steps"] == [3.0] for other in others for each in other if each["name"].startswith("dcp"))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_deepspeed_loads_a_converted_folder_bit_for_bit_and_trains_on(num_ranks: int, folder: Path) -> None:
     for rank in loads(num_ranks, folder):
         found = [each for each in rank if each["name"].startswith("universal")]
