@@ -16,7 +16,6 @@ from packlight.activations import Engine
 from packlight.activations.offload import make_tier
 from packlight.activations.shelf import Shelf
 from packlight.activations.tier import Arrival, OffloadError, Record, Taken, Tier
-from packlight.lanes import seconds_of
 from packlight.planner import trace
 from packlight.planner.cost import StepCost
 from packlight.planner.held import Treatment, has_sign, merged
@@ -221,7 +220,7 @@ def test_copies_follow_one_another_and_compute_waits_for_them_as_long_as_is_pred
     assert all(each.num_bytes == sizes[each.group] for each in made.back)
     for waits, seconds in ((made.waits_out, made.waiting_out_seconds), (made.waits_back, made.waiting_back_seconds)):
         assert all(one.end <= following.start for one, following in pairwise(waits))
-        assert seconds_of(waits) == pytest.approx(seconds, rel=1e-9)
+        assert sum(each.end - each.start for each in waits) == pytest.approx(seconds, rel=1e-9)
     assert made.waits_back and (slowness < 1 or made.waits_out)
     forward_end = step.forward_seconds + made.waiting_out_seconds
     assert made.out[-1].end <= forward_end * (1 + 1e-12) and forward_end <= made.back[0].start * (1 + 1e-12)

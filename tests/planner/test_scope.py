@@ -10,7 +10,7 @@ from packlight.measurement import Measurement
 from packlight.optim.adopted_state import CompactState
 from packlight.planner.guest import Guest
 from packlight.planner.loop import Call
-from packlight.planner.scope import MAX_CHANGES, Scope
+from packlight.planner.scope import MAX_TURNS, Scope
 from tests.cases import GPT, windows
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -85,9 +85,10 @@ def test_a_plan_is_made_anew_when_more_is_trained_and_the_losses_stay(
     assert "parameters more that get gradients" in capsys.readouterr().err
 
 
-def test_states_of_what_is_trained_later_are_in_few_bits_as_the_new_plan_says() -> None:
+@pytest.mark.parametrize("thaws", ["group", "there"])
+def test_states_of_what_is_trained_later_are_in_few_bits_as_the_new_plan_says(thaws: str) -> None:
     budget = peak_of_all() * 60 // 100
-    measured, losses, optimizer = train(budget, exact=False)
+    measured, losses, optimizer = train(budget, exact=False, thaws=thaws)
     fp32_bytes = sum(8 * each.numel() for group in optimizer.param_groups for each in group["params"])
     assert measured.device_peak_bytes <= budget and measured.state_bytes < fp32_bytes // 2
     assert losses[-1] < losses[0]
@@ -119,35 +120,117 @@ def test_of_batches_that_grow_in_each_step_the_longest_one_is_what_a_run_is_expe
     assert measured.device_peak_bytes == pytest.approx(measured.predicted_peak_bytes, rel=0.02)
 
 
-def test_what_is_trained_in_turns_is_planned_for_a_number_of_times_and_then_warned_of_once() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    scope = Scope(Call((torch.ones(1, 2),)), model)
-    model[0].requires_grad_(False)
-    assert scope.growth(Call((torch.ones(1, 2),))) is None
-    grown = []
+def test_what_a_measured_run_takes_when_more_is_trained_is_measured() -> None:
+    measured = train(None)[0]
+    assert measured.num_measured_steps == 3 + 2
+    assert measured.device_peak_bytes >= peak_of_all()
+
+
+def test_a_short_batch_with_which_more_is_trained_does_not_stand_for_the_long_ones_before() -> None:
+    torch.manual_seed(3)
+    model = GPT(width=WIDTH, num_layers=4, context=96)
+    for parameter in model.blocks.parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    guest = Guest("64MiB", exact=True)
+    with guest.during(optimizer):
+        for step, length in enumerate((80, 80, 80, 80, 16, 80, 80)):
+            if step == 4:
+                model.requires_grad_(True)
+            step_on(model, optimizer, length)
+    measured = guest.measurement
+    assert measured is not None and measured.predicted_peak_bytes is not None
+    assert measured.device_peak_bytes == pytest.approx(measured.predicted_peak_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("is_made", ["before", "later"])
+def test_the_first_step_of_another_optimiser_is_planned_for(is_made: str) -> None:
+    torch.manual_seed(3)
+    model = GPT(width=WIDTH, num_layers=4)
+    body = [each for name, each in model.named_parameters() if not name.startswith(("norm", "head"))]
+    head = [*model.norm.parameters(), *model.head.parameters()]
+    optimizers = [torch.optim.AdamW(head, lr=1e-3)]
+    optimizers += [torch.optim.AdamW(body, lr=1e-3)] if is_made == "before" else []
+    guest = Guest(peak_of_all() * 75 // 100)
+    with guest.during(*optimizers):
+        for step in range(7):
+            if step == 4 and is_made == "later":
+                optimizers.append(torch.optim.AdamW(body, lr=1e-3))
+            step_on(model, *optimizers)
+        held = [isinstance(state, CompactState) for each in optimizers for state in each.state.values()]
+    assert any(held) and guest.measurement is not None and guest.plan is not None
+    assert guest.measurement.device_peak_bytes <= guest.plan.budget_bytes
+    assert guest.measurement.device_peak_bytes == pytest.approx(guest.measurement.predicted_peak_bytes, rel=0.02)
+
+
+def test_a_plan_that_fails_to_be_made_is_made_at_the_next_step() -> None:
+    model = nn.Linear(2, 2)
+    scope = Scope(Call((torch.ones(1, 2),)), model, [])
+    assert scope.growth(Call((torch.ones(2, 2),))) == scope.growth(Call((torch.ones(2, 2),)))  # until it is planned for
+
+
+def step_on(model: nn.Module, *args: torch.optim.Optimizer | int) -> None:
+    """Train one step, on windows of a length (the last argument; 32)."""
+    length = args[-1] if isinstance(args[-1], int) else 32
+    optimizers = [each for each in args if isinstance(each, torch.optim.Optimizer)]
+    tokens = windows(4, length + 1)
+    loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    del loss
+    for optimizer in optimizers:
+        optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+
+
+def test_what_is_trained_in_turns_is_planned_for_once_each_and_warned_of_where_turns_do_not_end() -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(3 * MAX_TURNS)]).requires_grad_(False)
+    model[0].requires_grad_(True)
+    call, grown = Call((torch.ones(1, 2),)), []
+    scope = Scope(call, model, [])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        for turn in range(3 * MAX_CHANGES):
-            model[0].requires_grad_(turn % 2 == 0)
-            model[1].requires_grad_(turn % 2 == 1)
-            grown.append(scope.growth(Call((torch.ones(1, 2),))))
-    assert grown[0] is None  # less than before
-    assert sum(each is not None for each in grown) <= MAX_CHANGES
-    assert len(told) <= 1
+        for turn in [*range(1, len(model)), 0, 1]:
+            model.requires_grad_(False)
+            model[turn].requires_grad_(True)
+            growth = scope.growth(call)
+            if growth is not None:
+                assert growth.is_turn and growth.told == "for 2 parameters more that get gradients"
+                scope.planned(growth)
+            grown.append(growth)
+    assert sum(each is not None for each in grown) == MAX_TURNS and len(told) == 1
+    assert "in turns" in str(told[0].message)
+
+
+def test_what_is_unfrozen_layer_by_layer_is_planned_for_each_time() -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(3 * MAX_TURNS)]).requires_grad_(False)
+    model[-1].requires_grad_(True)
+    scope, call = Scope(Call((torch.ones(1, 2),)), model, []), Call((torch.ones(1, 2),))
+    for layer in reversed(list(model)[:-1]):
+        layer.requires_grad_(True)
+        growth = scope.growth(call)
+        assert growth is not None and growth.is_of_trained and not growth.is_turn and growth.num_steps == 2
+        scope.planned(growth)
+        assert scope.growth(call) is None
 
 
 def test_batches_that_are_longer_somewhere_grow_by_their_elements_and_shorter_ones_do_not() -> None:
-    scope = Scope(Call((torch.ones(4, 8),)), nn.Linear(8, 8))
+    scope = Scope(Call((torch.ones(4, 8),)), nn.Linear(8, 8), [])
     assert scope.growth(Call((torch.ones(3, 8),))) is None
     longer = scope.growth(Call((torch.ones(6, 8),)))
     assert longer is not None and longer.ratio == 1.5 and longer.told == "for a larger batch"
     assert not longer.supersedes  # a batch has come since
+    scope.planned(longer)
     assert scope.growth(Call((torch.ones(6, 7),))) is None and scope.num_elements == 48
     wider = scope.growth(Call((torch.ones(2, 9),)))
     assert wider is not None and wider.ratio == 1.0 and not wider.supersedes
-    assert scope.planned() == 48
+    scope.planned(wider)
+    assert scope.planned_between() == 48
     longest = scope.growth(Call((torch.ones(7, 9),)))
     assert longest is not None and longest.supersedes
+    scope.planned(longest)
     scope.met_optimizer()
     again = scope.growth(Call((torch.ones(4, 8),)))
     assert again is not None and again.ratio == 1.0 and again.told == "for another optimiser"
+    scope.planned(again)
+    assert scope.num_elements == 63  # the loss was seen to grow with that one

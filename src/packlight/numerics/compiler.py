@@ -188,7 +188,7 @@ def _note(source: Path, number: int, seconds: float, folder: Path | None) -> Non
     if seconds > NOTED_SECONDS:
         where = "not kept" if folder is None else f"kept in {folder}"
         _log.warning(
-            "packlight built %d kernels of %s for this processor in %.1f s, %s", number, source.name, seconds, where
+            "packlight built %d kernel(s) of %s for this processor in %.1f s, %s", number, source.name, seconds, where
         )
 
 

@@ -80,6 +80,8 @@ class Adoption:
             ValueError: as `adopt`; nothing has changed then.
         """
         new = {param: name for param, name in state_formats.items() if param not in self._formats}
+        for group in self._optimizer.param_groups:
+            raise_if(group_refusal(group))
         check_formats(set(_params(self._optimizer)), new)
         self._manage(new)
 

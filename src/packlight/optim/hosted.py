@@ -113,9 +113,10 @@ class HostStep:
             self._courier(device).step(on_it, update)
 
     def add(self, params: Iterable[Tensor]) -> None:
-        """Take in more parameters; slots are made anew where one is larger."""
-        self.close()
-        self.params |= frozenset(params)
+        """Take in more parameters; slots are made anew then, since one may be larger."""
+        if more := frozenset(params) - self.params:
+            self.close()
+            self.params |= more
 
     def close(self) -> None:
         """Give the memory back, after the copies."""

@@ -18,19 +18,19 @@ from packlight.planner.request import SessionStop
 from packlight.records import Plan
 from packlight.step import Profile
 
-LARGER_ON_A_RANK = (
+GROWTH_ON_A_RANK = (
     "packlight: a plan would be made anew {}; ranks that share a model keep their plan, and the peak may exceed the "
     "budget. Let the first step be the largest"
 )
 
 
-def warn_of_larger(told: str) -> None:
+def warn_of_growth(told: str) -> None:
     """Warn of a step that is larger on one rank.
 
     Args:
         told: what it is larger for.
     """
-    warnings.warn(LARGER_ON_A_RANK.format(told), stacklevel=level_of_user())
+    warnings.warn(GROWTH_ON_A_RANK.format(told), stacklevel=level_of_user())
 
 
 class Agreement:

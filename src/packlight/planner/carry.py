@@ -184,13 +184,7 @@ class Adoptions:
         self._adopted: dict[torch.optim.Optimizer, Adopted] = {}
 
     def adopt(self, plan: Plan, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Let optimisers keep their states as a plan says, but for those that do so already."""
-        for optimizer in optimizers:
-            if optimizer not in self._adopted:
-                self._adopted[optimizer] = adopt_formats(plan, model, optimizer)
-
-    def extend(self, plan: Plan, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Let optimisers keep states as a plan says that has formats for more parameters than the one before."""
+        """Let optimisers keep their states as a plan says; those that do so already take in what is trained since."""
         for optimizer in optimizers:
             held = self._adopted.get(optimizer)
             if held is not None and held.extend(_changed(plan, model, optimizer)):

@@ -1,6 +1,7 @@
 """Finds the model that a script trains: the outermost module called with gradients that an optimiser holds."""
 
 import weakref
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -49,6 +50,12 @@ class Finder:
                 "Packlight plans for one; call packlight.fit on each instead",
                 exit_status=2,
             )
+
+    def others(self, model: nn.Module, known: Collection[Optimizer]) -> list[Optimizer]:
+        """Return the optimisers that train a model and are not among known ones."""
+        others = [optimizer for optimizer in self._living() if optimizer not in known]
+        own: set[torch.Tensor] = set(model.parameters()) if others else set()
+        return [optimizer for optimizer in others if own.intersection(trained_by(optimizer))]
 
     def _living(self) -> list[Optimizer]:
         return [optimizer for made in self._made if (optimizer := made()) is not None]

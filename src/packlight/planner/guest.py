@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from packlight.budget import BudgetError
+from packlight.budget import BudgetError, format_bytes
 from packlight.measurement import Measurement
 from packlight.planner.loop import Call
 from packlight.planner.recorded import recorded
@@ -102,6 +102,8 @@ class Guest:
             self._plan, self._measurement = session.plan, None if run is None else run.measurement
         finally:
             session.__exit__()
+        if run is not None:
+            _say_measured(run.measurement, self._plan)
         if run is not None and self._record is not None:
             run.save(of_rank(self._record))
 
@@ -207,5 +209,15 @@ def _folder(path: Path, name: str) -> Path:
 
 
 def _say(plan: Plan, title: str) -> None:
+    _print(f"{title}{plan}")
+
+
+def _say_measured(measured: Measurement, plan: Plan | None) -> None:
+    excess_bytes = 0 if plan is None else measured.device_peak_bytes - plan.budget_bytes
+    above = f"; ABOVE THE BUDGET by {format_bytes(excess_bytes)}" if excess_bytes > 0 else ""
+    _print(f"{str(measured).splitlines()[0]}{above}")
+
+
+def _print(text: str) -> None:
     rank = this_rank()
-    print(f"{'' if rank is None else f'[rank {rank}] '}packlight: {title}{plan}", file=sys.stderr)
+    print(f"{'' if rank is None else f'[rank {rank}] '}packlight: {text}", file=sys.stderr)

@@ -13,7 +13,7 @@ What moves has seconds, too, which add up to the step's.
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-from packlight.lanes import Lanes, joined
+from packlight.lanes import Lanes, Stretch, joined
 from packlight.memory import Held, Memory, Phase, condensed
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.held import Treatment, spans
@@ -69,10 +69,10 @@ def _lanes(
     unplaced_seconds = sum(map(costs.recompute_seconds, recomputed))
     unplaced_seconds += sum(costs.treatment_seconds(name, treatment) for name, treatment in treated.items())
     return Lanes(
-        out=joined(moving.out),
-        back=joined(moving.back),
-        waits_out=joined(moving.waits_out),
-        waits_back=joined(moving.waits_back),
+        **{
+            name: joined([Stretch(*each) for each in getattr(moving, name)])
+            for name in ("out", "back", "waits_out", "waits_back")
+        },
         forward_end=step.forward_seconds + moving.waiting_out_seconds,
         backward_end=step.seconds + moving.waiting_seconds,
         update_seconds=step.update_seconds(optimizer) if optimizer is not None else 0.0,

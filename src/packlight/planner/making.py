@@ -24,6 +24,7 @@ from packlight.planner.profile import ProfileError, profile
 from packlight.planner.released import as_planned, as_released, solve_releasing
 from packlight.planner.request import SessionStop, Settings
 from packlight.planner.revise import carried_bytes
+from packlight.planner.scope import Growth
 from packlight.planner.solve import EXACT_FORMATS, least_plan, solve
 from packlight.planner.world import solver_in
 from packlight.records import Plan
@@ -149,6 +150,34 @@ class Maker:
             if stop.smallest_bytes is None:
                 raise
             return *self.make(call, seen, budget=stop.smallest_bytes, before=before), False
+
+    def make_larger(self, call: Call, seen: Seen, *, before: Plan, growth: Growth) -> tuple[Profile, Plan, str]:
+        """Plan for a step that goes beyond all before, or the least that it needs.
+
+        Replicas agree where all of them train more from now on; a larger batch may have come to one of them alone, and
+        leaves states in the formats that they have.
+
+        Args:
+            call: how the model is called.
+            seen: what is known of the loop.
+            before: the plan in force.
+            growth: in which way the step does.
+
+        Returns:
+            The profile, the plan, and what to say of it before it.
+
+        Raises:
+            SessionStop: the step cannot be traced.
+        """
+        titles = []
+
+        def make() -> tuple[Profile, Plan]:
+            step, plan, fits = self.make_or_least(call, seen, before=before)
+            titles.append("" if fits else f"which does not fit {self._settings.budget}, the smallest ")
+            return step, replace(plan, budget_bytes=before.budget_bytes)
+
+        step, plan = self.agreement.made(make) if growth.is_of_trained else make()
+        return step, plan, titles[0]
 
     def first(self, step: Profile, plan: Plan) -> Plan:
         """Return the most saving plan for the step in which the loop is seen.

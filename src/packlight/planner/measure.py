@@ -273,6 +273,11 @@ class StepWatch:
         self._measuring = True
         self._resizes = Resizes(self.line)
 
+    def measure_next(self, num_steps: int = 1) -> None:
+        """Close a step that has stepped, and follow the next ones."""
+        self.end_step()
+        self.measure_again(num_steps)
+
     def measure_again(self, num_steps: int = 1) -> None:
         """Follow the next steps too, storage by storage."""
         if not self._began:

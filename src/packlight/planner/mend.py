@@ -176,8 +176,7 @@ class Mend(Tightener):
         if self.plan is not None and plan is not self.plan:
             plan = self._agreement.plan(like(rescale(plan, *self.pace), self.plan))
         self._change(plan)
-        self._watch.end_step()
-        self._watch.measure_again()
+        self._watch.measure_next()
         self.begin(plan, self._step, num_elements=self._num_elements, is_final=is_final)
 
 

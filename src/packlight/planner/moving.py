@@ -17,10 +17,10 @@ lives from the moment it is asked for. Seconds do depend on it.
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from packlight.activations.compress import encoded_parts
 from packlight.activations.prefetch import MOST_AHEAD
-from packlight.lanes import Stretch
 from packlight.planner.held import Group, Span, Treatment, merged
 from packlight.step import Link, Profile, Save
 
@@ -64,6 +64,15 @@ class Use:
     """The event until which the group, once back, stays for this save and for those that overlap it."""
 
 
+class Stretched(NamedTuple):
+    """A `Stretch` while plans are searched, where hundreds of thousands of them are made."""
+
+    group: str
+    num_bytes: int
+    start: float
+    end: float
+
+
 @dataclass
 class Moving:
     """What moves cost.
@@ -81,10 +90,10 @@ class Moving:
     waiting_out_seconds: float = 0.0
     waiting_back_seconds: float = 0.0
     stored_bytes: int = 0
-    out: list[Stretch] = field(default_factory=list)
-    back: list[Stretch] = field(default_factory=list)
-    waits_out: list[Stretch] = field(default_factory=list)
-    waits_back: list[Stretch] = field(default_factory=list)
+    out: list[Stretched] = field(default_factory=list)
+    back: list[Stretched] = field(default_factory=list)
+    waits_out: list[Stretched] = field(default_factory=list)
+    waits_back: list[Stretched] = field(default_factory=list)
 
     @property
     def waiting_seconds(self) -> float:
@@ -173,19 +182,19 @@ def _go_out(profile: Profile, moves: Sequence[Move], made: Moving, *, link: Link
             arrived, other, other_bytes = under_way.popleft()
             under_way_bytes -= other_bytes
             if now < arrived:
-                made.waits_out.append(Stretch(other.name, 0, now, arrived))
+                made.waits_out.append(Stretched(other.name, 0, now, arrived))
                 now = arrived
             _live_until(other, other_bytes, move.first.packed, made)
         late = now - move.first.packed_seconds
         began = max(now, finished)
         finished = began + part_bytes / link.out_bytes_per_second
-        made.out.append(Stretch(move.name, part_bytes, began, finished))
+        made.out.append(Stretched(move.name, part_bytes, began, finished))
         under_way.append((finished, move, part_bytes))
         under_way_bytes += part_bytes
     for _, other, other_bytes in under_way:
         _live_until(other, other_bytes, profile.forward_end, made)
     if (forward_end := profile.forward_seconds + late) < finished:
-        made.waits_out.append(Stretch(moves[-1].name, 0, forward_end, finished))
+        made.waits_out.append(Stretched(moves[-1].name, 0, forward_end, finished))
     made.waiting_out_seconds = max(late, finished - profile.forward_seconds)
 
 
@@ -241,13 +250,13 @@ class _Reader:
             self._made.spans.append((move.num_bytes, began, end))
         if now < finished:
             late = self._made.waiting_out_seconds
-            self._made.waits_back.append(Stretch(move.name, 0, late + now, late + finished))
+            self._made.waits_back.append(Stretched(move.name, 0, late + now, late + finished))
         return max(0.0, finished - now)
 
     def _read(self, move: Move, now: float) -> float:
         began, late = max(now, self._finished), self._made.waiting_out_seconds
         self._finished = began + move.num_bytes / self._link.in_bytes_per_second
-        self._made.back.append(Stretch(move.name, move.num_bytes, late + began, late + self._finished))
+        self._made.back.append(Stretched(move.name, move.num_bytes, late + began, late + self._finished))
         return self._finished
 
 

@@ -14,6 +14,9 @@ from packlight.planner.released import as_planned
 from packlight.records import Choice, Plan
 from packlight.step import OptimizerCost, Profile
 
+MOST_PACE = 8.0
+"""A step that is slower than its operators by more was late for a reason of its own; Python's pace is less on a GPU."""
+
 
 def predicted_step_seconds(step: Profile, plan: Plan) -> float:
     """Return the predicted time of forward, loss and backward under a plan, without the optimiser."""
@@ -108,6 +111,15 @@ def _that_fit(costs: StepCost, treated: Mapping[str, Treatment], *, taken_bytes:
             kept[name] = treatment
             room -= num_bytes
     return kept
+
+
+def pace(measured_seconds: float, predicted_seconds: float) -> tuple[float, float]:
+    """Return a first step's time and its prediction, by which others are scaled; 1 and 1 where it tells nothing.
+
+    A first step is late where libraries build kernels in it, or others compute on the machine.
+    """
+    is_telling = predicted_seconds > 0 and 1 / MOST_PACE < measured_seconds / predicted_seconds < MOST_PACE
+    return (measured_seconds, predicted_seconds) if is_telling else (1.0, 1.0)
 
 
 def rescale(made: Plan, measured_seconds: float, predicted_seconds: float) -> Plan:

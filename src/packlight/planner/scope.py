@@ -1,22 +1,27 @@
-"""What the plan in force was made for, and whether a call of the model goes beyond it.
+"""What plans were made for, and whether a call of the model goes beyond it.
 
 A step grows in mid-run: sequences of other lengths come, a body is unfrozen after its head has been trained, a second
 optimiser is made. The first call that goes beyond all that was planned for wants another plan, before its forward runs.
+The idea: a plan covers a pair, the parameters that get gradients and the shapes of the batch, and no plan covers the
+most of each that came apart.
 """
 
 import math
 import warnings
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.optim.optimizer import Optimizer
 
-from packlight.planner.loop import Call
+from packlight.planner.loop import Call, parameters_of
 from packlight.planner.places import level_of_user
 
 Shapes = tuple[tuple[int, ...], ...]
 
-MAX_CHANGES = 8
-"""So often a plan is made because other parameters get gradients; a loop that takes turns would wait for plans only."""
+MAX_TURNS = 8
+"""So often a plan is made for parameters that get gradients instead of others; such turns might never end."""
 
 
 def covers(known: Shapes, shapes: Shapes) -> bool:
@@ -34,19 +39,30 @@ def num_elements(shapes: Shapes) -> int:
 
 @dataclass(frozen=True)
 class Growth:
-    """Why a plan is made anew.
+    """Why a plan is made anew, and for what.
 
     Attributes:
         told: the reason, in words.
+        trained: the parameters that get gradients, by identity.
+        shapes: of the batch.
         ratio: by which the batch is larger than the largest so far.
+        is_of_trained: whether other parameters are trained or another optimiser is there, as on all replicas at once.
+        is_turn: whether some of those that were trained before are not now.
         supersedes: whether the plan in force has met no batch, and was made for none that is longer in any dimension.
-        num_steps: so many show what it takes: new states are there from the second on.
     """
 
     told: str
+    trained: frozenset[int]
+    shapes: Shapes
     ratio: float
+    is_of_trained: bool
+    is_turn: bool
     supersedes: bool
-    num_steps: int
+
+    @property
+    def num_steps(self) -> int:
+        """So many show what it takes: new states are there from the second on."""
+        return 2 if self.is_of_trained else 1
 
 
 class Scope:
@@ -55,68 +71,88 @@ class Scope:
     Args:
         call: the first of the model.
         model: whose parameters get gradients or not.
+        optimizers: that train it; others may be added to the list.
     """
 
-    def __init__(self, call: Call, model: nn.Module) -> None:
-        self._model, self._shapes = model, [call.shapes()]
-        self._trained, self._num_changes = self._trained_now(), 0
-        self._by_optimizer, self._num_met = False, 0
+    def __init__(self, call: Call, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self._model, self._optimizers = model, optimizers
+        self._parameters, self._num_stepped = list[weakref.ref[nn.Parameter]](), -1
+        self._known = [(self._trained_now(), call.shapes())]
+        self._largest = num_elements(call.shapes())
+        self._num_turns, self._num_met = 0, 0
 
     @property
     def num_elements(self) -> int:
         """Elements of the largest batch."""
-        return max(map(num_elements, self._shapes), default=0)
-
-    def planned(self) -> int:
-        """Note that a plan has been made between steps; return the elements of the largest batch."""
-        self._num_met = 0
-        return self.num_elements
+        return self._largest
 
     def met_optimizer(self) -> None:
         """Count nothing as planned for: another optimiser steps parameters now."""
-        self._shapes.clear()
-        self._by_optimizer = True
+        self._known.clear()
 
     def growth(self, call: Call) -> Growth | None:
-        """Take in a call with gradients.
+        """Look at a call with gradients.
 
         Args:
             call: of the model.
 
         Returns:
-            In which way it goes beyond all before; None where it does not.
+            In which way it goes beyond all that was planned for; None where it does not.
         """
-        shapes, others = call.shapes(), len(self._trained_now() - self._trained)
-        if others and self._num_changes < MAX_CHANGES:
-            self._num_changes += 1
-            self._trained = self._trained_now()
-        elif any(covers(known, shapes) for known in self._shapes):
-            if others and self._num_changes == MAX_CHANGES:
-                self._num_changes += 1
-                _warn_of_changes()
+        trained, shapes = self._trained_now(), call.shapes()
+        if any(trained <= other and covers(known, shapes) for other, known in self._known):
             self._num_met += 1
             return None
-        largest = self.num_elements
-        supersedes = not self._num_met and all(covers(shapes, known) for known in self._shapes)
-        self._shapes.append(shapes)
-        self._num_met = 1  # this one, under the plan that is made for it
-        ratio = max(1.0, num_elements(shapes) / largest) if largest else 1.0
-        num_steps = 2 if others or self._by_optimizer else 1
-        return Growth(self._told(others), ratio, supersedes, num_steps)
+        num_more = min((len(trained - other) for other, _ in self._known), default=0)
+        is_turn = num_more > 0 and not all(trained >= other for other, _ in self._known)
+        if is_turn and self._num_turns >= MAX_TURNS:
+            self._warn_of_turns()
+            return None
+        return Growth(
+            told=self._told(num_more),
+            trained=trained,
+            shapes=shapes,
+            ratio=max(1.0, num_elements(shapes) / self._largest) if self._largest else 1.0,
+            is_of_trained=num_more > 0 or not self._known,
+            is_turn=is_turn,
+            supersedes=not self._num_met
+            and all(trained >= other and covers(shapes, known) for other, known in self._known),
+        )
 
-    def _told(self, others: int) -> str:
-        by_optimizer, self._by_optimizer = self._by_optimizer, False
-        if by_optimizer:
+    def planned(self, growth: Growth) -> None:
+        """Note that a plan has been made for a call that is about to run."""
+        self._known.append((growth.trained, growth.shapes))
+        self._largest = max(self._largest, num_elements(growth.shapes))
+        self._num_turns += growth.is_turn
+        self._num_met = 1
+
+    def planned_between(self) -> int:
+        """Note that a plan has been made between steps; return the elements of the largest batch."""
+        self._num_met = 0
+        return self._largest
+
+    def _told(self, num_more: int) -> str:
+        if not self._known:
             return "for another optimiser"
-        return f"for {others} parameters more that get gradients" if others else "for a larger batch"
+        if num_more:
+            return f"for {num_more} parameter{'s' * (num_more > 1)} more that get gradients"
+        return "for a larger batch"
 
     def _trained_now(self) -> frozenset[int]:
-        return frozenset(at for at, each in enumerate(self._model.parameters()) if each.requires_grad)
+        """Return the parameters that get gradients; the model is only searched where its optimisers have others."""
+        num_stepped = sum(1 for optimizer in self._optimizers for _ in parameters_of(optimizer))
+        parameters = [reference() for reference in self._parameters]
+        if num_stepped != self._num_stepped or any(each is None for each in parameters):
+            self._num_stepped = num_stepped
+            self._parameters = [weakref.ref(parameter) for parameter in self._model.parameters()]
+            parameters = [reference() for reference in self._parameters]
+        return frozenset(id(each) for each in parameters if each is not None and each.requires_grad)
 
-
-def _warn_of_changes() -> None:
-    warnings.warn(
-        f"packlight: which parameters get gradients has changed more than {MAX_CHANGES} times; the last plan stays, "
-        "and the peak may exceed the budget",
-        stacklevel=level_of_user(),
-    )
+    def _warn_of_turns(self) -> None:
+        if self._num_turns == MAX_TURNS:
+            self._num_turns += 1
+            warnings.warn(
+                f"packlight: parameters get gradients in turns, and more than {MAX_TURNS} plans would be made for "
+                "them; the last plan stays, and the peak may exceed the budget",
+                stacklevel=level_of_user(),
+            )

@@ -25,7 +25,7 @@ from torch.optim.optimizer import Optimizer
 from packlight.activations.offload import OffloadError
 from packlight.measurement import Measurement
 from packlight.memory import Memory
-from packlight.planner.agree import Agreement, warn_of_larger
+from packlight.planner.agree import Agreement, warn_of_growth
 from packlight.planner.carry import Adoptions, Carried, carry_out, meets_states
 from packlight.planner.cut import num_calls
 from packlight.planner.exhausted import tell_once
@@ -38,7 +38,7 @@ from packlight.planner.mend import Mend
 from packlight.planner.profile import ProfileError
 from packlight.planner.released import as_planned
 from packlight.planner.request import SessionStop, Settings
-from packlight.planner.revise import joined, predicted_step_seconds, rescale, without_tier
+from packlight.planner.revise import joined, pace, predicted_step_seconds, rescale, without_tier
 from packlight.planner.scope import Growth, Scope
 from packlight.records import Estimate, Plan
 from packlight.step import Profile
@@ -161,7 +161,7 @@ class Session(Listener):
         self._model, trained = found
         self._call = call if self.settings.budget and not self.settings.plan else None  # else it would be held for good
         self._optimizers = trained
-        self._scope, self._maker = Scope(call, self._model), Maker(self._model, trained, self.settings)
+        self._scope, self._maker = Scope(call, self._model, trained), Maker(self._model, trained, self.settings)
         self._agreement = self._maker.agreement
         try:
             self._plan_before_first_step()
@@ -213,18 +213,22 @@ class Session(Listener):
     def _forward_begins(self, call: Call) -> None:
         """Plan anew for a batch that is longer in some dimension than all before, or where more is trained."""
         training = torch.is_grad_enabled() and not self._planning and self.settings.plan is None
-        if not training or self.plan is None or self._scope is None:
+        if not training or self._scope is None or self._watch is None or self._model is None:
             return
+        for optimizer in self._finder.others(self._model, self._optimizers):
+            self._meet(optimizer)
         growth = self._scope.growth(call)
         if growth is None:
             return
-        if self._agreement.is_shared:  # the other ranks' steps may be as before, and they would not ask
-            warn_of_larger(growth.told)
-        elif self._seen is None:
-            self._call = call
+        if self._seen is not None and not self._agreement.is_shared:
+            return self._plan_for_larger_steps(call, self._seen.for_batches(growth.ratio), growth)
+        self._scope.planned(growth)
+        if self.plan is None:
+            self._watch.measure_next(growth.num_steps)
+        elif self._agreement.is_shared:  # the other ranks' steps may be as before, and they would not ask
+            warn_of_growth(growth.told)
         else:
-            self._seen = self._seen.for_batches(growth.ratio)
-            self._plan_for_larger_steps(call, growth)
+            self._call = call
 
     def _forward_ended(self) -> None:
         self._between = torch.is_grad_enabled() and self._num_updates == 0
@@ -298,33 +302,29 @@ class Session(Listener):
                 *known, before=self._first, budget_bytes=self.plan.budget_bytes, limit_bytes=self._mend.limit_bytes
             )
             if self._mend.limit_bytes is None:  # else step 1 did some of its work twice, and planned in between
-                self._mend.pace = self._pace = seconds, predicted_step_seconds(step, self._first)
+                self._mend.pace = self._pace = pace(seconds, predicted_step_seconds(step, self._first))
             plan = self._agreement.plan(rescale(plan, *self._pace))
             self._tell(plan, f"after step 1, {title}")
             self.plan, self._call = plan, None
             self._carry_out(plan)
-            self._mend.begin(plan, as_planned(step, plan), num_elements=self._scope.planned())
+            self._mend.begin(plan, as_planned(step, plan), num_elements=self._scope.planned_between())
 
-    def _plan_for_larger_steps(self, call: Call, growth: Growth) -> None:
+    def _plan_for_larger_steps(self, call: Call, seen: Seen, growth: Growth) -> None:
         """Choose blocks anew, with the states' format as it is; where nothing fits, say so and spare what can be."""
-        assert self._watch and self._seen and self._model is not None and self.plan and self._maker and self._scope
+        assert self._watch and self._model is not None and self.plan and self._maker and self._mend and self._scope
         before = self.plan
         with self._watch.aside():
             self._put_blocks_back()
-            step, plan, fits = self._maker.make_or_least(call, self._seen, before=before)
-            misfit = "" if fits else f"which does not fit {self.settings.budget}, the smallest "
-            self.plan = plan = joined(step, rescale(plan, *self._pace), before, supersedes=growth.supersedes)
+            step, plan, misfit = self._maker.make_larger(call, seen, before=before, growth=growth)
+            plan = joined(step, rescale(plan, *self._pace), before, supersedes=growth.supersedes)
+            self._carry_out(plan)
             self._tell(plan, f"{growth.told}, {misfit}")
-            self._blocks = carry_out(plan, self._model)
-            self._adopted.extend(plan, self._model, self._optimizers)
-            if self._mend is not None:
-                is_final = not self._mend.is_verified()
-                known = {"num_elements": self._scope.num_elements}
-                self._mend.begin(plan, as_planned(step, plan), is_final=is_final, **known)
-        if self._watch.model is self._model:  # torch has the forward that it is going to call already
+            self._scope.planned(growth)
+            self.plan, self._seen = plan, seen
+            self._mend.begin(plan, as_planned(step, plan), num_elements=self._scope.num_elements)
+        if self._watch.model is self._model and self._blocks:  # torch has the forward that it is going to call already
             self._in_call.enter_context(self._blocks.saving(call))
-        self._watch.end_step()
-        self._watch.measure_again(growth.num_steps)
+        self._watch.measure_next(growth.num_steps)
 
     def _put_blocks_back(self) -> None:
         if self._mend is not None:

@@ -51,6 +51,10 @@ def optimizer_costs(
         The present format first; then the others, where packlight knows every optimiser.
     """
     names = {at: name for each in optimizers for at, name in parameter_names(model, each).items()}
+    fakes = [fake for each in fake_optimizers for group in each.param_groups for fake in group["params"]]
+    stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
+    real = {at for each in optimizers for at in each.state}
+    held = [name for at, name in names.items() if name in stepped or at in real]
     known = all(can_adopt(optimizer) is None for optimizer in fake_optimizers)  # these have not been adopted
     state_format = "fp32" if known else "as is"
     _step(fake_optimizers, line)  # it makes the states
@@ -60,14 +64,12 @@ def optimizer_costs(
         state_bytes=_held_bytes(fake_optimizers, line.device_type),
         temporary_bytes=temporary_bytes,
         seconds=seconds,
-        formats=dict.fromkeys(names.values(), state_format),
-        num_elements={name: parameter.numel() for parameter, name in names.items()},
+        formats=dict.fromkeys(held, state_format),
+        num_elements={name: parameter.numel() for parameter, name in names.items() if name in set(held)},
         alone_share=_alone_share(fake_optimizers, line),
     )
     if not known:
         return (present,)
-    fakes = (fake for each in fake_optimizers for group in each.param_groups for fake in group["params"])
-    stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
     found, costs = [dict.fromkeys(stepped, "fp32")], [present]
 
     @functools.cache
