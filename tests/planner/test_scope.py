@@ -1,17 +1,24 @@
 """Steps that grow in mid-run because more is trained: a body is unfrozen, parameters and optimisers come later."""
 
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from packlight.budget import Budget
 from packlight.measurement import Measurement
 from packlight.optim.adopted_state import CompactState
 from packlight.planner.guest import Guest
 from packlight.planner.loop import Call
+from packlight.planner.profile import profile
+from packlight.planner.revise import joined
 from packlight.planner.scope import MAX_TURNS, Scope
-from tests.cases import GPT, windows
+from packlight.planner.solve import solve
+from tests.cases import CASES, GPT, windows
+from tests.torchrun import found_by
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -181,6 +188,22 @@ def step_on(model: nn.Module, *args: torch.optim.Optimizer | int) -> None:
         optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad()
+
+
+def test_replicas_agree_on_the_states_of_what_is_trained_later(tmp_path: Path) -> None:
+    (first,), (second,) = found_by(2, Path(__file__).with_name("replicas.py"), "thaws", tmp_path / "thaws")
+    assert first["equal"] and second["equal"]
+    assert first["formats"] == second["formats"] and first["num_compact"] == second["num_compact"] > 0
+
+
+def test_a_plan_that_supersedes_another_expects_its_own_peak_alone() -> None:
+    case = CASES["mlp"]()
+    step = profile(case.model, case.batch, torch.optim.AdamW(case.model.parameters()), loss=case.loss)
+    plan = solve(step, Budget.of("1GiB"), exact=True)
+    doubled = replace(plan.estimate, device_peak_bytes=2 * plan.estimate.device_peak_bytes)
+    before = replace(plan, estimate=doubled)
+    peaks = [joined(step, plan, before, supersedes=each).estimate.device_peak_bytes for each in (True, False)]
+    assert peaks == [plan.estimate.device_peak_bytes, doubled.device_peak_bytes]
 
 
 def test_what_is_trained_in_turns_is_planned_for_once_each_and_warned_of_where_turns_do_not_end() -> None:
