@@ -60,10 +60,10 @@ def train(
     return guest.measurement, losses, optimizer
 
 
-def peak_of_all() -> int:
+def peak_of_all(width: int = WIDTH) -> int:
     """What a step takes when everything is trained and nothing is planned: three steps of it are measured."""
     torch.manual_seed(3)
-    model = GPT(width=WIDTH, num_layers=4)
+    model = GPT(width=width, num_layers=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     guest = Guest(None)
     with guest.during(optimizer):
@@ -125,6 +125,26 @@ def test_of_batches_that_grow_in_each_step_the_longest_one_is_what_a_run_is_expe
     assert measured is not None and measured.predicted_peak_bytes is not None
     assert guest.plan is not None and guest.plan.recomputed()
     assert measured.device_peak_bytes == pytest.approx(measured.predicted_peak_bytes, rel=0.02)
+
+
+def test_states_of_what_rests_are_counted_in_the_formats_that_they_have() -> None:
+    torch.manual_seed(3)
+    model = GPT(width=2 * WIDTH, num_layers=4)
+    first, second = model.blocks[:2], model.blocks[2:]
+    second.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    guest = Guest(peak_of_all(2 * WIDTH) * 54 // 100)
+    with guest.during(optimizer):
+        for step in range(9):
+            if step == 4:
+                first.requires_grad_(False)
+                second.requires_grad_(True)
+            step_on(model, optimizer)
+        held = {at: state for at, state in optimizer.state.items() if isinstance(state, CompactState)}
+    assert guest.plan is not None and guest.measurement is not None
+    resting = [f"blocks.{name}" for name, at in first.named_parameters() if at in held]
+    assert resting and {guest.plan.state_formats[name] for name in resting} <= {"4bit", "8bit"}
+    assert guest.measurement.device_peak_bytes == pytest.approx(guest.measurement.predicted_peak_bytes, rel=0.02)
 
 
 def test_what_a_measured_run_takes_when_more_is_trained_is_measured() -> None:

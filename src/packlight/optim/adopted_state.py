@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packlight.optim.flat import Flat
+from packlight.optim.hosted import ON_HOST
 from packlight.optim.layout import Layout
 from packlight.optim.state import MOMENTS, State
 
@@ -29,6 +30,11 @@ class CompactState(dict[str, Tensor]):
     def __init__(self, state: State, param: Tensor, layout: Layout | Flat) -> None:
         super().__init__(state)
         self.layout, self.device = layout, param.device
+
+    def told_format(self) -> str:
+        """Return the format's name, with "@host" behind it where the state is in host memory."""
+        is_on_host = any(key != "step" and value.device != self.device for key, value in self.items())
+        return self.layout.parts[0].state_format + ON_HOST * is_on_host
 
     def portable(self, device: torch.device | str | None = None) -> State:
         """Return step, exp_avg and exp_avg_sq, the moments in fp32 on `device` (None: the parameter's)."""

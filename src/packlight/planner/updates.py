@@ -8,7 +8,7 @@ parameter is traced.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from packlight.numerics.formats import moment_formats
 from packlight.optim.adopt import can_adopt
+from packlight.optim.adopted_state import CompactState
 from packlight.optim.hosted import ON_HOST, staging_bytes
 from packlight.optim.policy import format_of
 from packlight.optim.state import STEP_BYTES, group_settings, init_state, state_bytes, step_device
@@ -68,8 +69,9 @@ def optimizer_costs(
         num_elements={name: parameter.numel() for parameter, name in names.items() if name in set(held)},
         alone_share=_alone_share(fake_optimizers, line),
     )
+    resting = _resting(optimizers, names, stepped)
     if not known:
-        return (present,)
+        return (_beside(present, resting, line.device_type),)
     found, costs = [dict.fromkeys(stepped, "fp32")], [present]
 
     @functools.cache
@@ -88,7 +90,23 @@ def optimizer_costs(
             costs.append(_low_bit(state_format, large, stepped, line, rest=rest, settings_of=settings))
             if on_host:
                 costs += _on_host(state_format, large, stepped, line, rest=rest)
-    return tuple(costs)
+    return tuple(_beside(cost, resting, line.device_type) for cost in costs)
+
+
+def _resting(
+    optimizers: Sequence[torch.optim.Optimizer], names: Mapping[torch.Tensor, str], stepped: Collection[str]
+) -> dict[str, CompactState]:
+    """Return compact states of parameters that get no gradient now; the copies on fake tensors lack them."""
+    states = ((names.get(at, ""), state) for each in optimizers for at, state in each.state.items())
+    return {name: state for name, state in states if isinstance(state, CompactState) and name and name not in stepped}
+
+
+def _beside(cost: OptimizerCost, resting: Mapping[str, CompactState], device_type: str) -> OptimizerCost:
+    """Add states that are held in their formats while their parameters rest."""
+    tensors = (tensor for state in resting.values() for tensor in state.values())
+    held_bytes = sum(tensor.nbytes for tensor in tensors if tensor.device.type == device_type)
+    formats = {name: state.told_format() for name, state in resting.items()}
+    return replace(cost, state_bytes=cost.state_bytes + held_bytes, formats={**cost.formats, **formats})
 
 
 def step_as_on_cuda(optimizers: Sequence[torch.optim.Optimizer]) -> None:
