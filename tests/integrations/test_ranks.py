@@ -86,6 +86,7 @@ def test_a_lossy_plan_fits_half_the_budget_on_every_rank_and_learns_as_before(
         assert abs(float(before.split()[-1]) - float(after.split()[-1])) < 0.02
 
 
+@pytest.mark.slow
 def test_what_fits_no_rank_ends_all_of_them_before_a_step_and_names_the_smallest_budget() -> None:
     done = started(["--budget", "2MB"], "fsdp2")
     assert done.returncode != 0

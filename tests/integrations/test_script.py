@@ -250,6 +250,7 @@ def test_a_script_whose_memory_runs_out_in_its_first_steps_prints_the_same_bits(
     assert run.measurement.plan_peak_bytes <= 1.02 * run.plan.estimate.device_peak_bytes
 
 
+@pytest.mark.slow
 def test_a_script_whose_memory_runs_out_later_ends_as_without_packlight(tmp_path: Path) -> None:
     script = ["memory_runs_out.py", "--where", "backward", "--call", "7"]
     command = [sys.executable, "-m", "packlight", "run", "--budget", "12MiB", *script]

@@ -303,7 +303,9 @@ def test_any_number_of_threads_and_any_address_give_the_same_bits(name: str, see
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
-@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx -mno-f16c"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param("-mno-avx512f", marks=pytest.mark.slow), "-mno-avx512f -mno-avx -mno-f16c"]
+)
 def test_processors_with_narrower_vectors_give_the_same_bits(
     flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

@@ -130,7 +130,8 @@ def test_a_run_that_is_resumed_equals_one_that_never_stopped(stage: int, folder:
             assert "torch.uint8" in other["dtypes"]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_universal_checkpoint_of_two_ranks_is_loaded_by_one(stage: int, folder: Path) -> None:
     ((found,),) = run("universal", stage, folder, num_ranks=1)
     assert found["steps"] == [8.0]
