@@ -45,3 +45,24 @@ def test_a_model_with_sparse_gradients_trains_with_the_same_bits() -> None:
         return losses
 
     assert train(is_measured=True) == train(is_measured=False)
+
+
+def test_an_optimiser_inside_another_one_of_the_same_parameters_is_traced() -> None:
+    """As sharpness-aware minimisation is written: the outer one steps twice with the inner one's help."""
+
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, params: list[nn.Parameter]) -> None:
+            super().__init__(params, {})
+            self.inner = torch.optim.AdamW(params)
+
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            self.inner.step()
+
+    model = GPT()
+    optimizer = Outer(list(model.parameters()))
+    with Guest("1GiB").during(optimizer, optimizer.inner) as guest:
+        for _ in range(3):
+            model(windows(2, 17)[:, :-1]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert guest.plan is not None and not [note for note in guest.plan.notes if "cannot be traced" in note]

@@ -25,6 +25,7 @@ from packlight.optim.stepping import update
 from packlight.planner.fake import FakeLine
 from packlight.planner.hardware import LOW_BITS
 from packlight.planner.likeness import is_managed, keep_paged_apart, paged_notes, state_tensors
+from packlight.planner.loop import parameters_of
 from packlight.step import OptimizerCost
 
 MAX_TRACED_ELEMENTS = 2**22
@@ -52,10 +53,11 @@ def optimizer_costs(
         The present format first; then the others, where packlight knows every optimiser.
     """
     names = {at: name for each in optimizers for at, name in parameter_names(model, each).items()}
-    fakes = [fake for each in fake_optimizers for group in each.param_groups for fake in group["params"]]
+    # A parameter may be of two optimisers, as where one wraps the other; it has one copy.
+    fakes = dict.fromkeys(fake for each in fake_optimizers for fake in parameters_of(each))
     stepped = {name: fake for name, fake in zip(names.values(), fakes, strict=True) if fake.grad is not None}
     real = {at for each in optimizers for at in each.state}
-    held = [name for at, name in names.items() if name in stepped or at in real]
+    held = {name: at.numel() for at, name in names.items() if name in stepped or at in real}
     known = all(can_adopt(optimizer) is None for optimizer in fake_optimizers)  # these have not been adopted
     state_format = "fp32" if known else "as is"
     _step(fake_optimizers, line)  # it makes the states
@@ -66,7 +68,7 @@ def optimizer_costs(
         temporary_bytes=temporary_bytes,
         seconds=seconds,
         formats=dict.fromkeys(held, state_format),
-        num_elements={name: parameter.numel() for parameter, name in names.items() if name in set(held)},
+        num_elements=held,
         alone_share=_alone_share(fake_optimizers, line),
     )
     resting = _resting(optimizers, names, stepped)
