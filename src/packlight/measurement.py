@@ -93,6 +93,11 @@ class Measurement:
         ends = [values for values in (self.losses.get("first"), self.losses.get("last")) if values]
         return f"{ends[0][0]:.6g} at first, {ends[-1][-1]:.6g} at last" if ends else ""
 
+    def told_excess(self, budget_bytes: int | None) -> str:
+        """Say by how much the peak is above a budget; nothing where it is not, or there is none."""
+        excess_bytes = 0 if budget_bytes is None else self.device_peak_bytes - budget_bytes
+        return f"; ABOVE THE BUDGET by {format_bytes(excess_bytes)}" if excess_bytes > 0 else ""
+
     def __str__(self) -> str:
         """Say in a few lines what happened, beside what was expected."""
         divided = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.peak_by_category.items() if size)

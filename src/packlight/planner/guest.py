@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from packlight.budget import BudgetError, format_bytes
+from packlight.budget import BudgetError
 from packlight.measurement import Measurement
 from packlight.planner.loop import Call
 from packlight.planner.recorded import recorded
@@ -213,9 +213,8 @@ def _say(plan: Plan, title: str) -> None:
 
 
 def _say_measured(measured: Measurement, plan: Plan | None) -> None:
-    excess_bytes = 0 if plan is None else measured.device_peak_bytes - plan.budget_bytes
-    above = f"; ABOVE THE BUDGET by {format_bytes(excess_bytes)}" if excess_bytes > 0 else ""
-    _print(f"{str(measured).splitlines()[0]}{above}")
+    excess = measured.told_excess(None if plan is None else plan.budget_bytes)
+    _print(f"{str(measured).splitlines()[0]}{excess}")
 
 
 def _print(text: str) -> None:

@@ -10,13 +10,14 @@ that `StepCost` counts it by, so that they add up to its peak and to its categor
 What moves has seconds, too, which add up to the step's.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from packlight.lanes import Lanes, Stretch, joined
 from packlight.memory import Held, Memory, Phase, condensed
 from packlight.planner.cost import Cost, StepCost
 from packlight.planner.held import Treatment, spans
+from packlight.planner.moving import Stretched
 from packlight.planner.replay import Replay
 from packlight.step import OptimizerCost, Profile
 
@@ -59,6 +60,10 @@ def _phases(step: Profile, optimizer: OptimizerCost | None) -> list[Phase]:
     return found if optimizer is None else [*found, Phase("optimizer", step.num_events, step.num_events + 1)]
 
 
+def _lane(stretches: Iterable[Stretched]) -> tuple[Stretch, ...]:
+    return joined([Stretch(*each) for each in stretches])
+
+
 def _lanes(
     costs: StepCost, recomputed: frozenset[str], treated: Mapping[str, Treatment], optimizer: OptimizerCost | None
 ) -> Lanes | None:
@@ -69,10 +74,10 @@ def _lanes(
     unplaced_seconds = sum(map(costs.recompute_seconds, recomputed))
     unplaced_seconds += sum(costs.treatment_seconds(name, treatment) for name, treatment in treated.items())
     return Lanes(
-        **{
-            name: joined([Stretch(*each) for each in getattr(moving, name)])
-            for name in ("out", "back", "waits_out", "waits_back")
-        },
+        out=_lane(moving.out),
+        back=_lane(moving.back),
+        waits_out=_lane(moving.waits_out),
+        waits_back=_lane(moving.waits_back),
         forward_end=step.forward_seconds + moving.waiting_out_seconds,
         backward_end=step.seconds + moving.waiting_seconds,
         update_seconds=step.update_seconds(optimizer) if optimizer is not None else 0.0,

@@ -77,12 +77,11 @@ def _print_plain(out: Console, line: str) -> None:
 def summary(run: Run) -> str:
     """Say in one line what was expected of a run and what happened."""
     measured = _beside(run)
-    excess_bytes = measured.device_peak_bytes - (run.plan.budget_bytes if run.plan else measured.device_peak_bytes)
-    warning = f"; ABOVE THE BUDGET by {format_bytes(excess_bytes)}" if excess_bytes > 0 else ""
+    excess = measured.told_excess(run.plan.budget_bytes if run.plan else None)
     followed = f"{measured.num_measured_steps} of {measured.num_steps} steps"
     return (
         f"packlight: peak {measured.told_peak()} in {followed}, resident peak {measured.told_resident()}, "
-        f"{measured.told_step(' a step')}{_moved(run)}{warning}"
+        f"{measured.told_step(' a step')}{_moved(run)}{excess}"
     )
 
 
