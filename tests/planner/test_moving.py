@@ -201,8 +201,7 @@ def test_copies_follow_one_another_and_compute_waits_for_them_as_long_as_is_pred
     ways = [Treatment("offload"), Treatment("compress+offload", "int8")]
     treated = {
         group.name: random.choice(ways if group.can_encode and not has_sign(step, group) else ways[:1])
-        for group in costs.groups.values()
-        if random.random() < 0.7
+        for group in random.sample(list(costs.groups.values()), random.randint(1, len(costs.groups)))
     }
     speed = sum(map(costs.group_bytes, treated)) / (slowness * step.seconds)
     step = replace(step, link=replace(LINK, out_bytes_per_second=speed, in_bytes_per_second=2 * speed))

@@ -58,6 +58,8 @@ class StepCost:
         self._sizes = torch.tensor([storage.num_bytes for storage in storages], dtype=torch.int64)
         self._born = torch.tensor([storage.born for storage in storages], dtype=torch.int64)
         self._died = torch.tensor([storage.died for storage in storages], dtype=torch.int64)
+        self._is_gradient = torch.tensor([storage.is_gradient for storage in storages], dtype=torch.bool)
+        self._goes_ahead = torch.tensor([at.phase in ("forward", "loss") for at in storages], dtype=torch.bool)
         self._saved = torch.tensor([save.storage for save in saves], dtype=torch.int64)
         self._released = torch.tensor([save.released for save in saves], dtype=torch.int64)
         self._save_regions = torch.tensor([save.region for save in saves], dtype=torch.int64)
@@ -268,20 +270,18 @@ class StepCost:
         change[0] += self.resident_bytes + self._staging_bytes
         change.index_add_(0, self._born, self._sizes)
         change.index_add_(0, ends, -self._sizes)
-        carried = self._carried(ends)
-        change[0] += carried
-        change[min(self.profile.forward_end, num_events)] -= carried
-        change[0] += self.profile.carried_bytes
-        change[min(self.profile.backward_start, num_events)] -= self.profile.carried_bytes
-        for num_bytes, start, end in self._spans:
-            change[start] += num_bytes
-            change[end] -= num_bytes
+        spans = [
+            *self._spans,
+            (self._carried(ends), 0, min(self.profile.forward_end, num_events)),
+            (self.profile.carried_bytes, 0, min(self.profile.backward_start, num_events)),
+        ]
         for replay in replays:
-            change[replay.region.start] += replay.region.copied_bytes
-            change[replay.region.released] -= replay.region.copied_bytes
-            for num_bytes, used in self._saved_again(replay):
-                change[replay.region.unpacked] += num_bytes
-                change[used] -= num_bytes
+            region = replay.region
+            spans.append((region.copied_bytes, region.start, region.released))
+            spans += [(num_bytes, region.unpacked, used) for num_bytes, used in self._saved_again(replay)]
+        sizes, starts, stops = torch.tensor(spans, dtype=torch.int64).unbind(1)
+        change.index_add_(0, starts, sizes)
+        change.index_add_(0, stops, -sizes)
         return change.cumsum(0)[:-1] if num_events else change.cumsum(0)
 
     def _saved_again(self, replay: Replay) -> list[tuple[int, int]]:
@@ -301,8 +301,7 @@ class StepCost:
         return self._carried(ends)
 
     def _outliving(self, ends: torch.Tensor) -> torch.Tensor:
-        gradients = torch.tensor([storage.is_gradient for storage in self.profile.storages], dtype=torch.bool)
-        return (ends >= self.profile.num_events) & ~gradients
+        return (ends >= self.profile.num_events) & ~self._is_gradient
 
     def _moment(self, at: int) -> str:
         return (
@@ -315,11 +314,12 @@ class StepCost:
         """Divide the live bytes at an event; an activation is a storage that outlives the pass that made it."""
         divided = dict.fromkeys(CATEGORIES, 0) | dict(self.profile.resident_bytes)
         divided["other"] += self._staging_bytes
-        for storage, end in zip(self.profile.storages, ends.tolist(), strict=True):
-            if storage.born <= at < end:
-                crosses = storage.phase in ("forward", "loss") and end > self.profile.backward_start
-                name = "gradients" if storage.is_gradient else "activations" if crosses else "temporaries"
-                divided[name] += storage.num_bytes
+        crosses = self._goes_ahead & (ends > self.profile.backward_start)
+        is_activation, is_temporary = crosses & ~self._is_gradient, ~(crosses | self._is_gradient)
+        kinds = {"gradients": self._is_gradient, "activations": is_activation, "temporaries": is_temporary}
+        is_alive = (self._born <= at) & (ends > at)
+        for name, is_of_kind in kinds.items():
+            divided[name] += int(self._sizes[is_alive & is_of_kind].sum())
         for replay in replays:
             if replay.region.start <= at < replay.region.released:
                 divided["activations"] += replay.region.copied_bytes
@@ -336,7 +336,7 @@ class StepCost:
         seconds = cost.seconds + self.profile.update_seconds(optimizer)
         states = {"optimizer_states": optimizer.state_bytes}
         num_events = self.profile.num_events
-        gradients = sum(at.num_bytes for at in self.profile.storages if at.is_gradient and at.died >= num_events)
+        gradients = int(self._sizes[self._is_gradient & (self._died >= num_events)].sum())
         held = int(self._sizes[self._outliving(ends)].sum())
         temporaries = max(optimizer.temporary_bytes, self.profile.after_backward_bytes)
         in_step = dict.fromkeys(CATEGORIES, 0) | dict(self.profile.resident_bytes) | states

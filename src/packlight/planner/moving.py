@@ -14,6 +14,7 @@ until the window needs its room (a disk tier that is steady keeps to that; other
 lives from the moment it is asked for. Seconds do depend on it.
 """
 
+import functools
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Move:
     first: Save
     source_end: int
 
-    @property
+    @functools.cached_property
     def num_bytes(self) -> int:
         """All that lies on the tier."""
         return sum(self.parts_bytes)
