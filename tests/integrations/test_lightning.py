@@ -226,6 +226,7 @@ def test_the_script_without_the_plugin_s_line_runs_under_packlight_run_with_the_
     assert run.measurement.device_peak_bytes <= run.plan.budget_bytes
 
 
+@pytest.mark.slow  # a plain script under FSDP2 has a test among the ranks', Lightning on one rank the ones above
 def test_two_ranks_under_fsdp2_fit_with_the_same_bits(tmp_path: Path) -> None:
     script, record = SCRIPTS / "lightning_gpt.py", tmp_path / "run.json"
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]

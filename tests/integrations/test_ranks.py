@@ -58,7 +58,9 @@ def assert_fits_on_every_rank(runs: list[Run]) -> None:
         assert run.plan.choices == first.choices and run.plan.state_formats == first.state_formats
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "fsdp2")]
+)
 def test_an_exact_plan_fits_on_every_rank_and_the_script_prints_the_same_bits(
     name: str, folder: Path, tmp_path: Path
 ) -> None:

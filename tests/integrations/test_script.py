@@ -27,7 +27,7 @@ CASES = {
 }
 LOOPS = ("variable_length", "closure", "parts", "scaled_and_pickled")
 CASES |= {name: (f"loops/{name}.py",) for name in LOOPS}
-FEW = ("digits_convnet", "variable_length")
+FEW = ("variable_length",)
 """Others of these kinds have tests of their own below, or as a Trainer's."""
 
 

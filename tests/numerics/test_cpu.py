@@ -287,7 +287,10 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.Mo
     cpu.compiled.cache_clear()
 
 
-NARROWER = ("-mno-avx512f", pytest.param("-mno-avx2", marks=pytest.mark.slow), "-mno-avx -mno-sse4.1")
+NARROWER = (
+    *(pytest.param(flags, marks=pytest.mark.slow) for flags in ("-mno-avx512f", "-mno-avx2")),
+    "-mno-avx -mno-sse4.1",
+)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
