@@ -102,6 +102,23 @@ class Link:
 
 
 @dataclass(frozen=True)
+class EngineSeconds:
+    """What the engine takes of compute, predicted.
+
+    Attributes:
+        codecs: to encode and decode one element, by codec.
+        call: for each tensor that is encoded or moved, besides.
+        save: for each tensor that is saved while the engine looks on, whatever is done with it.
+        again: for each tensor that a block's second run saves, besides its operators.
+    """
+
+    codecs: Mapping[str, float] = field(default_factory=dict)
+    call: float = 0.0
+    save: float = 0.0
+    again: float = 0.0
+
+
+@dataclass(frozen=True)
 class Region:
     """One call of a block in forward, the unit that can be recomputed.
 
@@ -117,6 +134,7 @@ class Region:
         saved_copies: for each buffer that it saves its bytes and the event at which backward lets go of it; where the
         region is recomputed these are copies.
         drops_side_outputs: while it is recomputed it does not fill caches that outlive it (key-value caches).
+        num_saves: tensors that autograd saves in it, parameters too.
     """
 
     block: str
@@ -131,6 +149,7 @@ class Region:
     copied_bytes: int = 0
     saved_copies: tuple[tuple[int, int], ...] = ()
     drops_side_outputs: bool = False
+    num_saves: int = 0
 
 
 @dataclass(frozen=True)
@@ -212,8 +231,8 @@ class Profile(JsonRecord):
         batch_bytes: the model's arguments.
         carries_outputs: whether the loop still holds the model's outputs when the next step begins.
         carried_before_bytes: what it holds of them when the plan begins, made under another plan.
-        codec_seconds: predicted time to encode and decode one element, by codec.
-        codec_call_seconds: what that takes for each tensor besides.
+        engine: what is predicted for the engine's own work.
+        num_saves: tensors that autograd saves in the model's forward, parameters too.
         forward_seconds: predicted time to the end of the model's forward, of `seconds`.
         link: the way to the tier that tensors may be moved to.
         notes: what a reader should know, in sentences.
@@ -239,8 +258,8 @@ class Profile(JsonRecord):
     batch_bytes: int = 0
     carries_outputs: bool = True
     carried_before_bytes: int = 0
-    codec_seconds: Mapping[str, float] = field(default_factory=dict)
-    codec_call_seconds: float = 0.0
+    engine: EngineSeconds = field(default_factory=EngineSeconds)
+    num_saves: int = 0
     forward_seconds: float = 0.0
     link: Link | None = None
     notes: tuple[str, ...] = ()
@@ -251,6 +270,18 @@ class Profile(JsonRecord):
     def staging_bytes(self) -> int:
         """What copies to the tier need for themselves on the device; those of a GPU are in host memory."""
         return self.link.staging_bytes if self.link is not None and self.device == "cpu" else 0
+
+    def pass_seconds(self, *, hooked: bool) -> float:
+        """Return the predicted time of a step's forwards and backwards.
+
+        Args:
+            hooked: whether the engine looks on as tensors are saved.
+        """
+        return (self.seconds + (self.num_saves * self.engine.save if hooked else 0.0)) * self.num_microbatches
+
+    def again_seconds(self, region: Region) -> float:
+        """Return the predicted time of a block's second run."""
+        return region.forward_seconds + region.num_saves * self.engine.again
 
     def update_seconds(self, optimizer: OptimizerCost) -> float:
         """Return the predicted time of an optimiser's step: most copies go on beside the host's kernels."""

@@ -23,7 +23,7 @@ from packlight.planner.profile import profile
 from packlight.planner.released import released
 from packlight.planner.revise import rescale
 from packlight.planner.solve import solve
-from packlight.step import Link, OptimizerCost, Profile
+from packlight.step import EngineSeconds, Link, OptimizerCost, Profile
 from tests.cases import CASES
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -95,7 +95,7 @@ def test_a_plan_has_them_for_what_it_chooses() -> None:
 def test_a_plan_that_moves_tells_when_and_a_slower_step_tells_it_slower() -> None:
     case = CASES["convnet"]()
     fast = replace(LINK, out_bytes_per_second=1e15, in_bytes_per_second=1e15)
-    step = replace(profile(case.model, case.batch, None, loss=case.loss, link=fast), codec_call_seconds=0.0)
+    step = replace(profile(case.model, case.batch, None, loss=case.loss, link=fast), engine=EngineSeconds())
     plan = solve(step, Budget.of(plain_cost(StepCost(step)).peak_bytes * 9 // 10), exact=True)
     assert plan.tier == "disk" and plan.predicted is not None and plan.predicted.lanes is not None
     assert packlight.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan

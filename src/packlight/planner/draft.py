@@ -31,6 +31,12 @@ class DraftRegion:
     copied_bytes: int = 0
     copied: dict[int | None, int] = field(default_factory=dict)
     copy_saves: list["DraftSave"] = field(default_factory=list)
+    num_saves: int = 0
+
+    def note_save(self, event: int) -> None:
+        """Note that a tensor is saved in it."""
+        self.last_packed = event
+        self.num_saves += 1
 
 
 @dataclass
@@ -147,4 +153,5 @@ class Draft:
             copied_bytes=region.copied_bytes,
             saved_copies=self._saved_copies(region),
             drops_side_outputs=region.protocol,
+            num_saves=region.num_saves,
         )

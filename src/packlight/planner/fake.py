@@ -7,6 +7,7 @@ tied parameters tied and an optimiser's parameters those of the model when the t
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from packlight.planner.hardware import Rates, operator_cost
 from packlight.planner.known import KnownValues
 from packlight.planner.reads import Reads
 from packlight.planner.timeline import Timeline
+from packlight.step import EngineSeconds
 
 LARGE_SHARE = 0.2
 """Of a step's predicted time: as much that was not measured is said."""
@@ -165,6 +167,7 @@ class FakeLine(Timeline):
         super().__init__(device_type, allocator=allocator)
         self.rates, self.seconds = rates, 0.0
         self.seconds_by_rates: dict[str, float] = {}
+        self._num_launches = 0
         self.known = KnownValues(answers)
         self.reads = Reads(self)
         self._num_ticks = 0
@@ -203,11 +206,20 @@ class FakeLine(Timeline):
         self.reads.note(args, kwargs)
         cost = operator_cost(self.rates, func, args, kwargs, out)
         self.seconds += cost.seconds
+        self._num_launches += cost.seconds > 0
         if not cost.is_measured:
             name = func.overloadpacket.__name__
             self.seconds_by_rates[name] = self.seconds_by_rates.get(name, 0.0) + cost.seconds
         if cost.scratch_bytes:
             self.add(torch.empty(cost.scratch_bytes, dtype=torch.uint8, device=self.device_type))
+
+    def engine_seconds(self) -> EngineSeconds:
+        """Return what the engine takes beside these operators; a device that is behind its queue sees less of it."""
+        engine = self.rates.engine
+        if not self.rates.is_queued:
+            return engine
+        launching = min(1.0, self._num_launches * self.rates.launch_seconds / self.seconds) if self.seconds else 1.0
+        return replace(engine, save=engine.save * launching, again=engine.again * launching)
 
     def by_rates(self) -> list[str]:
         """Say what could not be run alone on the device at hand, where it is much of the step."""

@@ -22,6 +22,7 @@ from packlight.activations.engine import Engine
 from packlight.optim.state import group_settings, init_state
 from packlight.optim.stepping import update
 from packlight.planner.operators import CallCost, Operators
+from packlight.step import EngineSeconds
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 """In which a device may have different matrix rates; what is none of them (fp64, integers) counts as fp32."""
@@ -41,8 +42,10 @@ HOST_SIDE = 6144
 
 NUM_ENCODED = 8
 """Tensors that are encoded in a row where a codec is measured."""
-NUM_HOOKED = 32
-"""Tensors that are saved where the engine's own time is measured."""
+NUM_BLOCKS, NUM_SAVING = 3, 12
+"""Blocks, and modules in each, that save tensors where the engine's own time is measured."""
+NUM_ROUNDS = 5
+"""In which each of the engine's ways is measured anew."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -57,8 +60,8 @@ class Rates:
         bytes_per_second: bytes read and written by a large copy.
         launch_seconds: least time of an operator.
         update_seconds: the optimiser step with states of a low-bit format, for one parameter element, by format.
-        codec_seconds: to encode and decode one element of a saved tensor, by codec.
-        codec_call_seconds: what that takes for a tensor of any size besides.
+        engine: what the engine takes.
+        is_queued: whether operators wait in a queue while the host goes on.
         operators: what calls were measured to take; None for a device that is not at hand.
         host_update_seconds: as `update_seconds`, by the host's kernels, by each of `HOST_FORMATS`.
     """
@@ -67,8 +70,8 @@ class Rates:
     bytes_per_second: float
     launch_seconds: float
     update_seconds: Mapping[str, float]
-    codec_seconds: Mapping[str, float]
-    codec_call_seconds: float
+    engine: EngineSeconds
+    is_queued: bool = False
     operators: Operators | None = None
     host_update_seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -100,7 +103,7 @@ def _matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 @functools.cache
 def measure(device_type: str) -> Rates:
-    """Measure the rates of a device (less than a second, once in a process; on a GPU in 300 MiB)."""
+    """Measure the rates of a device (about a second, once in a process; on a GPU in 300 MiB)."""
     device = torch.device(device_type)
     side, num_encoded = (1024, 2**19) if device.type == "cpu" else (4096, 2**22)
     with _disable_current_modes(), torch.inference_mode():
@@ -112,14 +115,14 @@ def measure(device_type: str) -> Rates:
         launch_seconds = _launch_seconds(device)
         update_seconds = {name: _update_seconds(device, side, state_format=name) for name in LOW_BITS}
         codec_seconds = {codec: _codec_seconds(codec, block[:num_encoded]) for codec in CODECS}
-        codec_call_seconds = _codec_call_seconds(device, codec_seconds["int8"])
+        engine = _engine_seconds(device, codec_seconds)
     return Rates(
         MeasuredFlops(device, 2 * side**3 / flops_seconds),
         2 * block.nbytes / copy_seconds,
         launch_seconds,
         update_seconds,
-        codec_seconds,
-        codec_call_seconds,
+        engine,
+        device.type != "cpu",
         Operators(device),
         HostUpdates(),
     )
@@ -156,19 +159,43 @@ def _codec_seconds(codec: str, values: torch.Tensor) -> float:
     return _best_seconds(run, values.device, repeats=3) / NUM_ENCODED / values.numel()
 
 
-def _codec_call_seconds(device: torch.device, element_seconds: float) -> float:
-    """Measure what the engine takes for a tensor of any size: the hooks, the group, and starting the kernels."""
-    model = torch.nn.Sequential(*[torch.nn.GELU() for _ in range(NUM_HOOKED)])
+class _Saves(torch.nn.Module):
+    """Saves two tensors, as many as a module of a transformer does on the average."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values.sigmoid().exp()
+
+
+def _engine_seconds(device: torch.device, codec_seconds: Mapping[str, float]) -> EngineSeconds:
+    """Measure what the engine takes for a tensor of any size: its hooks, the group, and starting the kernels."""
+    model = torch.nn.Sequential(
+        *[torch.nn.Sequential(*[_Saves() for _ in range(NUM_SAVING)]) for _ in range(NUM_BLOCKS)]
+    )
+    num_saves = 2 * NUM_SAVING * NUM_BLOCKS
+    ways = {
+        "kept": {"none": "compress"},
+        "encoded": {"*": "compress"},
+        "again": {str(at): "recompute" for at in range(NUM_BLOCKS)},
+    }
+    best = dict.fromkeys(("forward", "plain", *ways), float("inf"))
     with torch.inference_mode(False), torch.enable_grad():
         values = torch.ones(2**13, device=device, requires_grad=True)
 
-        def step() -> None:
-            model(values).sum().backward()
+        def note(name: str, function: Callable[[], Any]) -> None:
+            best[name] = min(best[name], _best_seconds(function, device, repeats=2))
 
-        plain_seconds = _best_seconds(step, device, repeats=3)
-        with Engine(model, {"*": "compress"}, codec="int8"):
-            seconds = _best_seconds(step, device, repeats=3)
-    return max(0.0, (seconds - plain_seconds) / NUM_HOOKED - values.numel() * element_seconds)
+        for _ in range(NUM_ROUNDS):  # their differences are small beside what else a machine may do meanwhile
+            note("forward", lambda: model(values))
+            note("plain", lambda: model(values).sum().backward())
+            for name, choices in ways.items():
+                with Engine(model, choices, codec="int8"):
+                    note(name, lambda: model(values).sum().backward())
+    return EngineSeconds(
+        codecs=codec_seconds,
+        call=max(0.0, (best["encoded"] - best["kept"]) / num_saves - values.numel() * codec_seconds["int8"]),
+        save=max(0.0, (best["kept"] - best["plain"]) / num_saves),
+        again=max(0.0, (best["again"] - best["kept"] - best["forward"]) / num_saves),
+    )
 
 
 def _update_seconds(device: torch.device, side: int, *, state_format: str) -> float:

@@ -16,6 +16,7 @@ import torch
 from packlight.activations.compress import CODECS, encoded_bytes
 from packlight.optim.state import state_bytes
 from packlight.planner.hardware import HOST_FORMATS, LOW_BITS, PRECISIONS, Rates
+from packlight.step import EngineSeconds
 
 # PipeOffload (arXiv 2503.01328) reckons with 220 of an A100's 312 Tflop/s; assumed of the others.
 MATRIX_SHARE = 220 / 312
@@ -33,6 +34,10 @@ LINK_SHARE = 24.8 / 31.5
 # An assumption: eager PyTorch and cudaLaunchKernel take 5 to 20 us an operator, in part beside what runs.
 LAUNCH_SECONDS = 5e-6
 """Least time of an operator."""
+
+# An assumption: Python takes on a GPU's host what `hardware.measure` finds on two cores of an EPYC, 20 to 50 us.
+HOOK_SECONDS = 30e-6
+"""The engine's hooks for one tensor that is saved, where the device waits for them."""
 
 # PCI Express base specifications 3.0, 4.0, 5.0: 8, 16 and 32 GT/s a lane, 16 lanes, 128 of 130 bits are data.
 PCIE_BYTES_PER_SECOND = {generation: 2**generation * 1e9 * 16 * 128 / 130 / 8 for generation in (3, 4, 5)}
@@ -131,8 +136,13 @@ class Hardware:
             bytes_per_second=usable,
             launch_seconds=LAUNCH_SECONDS,
             update_seconds={name: (12 + 2 * states[name]) / usable for name in LOW_BITS},
-            codec_seconds={codec: 2 * (4 + num_bytes) / usable for codec, num_bytes in held.items()},
-            codec_call_seconds=4 * LAUNCH_SECONDS,
+            engine=EngineSeconds(
+                codecs={codec: 2 * (4 + num_bytes) / usable for codec, num_bytes in held.items()},
+                call=4 * LAUNCH_SECONDS,
+                save=HOOK_SECONDS,
+                again=HOOK_SECONDS,
+            ),
+            is_queued=True,
             host_update_seconds={name: (12 + 2 * num_bytes) / on_host for name, num_bytes in states.items()},
         )
 

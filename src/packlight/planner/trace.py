@@ -85,13 +85,12 @@ class Trace:
         self.saves: list[DraftSave] = []
         self._inside: list[int] = []
         self._calls: CallStack | None = None
-        self._compared = Compared()
-        self._lasting = Resident((), ())
+        self._compared, self._lasting = Compared(), Resident((), ())
         self._named: set[int] = set()
         self.notes: list[str] = []
         self._hooks: list[RemovableHandle | ModuleWatch] = [*used.cast(self.model)]
         self.resident: dict[str, int] = {}
-        self.num_resident = self.num_events = self.forward_end = self.backward_start = 0
+        self.num_resident = self.num_saves = self.num_events = self.forward_end = self.backward_start = 0
         self.seconds = self.forward_seconds = 0.0
 
     @contextmanager
@@ -204,7 +203,8 @@ class Trace:
         index = self.line.index(tensor)
         region = self._inside[-1] if self._inside else -1
         if region >= 0:
-            self.regions[region].last_packed = self.line.now()
+            self.regions[region].note_save(self.line.now())
+        self.num_saves += 1
         copied = region >= 0 and index in self.regions[region].copied
         stays = (index is None or index < self.num_resident) and not copied
         save = DraftSave(-1 if index is None else index, region, self.line.now(), packed_seconds=self.line.seconds)
@@ -341,8 +341,8 @@ class Trace:
             carried_bytes=self.seen.tail.carried_bytes if self.seen.tail else 0,
             batch_bytes=self.batch_bytes,
             carries_outputs=self.seen.carries_outputs,
-            codec_seconds=self.line.rates.codec_seconds,
-            codec_call_seconds=self.line.rates.codec_call_seconds,
+            engine=self.line.engine_seconds(),
+            num_saves=self.num_saves,
             forward_seconds=self.forward_seconds,
             notes=(*notes, *self.notes, *(self.line.by_rates() if self.hardware is None else ())),
             hardware=self.hardware.name if self.hardware else "",
