@@ -106,16 +106,18 @@ class EngineSeconds:
     """What the engine takes of compute, predicted.
 
     Attributes:
-        codecs: to encode and decode one element, by codec.
-        call: for each tensor that is encoded or moved, besides.
-        save: for each tensor that is saved while the engine looks on, whatever is done with it.
-        again: for each tensor that a block's second run saves, besides its operators.
+        codec_seconds: to encode and decode one element, by codec.
+        call_seconds: for each tensor that is encoded or moved, besides.
+        save_seconds: for each tensor that is saved while the engine looks on, whatever is done with it; it does so as
+            soon as one is encoded or moved.
+        again_seconds: for each tensor that a recomputed block saves, besides the operators of its second run; what a
+            block takes by itself is in it, for a block of some twenty saves.
     """
 
-    codecs: Mapping[str, float] = field(default_factory=dict)
-    call: float = 0.0
-    save: float = 0.0
-    again: float = 0.0
+    codec_seconds: Mapping[str, float] = field(default_factory=dict)
+    call_seconds: float = 0.0
+    save_seconds: float = 0.0
+    again_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -277,11 +279,11 @@ class Profile(JsonRecord):
         Args:
             hooked: whether the engine looks on as tensors are saved.
         """
-        return (self.seconds + (self.num_saves * self.engine.save if hooked else 0.0)) * self.num_microbatches
+        return (self.seconds + (self.num_saves * self.engine.save_seconds if hooked else 0.0)) * self.num_microbatches
 
-    def again_seconds(self, region: Region) -> float:
+    def second_run_seconds(self, region: Region) -> float:
         """Return the predicted time of a block's second run."""
-        return region.forward_seconds + region.num_saves * self.engine.again
+        return region.forward_seconds + region.num_saves * self.engine.again_seconds
 
     def update_seconds(self, optimizer: OptimizerCost) -> float:
         """Return the predicted time of an optimiser's step: most copies go on beside the host's kernels."""

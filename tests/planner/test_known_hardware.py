@@ -70,7 +70,7 @@ def test_codecs_and_low_bit_updates_take_their_bytes_over_the_bandwidth() -> Non
     rates = KNOWN["h200"].rates()
     for codec in CODECS:
         traffic_bytes = 2 * (4 * 2**20 + encoded_bytes(codec, 2**20))
-        assert rates.engine.codecs[codec] * 2**20 == pytest.approx(traffic_bytes / rates.bytes_per_second)
+        assert rates.engine.codec_seconds[codec] * 2**20 == pytest.approx(traffic_bytes / rates.bytes_per_second)
     update_bytes = {name: seconds * rates.bytes_per_second for name, seconds in rates.update_seconds.items()}
     # the README's bytes of a state, read and written
     assert 12 + 2 * 1.03 < update_bytes["4bit"] < 12 + 2 * 1.2

@@ -106,7 +106,7 @@ class StepCost:
             with_replay = int(live[replay.before]) + replay.peak_bytes
             if with_replay > peak_bytes:
                 at, peak_bytes, replayed = replay.before, with_replay, replay
-        seconds = self.profile.pass_seconds(hooked=bool(chosen or treated)) + sum(map(self.recompute_seconds, chosen))
+        seconds = self.profile.pass_seconds(hooked=bool(treated)) + sum(map(self.recompute_seconds, chosen))
         seconds += sum(self.treatment_seconds(name, treatment) for name, treatment in (treated or {}).items())
         seconds += self._moving.waiting_seconds * self.profile.num_microbatches
         cost = Cost(peak_bytes, self._moment(at), self._by_category(at, ends, replays, replayed), seconds, at)
@@ -212,7 +212,7 @@ class StepCost:
     def recompute_seconds(self, block: str) -> float:
         """Return what recomputing a block adds to a step."""
         regions = (replay.region for replay in self.replays if replay.region.block == block)
-        return sum(map(self.profile.again_seconds, regions)) * self.profile.num_microbatches
+        return sum(map(self.profile.second_run_seconds, regions)) * self.profile.num_microbatches
 
     def treatment_seconds(self, name: str, treatment: Treatment) -> float:
         """Return what a group adds to a step by itself; it comes back anew for each use that overlaps no other."""
@@ -220,9 +220,9 @@ class StepCost:
         num_elements = self.profile.saves[group.saves[0]].num_elements
         uses = merged((save.unpacked, save.used) for save in (self.profile.saves[at] for at in group.saves))
         times = (1 + len(uses)) / 2
-        seconds = times * self.profile.engine.call
+        seconds = times * self.profile.engine.call_seconds
         if treatment.choice != "offload":
-            seconds += times * num_elements * self.profile.engine.codecs.get(treatment.codec, 0.0)
+            seconds += times * num_elements * self.profile.engine.codec_seconds.get(treatment.codec, 0.0)
         if treatment.is_moved and link is not None:
             seconds += 2 * moved_bytes(self.profile, group, treatment) * link.busy_seconds_per_byte
         return seconds * self.profile.num_microbatches

@@ -167,7 +167,7 @@ class FakeLine(Timeline):
         super().__init__(device_type, allocator=allocator)
         self.rates, self.seconds = rates, 0.0
         self.seconds_by_rates: dict[str, float] = {}
-        self._num_launches = 0
+        self._queued_seconds = 0.0
         self.known = KnownValues(answers)
         self.reads = Reads(self)
         self._num_ticks = 0
@@ -206,20 +206,23 @@ class FakeLine(Timeline):
         self.reads.note(args, kwargs)
         cost = operator_cost(self.rates, func, args, kwargs, out)
         self.seconds += cost.seconds
-        self._num_launches += cost.seconds > 0
+        self._queued_seconds += max(0.0, cost.seconds - self.rates.launch_seconds)
         if not cost.is_measured:
             name = func.overloadpacket.__name__
             self.seconds_by_rates[name] = self.seconds_by_rates.get(name, 0.0) + cost.seconds
         if cost.scratch_bytes:
             self.add(torch.empty(cost.scratch_bytes, dtype=torch.uint8, device=self.device_type))
 
-    def engine_seconds(self) -> EngineSeconds:
-        """Return what the engine takes beside these operators; a device that is behind its queue sees less of it."""
+    def engine_seconds(self, num_saves: int) -> EngineSeconds:
+        """Return what the engine takes beside the operators so far, in which so many tensors were saved.
+
+        Operators that wait in a queue give the host time to spare, in which it saves tensors for nothing. That an
+        operator costs the host no more than a launch is an assumption, by which the time to spare is the most there is.
+        """
         engine = self.rates.engine
-        if not self.rates.is_queued:
-            return engine
-        launching = min(1.0, self._num_launches * self.rates.launch_seconds / self.seconds) if self.seconds else 1.0
-        return replace(engine, save=engine.save * launching, again=engine.again * launching)
+        spare_seconds = self._queued_seconds / num_saves if self.rates.is_queued and num_saves else 0.0
+        left = [max(0.0, seconds - spare_seconds) for seconds in (engine.save_seconds, engine.again_seconds)]
+        return replace(engine, save_seconds=left[0], again_seconds=left[1])
 
     def by_rates(self) -> list[str]:
         """Say what could not be run alone on the device at hand, where it is much of the step."""

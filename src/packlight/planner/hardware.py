@@ -10,6 +10,7 @@ plans, and the first real step then scales them.
 import functools
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from packlight.activations.compress import CODECS, Encoded
 from packlight.activations.engine import Engine
+from packlight.activations.recompute import recompute
 from packlight.optim.state import group_settings, init_state
 from packlight.optim.stepping import update
 from packlight.planner.operators import CallCost, Operators
@@ -122,9 +124,9 @@ def measure(device_type: str) -> Rates:
         launch_seconds,
         update_seconds,
         engine,
-        device.type != "cpu",
-        Operators(device),
-        HostUpdates(),
+        is_queued=device.type != "cpu",
+        operators=Operators(device),
+        host_update_seconds=HostUpdates(),
     )
 
 
@@ -160,7 +162,7 @@ def _codec_seconds(codec: str, values: torch.Tensor) -> float:
 
 
 class _Saves(torch.nn.Module):
-    """Saves two tensors, as many as a module of a transformer does on the average."""
+    """Saves two tensors; a layer of T5's saves a little more than two for each module."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return values.sigmoid().exp()
@@ -172,29 +174,37 @@ def _engine_seconds(device: torch.device, codec_seconds: Mapping[str, float]) ->
         *[torch.nn.Sequential(*[_Saves() for _ in range(NUM_SAVING)]) for _ in range(NUM_BLOCKS)]
     )
     num_saves = 2 * NUM_SAVING * NUM_BLOCKS
-    ways = {
-        "kept": {"none": "compress"},
-        "encoded": {"*": "compress"},
-        "again": {str(at): "recompute" for at in range(NUM_BLOCKS)},
+    blocks = [str(at) for at in range(NUM_BLOCKS)]
+    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "plain": nullcontext,
+        "kept": lambda: Engine(model, {"none": "compress"}, codec="int8"),
+        "encoded": lambda: Engine(model, {"*": "compress"}, codec="int8"),
+        "again": lambda: recompute(model, blocks),
     }
-    best = dict.fromkeys(("forward", "plain", *ways), float("inf"))
+    best = dict.fromkeys(("forward", *ways), float("inf"))
     with torch.inference_mode(False), torch.enable_grad():
-        values = torch.ones(2**13, device=device, requires_grad=True)
+        values = torch.ones(2**13, dtype=torch.float32, device=device, requires_grad=True)
 
         def note(name: str, function: Callable[[], Any]) -> None:
             best[name] = min(best[name], _best_seconds(function, device, repeats=2))
 
         for _ in range(NUM_ROUNDS):  # their differences are small beside what else a machine may do meanwhile
             note("forward", lambda: model(values))
-            note("plain", lambda: model(values).sum().backward())
-            for name, choices in ways.items():
-                with Engine(model, choices, codec="int8"):
+            for name, way in ways.items():
+                with way():
                     note(name, lambda: model(values).sum().backward())
+    return _engine_of(best, num_saves, values.numel() * codec_seconds["int8"], codec_seconds)
+
+
+def _engine_of(
+    best: Mapping[str, float], num_saves: int, tensor_seconds: float, codec_seconds: Mapping[str, float]
+) -> EngineSeconds:
+    """Tell apart what each way took."""
     return EngineSeconds(
-        codecs=codec_seconds,
-        call=max(0.0, (best["encoded"] - best["kept"]) / num_saves - values.numel() * codec_seconds["int8"]),
-        save=max(0.0, (best["kept"] - best["plain"]) / num_saves),
-        again=max(0.0, (best["again"] - best["kept"] - best["forward"]) / num_saves),
+        codec_seconds=codec_seconds,
+        call_seconds=max(0.0, (best["encoded"] - best["kept"]) / num_saves - tensor_seconds),
+        save_seconds=max(0.0, (best["kept"] - best["plain"]) / num_saves),
+        again_seconds=max(0.0, (best["again"] - best["plain"] - best["forward"]) / num_saves),
     )
 
 

@@ -35,9 +35,9 @@ LINK_SHARE = 24.8 / 31.5
 LAUNCH_SECONDS = 5e-6
 """Least time of an operator."""
 
-# An assumption: Python takes on a GPU's host what `hardware.measure` finds on two cores of an EPYC, 20 to 50 us.
+# An assumption: a GPU's host takes what `hardware.measure` finds on two cores of an EPYC, 30 to 60 us for the first.
 HOOK_SECONDS = 30e-6
-"""The engine's hooks for one tensor that is saved, where the device waits for them."""
+"""The engine's hooks for one tensor that is saved, and a second run's, where the device waits for them."""
 
 # PCI Express base specifications 3.0, 4.0, 5.0: 8, 16 and 32 GT/s a lane, 16 lanes, 128 of 130 bits are data.
 PCIE_BYTES_PER_SECOND = {generation: 2**generation * 1e9 * 16 * 128 / 130 / 8 for generation in (3, 4, 5)}
@@ -137,10 +137,10 @@ class Hardware:
             launch_seconds=LAUNCH_SECONDS,
             update_seconds={name: (12 + 2 * states[name]) / usable for name in LOW_BITS},
             engine=EngineSeconds(
-                codecs={codec: 2 * (4 + num_bytes) / usable for codec, num_bytes in held.items()},
-                call=4 * LAUNCH_SECONDS,
-                save=HOOK_SECONDS,
-                again=HOOK_SECONDS,
+                codec_seconds={codec: 2 * (4 + num_bytes) / usable for codec, num_bytes in held.items()},
+                call_seconds=4 * LAUNCH_SECONDS,
+                save_seconds=HOOK_SECONDS,
+                again_seconds=HOOK_SECONDS,
             ),
             is_queued=True,
             host_update_seconds={name: (12 + 2 * num_bytes) / on_host for name, num_bytes in states.items()},

@@ -158,6 +158,8 @@ class Program:
             rows.add(dict.fromkeys(excluding, 1.0), 1.0)
         for variable in self._lossy:
             rows.add({variable: 1.0, at.any_lossy: -1.0}, 0.0)
+        treating = dict.fromkeys(range(len(self._blocks), self._num_choices), 1.0)
+        rows.add({**treating, at.any_treated: -float(len(treating))}, 0.0)
         for event, (row, links) in self._rows.items():
             coefficients = dict(row.coefficients)
             for link in links:
@@ -177,7 +179,7 @@ class Program:
             self._add_states(rows, at, allowed_bytes)
             upper[[at.formats[each] for each in without]] = 0
         integrality = numpy.zeros(columns)
-        integrality[[*range(at.peak), at.any_lossy, *at.formats]] = 1
+        integrality[[*range(at.peak), at.any_lossy, at.any_treated, *at.formats]] = 1
         with left_out(b"HighsMipSolverData::"):
             found = optimize.milp(
                 objective,
@@ -190,7 +192,8 @@ class Program:
 
     def _columns(self) -> "_Columns":
         peak = self._num_choices
-        return _Columns(peak, (peak + 1, peak + 2), peak + 3, range(peak + 4, peak + 4 + len(self._optimizers)))
+        formats = range(peak + 5, peak + 5 + len(self._optimizers))
+        return _Columns(peak, (peak + 1, peak + 2), peak + 3, peak + 4, formats)
 
     def _weigh(self, objective: Any, at: "_Columns") -> None:
         """Say what each variable adds to a step, in seconds; a lossy format is not taken for its speed alone."""
@@ -199,6 +202,7 @@ class Program:
         objective[list(at.waiting)] = profile.num_microbatches
         loss_seconds = LOSS_SHARE * profile.seconds * profile.num_microbatches
         objective[at.any_lossy] = loss_seconds
+        objective[at.any_treated] = profile.pass_seconds(hooked=True) - profile.pass_seconds(hooked=False)
         numbers = lossiness(self._optimizers)
         for number, column, optimizer in zip(numbers, at.formats, self._optimizers, strict=True):
             slower_seconds = max(0.0, profile.update_seconds(optimizer) - profile.update_seconds(self._optimizers[0]))
@@ -295,6 +299,7 @@ class _Columns:
     peak: int
     waiting: tuple[int, int]
     any_lossy: int
+    any_treated: int
     formats: range
 
     @property

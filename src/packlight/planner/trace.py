@@ -204,11 +204,11 @@ class Trace:
         region = self._inside[-1] if self._inside else -1
         if region >= 0:
             self.regions[region].note_save(self.line.now())
-        self.num_saves += 1
         copied = region >= 0 and index in self.regions[region].copied
         stays = (index is None or index < self.num_resident) and not copied
         save = DraftSave(-1 if index is None else index, region, self.line.now(), packed_seconds=self.line.seconds)
         if self._calls is not None:
+            self.num_saves += 1
             self._keep_exact(self._compared.saved_beside(tensor))
             self._describe(save, tensor)
         if not stays:
@@ -272,6 +272,7 @@ class Trace:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             scalar.backward()
         self.num_events, self.seconds, self.line.reads.is_on = self.line.now(), self.line.seconds, False
+        self.engine = self.line.engine_seconds(self.num_saves)
         self._name_gradients()
 
     def _note_completion(self) -> None:
@@ -341,7 +342,7 @@ class Trace:
             carried_bytes=self.seen.tail.carried_bytes if self.seen.tail else 0,
             batch_bytes=self.batch_bytes,
             carries_outputs=self.seen.carries_outputs,
-            engine=self.line.engine_seconds(),
+            engine=self.engine,
             num_saves=self.num_saves,
             forward_seconds=self.forward_seconds,
             notes=(*notes, *self.notes, *(self.line.by_rates() if self.hardware is None else ())),
