@@ -4,8 +4,10 @@
 slowdowns that are to be told apart. Here each family of `fit_families.py` has one process: plain steps, then a session
 under 80, 60, 40 or 25 % of the plain peak (or the least that fits), which plans and mends as `packlight run` does, then
 plain steps again. Two things are otherwise than under that command: the optimiser has its states before the first
-planned step, and operators are measured once for all four plans of a family. A slowdown is the median planned step over the median of the plain ones on both sides; how far these
-differ from each other is written beside it. `--rounds` repeats all of it, and medians are taken.
+planned step, and operators are measured once for all four plans of a family.
+
+A slowdown is the median planned step over the median of the plain ones on both sides; how far these differ from each
+other is written beside it. `--rounds` repeats all of it, and medians are taken.
 
     python -m benchmarks.fit_pairs --output benchmarks/results/HARDWARE/fit_pairs.json
 """
