@@ -273,13 +273,10 @@ class Profile(JsonRecord):
         """What copies to the tier need for themselves on the device; those of a GPU are in host memory."""
         return self.link.staging_bytes if self.link is not None and self.device == "cpu" else 0
 
-    def pass_seconds(self, *, hooked: bool) -> float:
-        """Return the predicted time of a step's forwards and backwards.
-
-        Args:
-            hooked: whether the engine looks on as tensors are saved.
-        """
-        return (self.seconds + (self.num_saves * self.engine.save_seconds if hooked else 0.0)) * self.num_microbatches
+    @property
+    def hook_seconds(self) -> float:
+        """What a step takes more where the engine looks on as tensors are saved."""
+        return self.num_saves * self.engine.save_seconds * self.num_microbatches
 
     def second_run_seconds(self, region: Region) -> float:
         """Return the predicted time of a block's second run."""

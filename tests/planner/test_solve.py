@@ -183,7 +183,7 @@ def test_choices_are_the_blocks_that_hold_bytes_once_each(name: str) -> None:
         plain_seconds = StepCost(step).price((), chosen_format(step, made)).seconds
         added_seconds = sum(choice.seconds for choice in made.choices)
         if any(choice.choice == "compress" for choice in made.choices):  # the engine looks on, at what is kept too
-            added_seconds += step.pass_seconds(hooked=True) - step.pass_seconds(hooked=False)
+            added_seconds += step.hook_seconds
         assert made.estimate.step_seconds == pytest.approx(plain_seconds + added_seconds)
 
 

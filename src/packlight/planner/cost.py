@@ -106,7 +106,8 @@ class StepCost:
             with_replay = int(live[replay.before]) + replay.peak_bytes
             if with_replay > peak_bytes:
                 at, peak_bytes, replayed = replay.before, with_replay, replay
-        seconds = self.profile.pass_seconds(hooked=bool(treated)) + sum(map(self.recompute_seconds, chosen))
+        seconds = self.profile.seconds * self.profile.num_microbatches + sum(map(self.recompute_seconds, chosen))
+        seconds += self.profile.hook_seconds if treated else 0.0
         seconds += sum(self.treatment_seconds(name, treatment) for name, treatment in (treated or {}).items())
         seconds += self._moving.waiting_seconds * self.profile.num_microbatches
         cost = Cost(peak_bytes, self._moment(at), self._by_category(at, ends, replays, replayed), seconds, at)
@@ -270,16 +271,13 @@ class StepCost:
         change[0] += self.resident_bytes + self._staging_bytes
         change.index_add_(0, self._born, self._sizes)
         change.index_add_(0, ends, -self._sizes)
-        spans = [
-            *self._spans,
-            (self._carried(ends), 0, min(self.profile.forward_end, num_events)),
-            (self.profile.carried_bytes, 0, min(self.profile.backward_start, num_events)),
-        ]
+        held = [*self._spans, (self._carried(ends), 0, min(self.profile.forward_end, num_events))]
+        held.append((self.profile.carried_bytes, 0, min(self.profile.backward_start, num_events)))
         for replay in replays:
             region = replay.region
-            spans.append((region.copied_bytes, region.start, region.released))
-            spans += [(num_bytes, region.unpacked, used) for num_bytes, used in self._saved_again(replay)]
-        sizes, starts, stops = torch.tensor(spans, dtype=torch.int64).unbind(1)
+            held.append((region.copied_bytes, region.start, region.released))
+            held += [(num_bytes, region.unpacked, used) for num_bytes, used in self._saved_again(replay)]
+        sizes, starts, stops = torch.tensor(held, dtype=torch.int64).unbind(1)
         change.index_add_(0, starts, sizes)
         change.index_add_(0, stops, -sizes)
         return change.cumsum(0)[:-1] if num_events else change.cumsum(0)

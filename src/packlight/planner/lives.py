@@ -71,8 +71,7 @@ def _lanes(
     moving, step = costs.moving(recomputed, treated), costs.profile
     if not moving.out:
         return None
-    unplaced_seconds = step.pass_seconds(hooked=True) - step.pass_seconds(hooked=False)
-    unplaced_seconds += sum(map(costs.recompute_seconds, recomputed))
+    unplaced_seconds = step.hook_seconds + sum(map(costs.recompute_seconds, recomputed))
     unplaced_seconds += sum(costs.treatment_seconds(name, treatment) for name, treatment in treated.items())
     return Lanes(
         out=_lane(moving.out),

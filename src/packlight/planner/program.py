@@ -202,7 +202,7 @@ class Program:
         objective[list(at.waiting)] = profile.num_microbatches
         loss_seconds = LOSS_SHARE * profile.seconds * profile.num_microbatches
         objective[at.any_lossy] = loss_seconds
-        objective[at.any_treated] = profile.pass_seconds(hooked=True) - profile.pass_seconds(hooked=False)
+        objective[at.any_treated] = profile.hook_seconds
         numbers = lossiness(self._optimizers)
         for number, column, optimizer in zip(numbers, at.formats, self._optimizers, strict=True):
             slower_seconds = max(0.0, profile.update_seconds(optimizer) - profile.update_seconds(self._optimizers[0]))
