@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Runs:
             "peak_error": estimate["device_peak_bytes"] / peak_bytes - 1,
             "fits": peak_bytes <= record["plan"]["budget_bytes"],
             "predicted_slowdown": estimate["slowdown"],
-            "choices": _count(choice["choice"] for choice in record["plan"]["choices"]),
+            "choices": Counter(choice["choice"] for choice in record["plan"]["choices"]),
             "state_formats": sorted(set(record["plan"]["state_formats"].values())),
             "environment": record["environment"],
         }
@@ -105,13 +106,6 @@ def _measured(record: dict[str, Any]) -> Row:
         "step_seconds": measured["step_seconds"],
         "last_loss": measured["losses"]["last"][-1],
     }
-
-
-def _count(choices: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for choice in choices:
-        counts[choice] = counts.get(choice, 0) + 1
-    return counts
 
 
 def one_round(runs: Runs, shares: Iterable[int], ways: Sequence[str]) -> list[Row]:
@@ -144,11 +138,18 @@ def merged(rounds: Sequence[Sequence[Row]]) -> list[Row]:
     return made
 
 
+def headed(title: str, *columns: str) -> Table:
+    """Return an empty table of families and ways, and of figures, which stand to the right."""
+    made = Table("family", "way", title=title)
+    for column in columns:
+        made.add_column(column, justify="right")
+    return made
+
+
 def table(rows: Iterable[Row]) -> Table:
     """Lay the rows out for a reader."""
-    made = Table(title="twelve families under budgets, and by hand")
-    for title in ("family", "way", "budget MiB", "peak", "predicted", "error", "fits", "slowdown", "predicted "):
-        made.add_column(title, justify="left" if title in ("family", "way") else "right")
+    columns = ("budget MiB", "peak", "predicted", "error", "fits", "slowdown", "predicted ")
+    made = headed("twelve families under budgets, and by hand", *columns)
     for row in rows:
         facts = [f"{row['peak_bytes'] / 2**20:.1f}", "", "", "", f"{row['slowdown']:.3f}", ""]
         budget = ""

@@ -28,13 +28,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.fit import ROOT, SHARES, Row, headed
 from benchmarks.fit_families import FAMILIES, Family
 from packlight.budget import BudgetError
 from packlight.integrations.script import environment
 from packlight.planner.guest import Guest
 
-ROOT = Path(__file__).parents[1]
-SHARES = (80, 60, 40, 25)
 NUM_PLAIN = 4
 """Plain steps on each side; the first of them is not timed."""
 NUM_PLANNED = 8
@@ -43,8 +42,6 @@ NUM_TIMED = 5
 MOST_REFUSALS = 4
 """A first step may show that a little more lives beside it, and what was measured for the last plan lives on."""
 MEDIANS = ("plain_seconds", "step_seconds", "slowdown", "predicted_slowdown", "slowdown_error", "drift")
-
-Row = dict[str, Any]
 
 
 class Loop:
@@ -120,12 +117,12 @@ def one_family(name: str, shares: Sequence[int], disk: str) -> list[Row]:
     plain_bytes = loop.plain_peak()
     for share in shares:
         asked = wanted = plain_bytes * share // 100
-        row: Row | int = loop.planned_or_smallest(wanted, disk)
-        for _ in range(MOST_REFUSALS):
-            if isinstance(row, int):
-                wanted = row
-                row = loop.planned_or_smallest(wanted, disk)
-        if isinstance(row, int):
+        for _ in range(1 + MOST_REFUSALS):
+            row = loop.planned_or_smallest(wanted, disk)
+            if not isinstance(row, int):
+                break
+            wanted = row
+        else:
             raise RuntimeError(f"{name} was refused {wanted} bytes, which were said to be the smallest that fit")
         facts = {"family": name, "way": f"{share} %", "least": wanted > asked, "plain_peak_bytes": plain_bytes}
         rows.append(facts | row)
@@ -157,9 +154,8 @@ def merged(rounds: Sequence[Sequence[Row]]) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> Table:
     """Lay the rows out for a reader."""
-    made = Table(title="families under budgets, beside themselves as they are")
-    for title in ("family", "way", "budget MiB", "predicted", "measured", "error", "slowdown", "predicted ", "drift"):
-        made.add_column(title, justify="left" if title in ("family", "way") else "right")
+    columns = ("budget MiB", "predicted", "measured", "error", "slowdown", "predicted ", "drift")
+    made = headed("families under budgets, beside themselves as they are", *columns)
     for row in rows:
         sizes = [f"{row[key] / 2**20:.1f}" for key in ("budget_bytes", "predicted_peak_bytes", "peak_bytes")]
         times = [f"{row['peak_error']:+.2%}", f"{row['slowdown']:.3f}", f"{row['predicted_slowdown']:.3f}"]
