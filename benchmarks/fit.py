@@ -2,10 +2,14 @@
 
 Each of twelve model families (`fit_families.py`) is trained as it is, at 80, 60, 40 and 25 % of that peak (or the least
 that fits), in four ways that people save activations by hand, and planned again with each of those ways' peaks as the
-budget. Every run is a process of its own and is measured by `packlight run`; `--rounds` repeats all of it, and times
-are medians over rounds of the median step. Prints tables, and writes JSON and a page that plots step time against peak.
+budget. Every run is a process of its own and is measured by `packlight run`.
 
-    python -m benchmarks.fit --rounds 3 --output benchmarks/results/HARDWARE/fit.json
+On a machine that others use, too, the time of a step drifts by more in a minute than the slowdowns that are to be told
+apart. So all runs of a family live at once and take turns, a step each, and every second one is followed by a plain
+step: a slowdown is the median over `--rounds` of a step over the mean of the plain ones before and after it. Prints
+tables, and writes JSON and a page that plots slowdown against peak.
+
+    python -m benchmarks.fit --output benchmarks/results/HARDWARE/fit.json
 """
 
 import argparse
@@ -16,9 +20,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.table import Table
@@ -32,13 +39,81 @@ NO_PLAN = 3
 """Exit status where nothing fits."""
 HOST_BUDGET = "64GiB"
 """For what is offloaded from a GPU."""
-REPEATED = ("step_seconds", "slowdown")
+NUM_FOLLOWED = 3
+"""Steps that `packlight run` follows, in which a plan is made, measured and mended; they are not timed."""
+MOST_REFUSALS = 3
+"""What a first step shows of a loop may raise the smallest budget by a little."""
+PER_PLAIN = 2
+"""So many runs take a step between two plain ones."""
 
 Row = dict[str, Any]
 
 
+class Contestant:
+    """One run of a family in a process of its own, under `packlight run`, which takes a step when told.
+
+    Args:
+        options: of `packlight run`.
+        arguments: of `fit_families.py`.
+        folder: for the record.
+    """
+
+    def __init__(self, options: Sequence[str], arguments: Sequence[str], *, folder: Path) -> None:
+        self.seconds: list[float] = []
+        self.over_plain: list[float] = []
+        self._record = folder / "run.json"
+        self._command = [sys.executable, "-m", "packlight", "run", *options, "--record", str(self._record)]
+        self._command += ["-m", "benchmarks.fit_families", *arguments, "--turns"]
+        with (folder / "errors").open("w+b") as errors:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+            self._process = subprocess.Popen(self._command, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload]
+        self._errors = folder / "errors"
+
+    def step(self) -> float:
+        """Take one step; return its seconds.
+
+        Raises:
+            Refused: nothing fits the budget.
+            RuntimeError: the process ended otherwise.
+        """
+        with suppress(BrokenPipeError):
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if found := re.match(r"step \d+ loss \S+ seconds (\S+)", line):
+                return float(found[1])
+        raise self._end()
+
+    def finish(self) -> Row:
+        """End the training; return the record."""
+        self._process.communicate()
+        if self._process.returncode != 0:
+            raise self._end()
+        made: Row = json.loads(self._record.read_text(encoding="utf-8"))
+        return made
+
+    def stop(self) -> None:
+        """Let go of the process, whatever it does."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _end(self) -> Exception:
+        status, errors = self._process.wait(), self._errors.read_text(encoding="utf-8")
+        if status == NO_PLAN:
+            return Refused(int(re.findall(r"smallest budget that fits is (\d+) bytes", errors)[-1]))
+        return RuntimeError(f"{' '.join(self._command)} ended with {status}:\n{errors}")
+
+
+class Refused(Exception):
+    """Nothing fits; `smallest_bytes` would."""
+
+    def __init__(self, smallest_bytes: int) -> None:
+        super().__init__(smallest_bytes)
+        self.smallest_bytes = smallest_bytes
+
+
 class Runs:
-    """Runs one family in processes of its own.
+    """Starts runs of one family, and takes their processes down in the end.
 
     Args:
         family: its name.
@@ -52,90 +127,109 @@ class Runs:
         self._arguments = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
         tier = ["--disk", disk] if arguments["device"] == "cpu" else ["--host-budget", HOST_BUDGET]
         self._options = ["--exact", *tier] if exact else tier
+        self._stack = ExitStack()
 
-    def by_hand(self, way: str) -> Row:
-        """Train without a plan."""
-        record = self._run(["--measure-only"], ["--way", way, "--folder", self._disk])
-        assert isinstance(record, dict)
-        return {"family": self.family, "way": way, **_measured(record)}
+    def __enter__(self) -> Self:
+        """Return the runs themselves."""
+        return self
 
-    def planned(self, budget_bytes: int, name: str) -> Row:
-        """Train under a plan; where the budget is too small, under the smallest that fits."""
-        outcome = self._run(["--budget", str(budget_bytes), *self._options], [])
-        least = isinstance(outcome, int)
-        record = outcome
-        if isinstance(outcome, int):
-            record = self._run(["--budget", str(outcome), *self._options], [])
-        assert isinstance(record, dict)
-        estimate, peak_bytes = record["estimate"], record["measurement"]["device_peak_bytes"]
-        return {
-            "family": self.family,
-            "way": name,
-            "least": least,
-            "budget_bytes": record["plan"]["budget_bytes"],
-            **_measured(record),
-            "predicted_peak_bytes": estimate["device_peak_bytes"],
-            "peak_error": estimate["device_peak_bytes"] / peak_bytes - 1,
-            "fits": peak_bytes <= record["plan"]["budget_bytes"],
-            "predicted_slowdown": estimate["slowdown"],
-            "choices": Counter(choice["choice"] for choice in record["plan"]["choices"]),
-            "state_formats": sorted(set(record["plan"]["state_formats"].values())),
-            "environment": record["environment"],
-        }
+    def __exit__(self, *exc_info: object) -> None:
+        """End every process that is left."""
+        self._stack.close()
 
-    def _run(self, options: Sequence[str], arguments: Sequence[str]) -> dict[str, Any] | int:
-        """Return a run's record, or the smallest budget that fits."""
-        with tempfile.TemporaryDirectory() as folder:
-            record = Path(folder) / "run.json"
-            command = [sys.executable, "-m", "packlight", "run", *options, "--record", str(record)]
-            command += ["-m", "benchmarks.fit_families", self.family, *self._arguments, *arguments]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            if done.returncode == NO_PLAN:
-                return int(re.findall(r"smallest budget that fits is (\d+) bytes", done.stderr)[-1])
-            if done.returncode != 0:
-                raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-            made: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-            return made
+    def by_hand(self, way: str) -> Contestant:
+        """Begin to train without a plan, and take the steps that are followed."""
+        return self._started(["--measure-only"], ["--way", way, "--folder", self._disk])
+
+    def planned(self, budget_bytes: int) -> tuple[Contestant, bool]:
+        """Begin to train under a plan, under the smallest budget that fits if this is less; return whether it is."""
+        wanted_bytes = budget_bytes
+        for _ in range(MOST_REFUSALS):
+            try:
+                return self._started(["--budget", str(wanted_bytes), *self._options], []), wanted_bytes > budget_bytes
+            except Refused as refused:
+                wanted_bytes = refused.smallest_bytes
+        raise RuntimeError(
+            f"{self.family} was refused {wanted_bytes} bytes, which were said to be the smallest that fit"
+        )
+
+    def peaks(self, ways: Iterable[str]) -> dict[str, int]:
+        """Return the peak of each way by hand, in runs beside each other that time nothing."""
+        with ThreadPoolExecutor() as pool:
+            records = pool.map(lambda way: self.by_hand(way).finish(), found := list(ways))
+            peaks = [record["measurement"]["device_peak_bytes"] for record in records]
+        return dict(zip(found, peaks, strict=True))
+
+    def _started(self, options: Sequence[str], arguments: Sequence[str]) -> Contestant:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        made = Contestant(options, [self.family, *self._arguments, *arguments], folder=folder)
+        self._stack.callback(made.stop)
+        for _ in range(NUM_FOLLOWED):
+            made.step()
+        return made
 
 
-def _measured(record: dict[str, Any]) -> Row:
+def take_turns(plain: Contestant, others: Sequence[Contestant], *, num_rounds: int) -> None:
+    """Time steps one after the other, each between two plain ones, over whose mean it is divided."""
+    before = plain.step()
+    for _ in range(num_rounds):
+        for pair in _batched(others, PER_PLAIN):
+            seconds = [each.step() for each in pair]
+            after = plain.step()
+            plain.seconds.append(after)
+            plain.over_plain.append(2 * after / (before + after))
+            for each, own in zip(pair, seconds, strict=True):
+                each.seconds.append(own)
+                each.over_plain.append(2 * own / (before + after))
+            before = after
+
+
+def _batched(values: Iterable[Contestant], number: int) -> Iterator[list[Contestant]]:
+    left = iter(values)
+    while part := list(islice(left, number)):
+        yield part
+
+
+def one_family(runs: Runs, shares: Iterable[int], ways: Sequence[str], *, num_rounds: int) -> list[Row]:
+    """Return the rows of one family: plain, at shares of its peak, by hand, and planned at those peaks."""
+    peaks = runs.peaks(["plain", *ways])
+    entries = [("plain", runs.by_hand("plain"), False)]
+    entries += [(f"{share} %", *runs.planned(peaks["plain"] * share // 100)) for share in shares]
+    for way in ways:
+        entries += [(way, runs.by_hand(way), False), (f"at {way}", *runs.planned(peaks[way]))]
+    contestants = [contestant for _, contestant, _ in entries]
+    take_turns(contestants[0], contestants[1:], num_rounds=num_rounds)
+    return [_row(runs.family, *entry) for entry in entries]
+
+
+def _row(family: str, way: str, contestant: Contestant, least: bool) -> Row:
+    record = contestant.finish()
     measured = record["measurement"]
-    return {
-        "peak_bytes": measured["device_peak_bytes"],
+    peak_bytes = measured["device_peak_bytes"]
+    row = {
+        "family": family,
+        "way": way,
+        "peak_bytes": peak_bytes,
         "resident_peak_bytes": measured["resident_peak_bytes"],
-        "step_seconds": measured["step_seconds"],
+        "step_seconds": statistics.median(contestant.seconds),
+        "slowdown": statistics.median(contestant.over_plain),
+        "slowdowns": contestant.over_plain,
         "last_loss": measured["losses"]["last"][-1],
     }
-
-
-def one_round(runs: Runs, shares: Iterable[int], ways: Sequence[str]) -> list[Row]:
-    """Return the rows of one family: plain, at shares of its peak, by hand, and planned at those peaks."""
-    plain = runs.by_hand("plain")
-    rows = [plain]
-    for share in shares:
-        rows.append(runs.planned(plain["peak_bytes"] * share // 100, f"{share} %"))
-    for way in ways:
-        rows.append(runs.by_hand(way))
-        rows.append(runs.planned(rows[-1]["peak_bytes"], f"at {way}"))
-    for row in rows:
-        row["slowdown"] = row["step_seconds"] / plain["step_seconds"]
-    return rows
-
-
-def merged(rounds: Sequence[Sequence[Row]]) -> list[Row]:
-    """Return one row for each run: times are medians over rounds, and the worst of peaks and errors stands."""
-    made = []
-    for rows in zip(*rounds, strict=True):
-        row = dict(rows[0])
-        row.update({key: statistics.median(each[key] for each in rows) for key in REPEATED})
-        row["peak_bytes"] = max(each["peak_bytes"] for each in rows)
-        row["slowdowns"] = [each["slowdown"] for each in rows]
-        if "fits" in row:
-            row["fits"] = all(each["fits"] for each in rows)
-            row["peak_error"] = max((each["peak_error"] for each in rows), key=abs)
-            row["predicted_slowdown"] = statistics.median(each["predicted_slowdown"] for each in rows)
-        made.append(row)
-    return made
+    if record["plan"] is None:
+        return row
+    estimate, budget_bytes = record["estimate"], record["plan"]["budget_bytes"]
+    return row | {
+        "least": least,
+        "budget_bytes": budget_bytes,
+        "predicted_peak_bytes": estimate["device_peak_bytes"],
+        "peak_error": estimate["device_peak_bytes"] / peak_bytes - 1,
+        "fits": peak_bytes <= budget_bytes,
+        "predicted_slowdown": estimate["slowdown"],
+        "choices": Counter(choice["choice"] for choice in record["plan"]["choices"]),
+        "state_formats": sorted(set(record["plan"]["state_formats"].values())),
+        "environment": record["environment"],
+    }
 
 
 def headed(title: str, *columns: str) -> Table:
@@ -223,8 +317,7 @@ def main() -> None:
     """Run every family."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=6, help="timed steps of each run")
     parser.add_argument("--ways", default=",".join(WAYS), help="by hand, comma-separated; may be empty")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scale", type=int, default=1, help="factor of the models' widths and lengths")
@@ -235,11 +328,11 @@ def main() -> None:
     options = parser.parse_args()
     console, rows = Console(), []
     for family in options.families.split(","):
-        arguments = {name: getattr(options, name) for name in ("steps", "device", "scale")}
-        runs = Runs(family, arguments, disk=options.disk, exact=options.exact)
+        arguments = {name: getattr(options, name) for name in ("device", "scale")}
         ways = [way for way in options.ways.split(",") if way]
         shares = [int(share) for share in options.shares.split(",")]
-        own = merged([one_round(runs, shares, ways) for _ in range(options.rounds)])
+        with Runs(family, arguments, disk=options.disk, exact=options.exact) as runs:
+            own = one_family(runs, shares, ways, num_rounds=options.rounds)
         console.print(table(own))
         rows += own
         if options.output:  # after each family: all of them take an hour

@@ -9,7 +9,9 @@ selective checkpoint that keeps matrix products, or all saved tensors offloaded.
 
 import argparse
 import functools
+import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -395,6 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--turns", action="store_true", help="take a step for each line of standard input instead")
     parser.add_argument(
         "--way", choices=["plain", "every-layer", "every-second", "products", "offload"], default="plain"
     )
@@ -413,13 +416,15 @@ def main() -> None:
     trained = [parameter for parameter in family.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     family.model.train()
-    for step in range(options.steps):
+    for step, _ in enumerate(sys.stdin if options.turns else range(options.steps)):
+        start = time.perf_counter()
         batch = {name: value.to(options.device) for name, value in family.batch().items()}
         loss = family.loss(family.model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step} loss {loss.item()!r}", flush=True)
+        value = loss.item()
+        print(f"step {step} loss {value!r} seconds {time.perf_counter() - start!r}", flush=True)
 
 
 if __name__ == "__main__":

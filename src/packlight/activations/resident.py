@@ -50,13 +50,13 @@ class Resident:
         Returns:
             Whether it is a parameter, a view or a copy of one, a buffer, an argument, or a view of those.
         """
-        return self.lasts(tensor) or _is_copy_of_parameter(tensor)
-
-    def lasts(self, tensor: Tensor) -> bool:
-        """Tell the same but for copies."""
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return True
-        return _has_storage(tensor) and _address(tensor) in self._storages
+        return (_has_storage(tensor) and self.has(_address(tensor))) or _is_copy_of_parameter(tensor)
+
+    def has(self, address: int) -> bool:
+        """Tell whether the storage at an address was given."""
+        return address in self._storages
 
 
 def _is_copy_of_parameter(tensor: Tensor) -> bool:
@@ -84,6 +84,11 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
         tensor = get_unwrapped(tensor)
     parts = parts_of(tensor)
     return [tensor] if parts is None else list(parts.tensors.values())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether a tensor is of no subclass and has a storage; what is lazily conjugated is dense, and not plain."""
+    return type(tensor) in (Tensor, nn.Parameter) and _has_storage(tensor)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -29,7 +29,7 @@ from packlight.activations.devices import TierByDevice
 from packlight.activations.groups import Group, Held, SavedElsewhere, SavedParts, SavedView, flat_of, keep, unpack
 from packlight.activations.offload import Tier
 from packlight.activations.prefetch import Forward
-from packlight.activations.resident import Resident, is_plain, parts_of
+from packlight.activations.resident import Resident, is_dense, is_plain, parts_of
 from packlight.activations.sites import INPUTS, CallStack, Rules, Site
 from packlight.numerics.group_operators import MASK
 
@@ -81,6 +81,7 @@ class Saver:
         self.stack, self.rules = CallStack(), rules
         self._resident, self._forward = resident, forward
         self._codec, self._tier, self._min_bytes = codec, tier, min_bytes
+        self._rounds = any((named or codec) != MASK for named in rules.codecs)
         self._groups: weakref.WeakValueDictionary[_Key, Group] = weakref.WeakValueDictionary()
         self._left: dict[_Key, StorageWeakRef] = {}  # an address that is referred to is not used again
         self._taken: dict[_Key, tuple[Site, StorageWeakRef]] = {}
@@ -121,12 +122,12 @@ class Saver:
 
         The choice is made for a storage, at its first save: kept now, it would be held twice.
         """
-        group = self._groups.get(_key(tensor)) if self._groups and is_plain(tensor) else None
-        return None if group is None else self._view(tensor, group, site)
+        group = self._groups.get(_key(tensor)) if self._groups and is_dense(tensor) else None
+        return None if group is None or not is_plain(tensor) else self._view(tensor, group, site)
 
     def take_back(self, tensor: Tensor) -> None:
         """Hold exactly what a function that compares has saved so far, if a tensor is what it returned (step 4)."""
-        if self.rules.keeps_all:
+        if not self._rounds:
             return
         for packed in self._compared.saved_beside(tensor):
             for view in views_of(packed):
@@ -151,12 +152,15 @@ class Saver:
         return SavedView(group, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype, use)
 
     def leave(self, tensor: Tensor) -> None:
-        """Note that a tensor is kept."""
-        if not self.rules.keeps_all and is_plain(tensor) and not self._resident.lasts(tensor):
-            key = _key(tensor)
-            self._left[key] = StorageWeakRef(tensor.untyped_storage())
-            if key in self._taken:
-                self._useless.add(self._taken[key][0])
+        """Note that a tensor is kept; this happens most often, so as little as possible is asked of the tensor."""
+        if self.rules.keeps_all or not is_dense(tensor):
+            return
+        key = _key(tensor)
+        if key in self._left or self._resident.has(key[0]):
+            return
+        self._left[key] = StorageWeakRef(tensor.untyped_storage())
+        if key in self._taken:
+            self._useless.add(self._taken[key][0])
 
     def _group(self, tensor: Tensor, choice: str, site: Site, whole: Tensor) -> Group | None:
         key, storage = _key(tensor), tensor.untyped_storage()

@@ -201,6 +201,10 @@ class Rules:
     Args:
         choices: a choice by pattern.
         default: the choice where nothing matches.
+
+    Attributes:
+        keeps_all: whether no tensor is taken anywhere.
+        codecs: those that choices name; "" where one names none.
     """
 
     def __init__(self, choices: Mapping[str, str], *, default: str) -> None:
@@ -209,6 +213,7 @@ class Rules:
         self._known: dict[tuple[str, int, str], list[tuple[Site, str]]] = {}
         self._lock = threading.Lock()
         self.keeps_all = not any(choice not in ("keep", "recompute") for choice in choices.values())
+        self.codecs = {choice.partition(":")[2] for choice in choices.values() if choice.startswith("compress")}
 
     def next_save(self, call: ModuleCall, block: str = "") -> tuple[Site, str]:
         """Name the save that is happening now, and return its choice.
