@@ -21,7 +21,7 @@ from typing import Self
 import torch
 
 from packlight.planner.held import Group, Span, Treatment, find_groups, merged, spans
-from packlight.planner.moving import Moving, moved_bytes, simulate
+from packlight.planner.moving import Moving, parts_bytes, simulate
 from packlight.planner.replay import Replay, replay_of
 from packlight.records import CATEGORIES
 from packlight.step import OptimizerCost, Profile, Region, Save
@@ -225,7 +225,8 @@ class StepCost:
         if treatment.choice != "offload":
             seconds += times * num_elements * self.profile.engine.codec_seconds.get(treatment.codec, 0.0)
         if treatment.is_moved and link is not None:
-            seconds += 2 * moved_bytes(self.profile, group, treatment) * link.busy_seconds_per_byte
+            parts = parts_bytes(self.profile, group, treatment)
+            seconds += 2 * (sum(parts) * link.busy_seconds_per_byte + times * len(parts) * link.copy_seconds)
         return seconds * self.profile.num_microbatches
 
     def group_bytes(self, name: str) -> int:

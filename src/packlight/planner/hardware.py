@@ -167,7 +167,7 @@ def _codec_seconds(codec: str, parts: Sequence[torch.Tensor]) -> float:
     return _best_seconds(run, parts[0].device, repeats=3) / NUM_ENCODED / parts[0].numel()
 
 
-class _Chill:
+class Chill:
     """Writes over a little more of a large tensor each time, so that nothing else stays in a core's caches.
 
     A step's operators stream their operands through the caches, so the engine's own code and data are read from memory
@@ -194,7 +194,7 @@ class _Chilled(torch.autograd.Function):
     """Returns what came, in forward and in backward, with cold caches."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, chill: _Chill) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, chill: Chill) -> torch.Tensor:
         ctx.chill = chill
         chill()
         return values.view_as(values)
@@ -208,7 +208,7 @@ class _Chilled(torch.autograd.Function):
 class _Saves(torch.nn.Module):
     """Saves two tensors; a layer of T5's saves a little more than two for each module."""
 
-    def __init__(self, chill: _Chill) -> None:
+    def __init__(self, chill: Chill) -> None:
         super().__init__()
         self._chill = chill
 
@@ -221,7 +221,7 @@ class _Saves(torch.nn.Module):
 def _engine_seconds(device: torch.device, codec_seconds: Mapping[str, float]) -> EngineSeconds:
     """Measure what the engine takes for a tensor of any size: its hooks, the group, and starting the kernels."""
     with torch.inference_mode(False):
-        chill = _Chill(device)
+        chill = Chill(device)
     model = torch.nn.Sequential(
         *[torch.nn.Sequential(*[_Saves(chill) for _ in range(NUM_SAVING)]) for _ in range(NUM_BLOCKS)]
     )

@@ -16,12 +16,15 @@ from packlight.activations.disk import NUM_THREADS
 from packlight.activations.offload import Tier, make_tier
 from packlight.activations.tier import OffloadError
 from packlight.budget import parse_bytes
+from packlight.planner.hardware import Chill
 from packlight.planner.known_hardware import Hardware
 from packlight.step import Link
 
 SAMPLE_BYTES = 16 * 2**20
 NUM_SAMPLES = 6
 """Enough that the queue is busy for tenths of a second on an ordinary disk."""
+SMALL_BYTES, NUM_SMALL, NUM_ROUNDS = 2**14, 32, 3
+"""Copies in which bytes do not count, and how often so many of them are measured."""
 
 
 def find_link(
@@ -92,10 +95,14 @@ def host_memory_bytes() -> int:
 def _disk_link(device_type: str, folder: str) -> Link:
     device = torch.device(device_type)
     tier = make_tier("disk", device=device, folder=folder)
-    out, back, busy, staging_bytes = _measured(tier, device)
+    try:
+        out, back, busy, staging_bytes = _measured(tier, device)
+        small = _processor_seconds(tier, device)
+    finally:
+        tier.close()
     stat = os.statvfs(folder)
-    capacity_bytes = stat.f_bavail * stat.f_frsize
-    return Link("disk", out, back, busy * _share_taken(), capacity_bytes, staging_bytes, folder)
+    capacity_bytes, share = stat.f_bavail * stat.f_frsize, _share_taken()
+    return Link("disk", out, back, busy * share, capacity_bytes, staging_bytes, folder, copy_seconds=small * share)
 
 
 def _share_taken() -> float:
@@ -112,33 +119,51 @@ def _share_taken() -> float:
 @functools.cache
 def _host_link(device_type: str, capacity_bytes: int) -> Link:
     device = torch.device(device_type)
-    out, back, _, _ = _measured(make_tier("host", device=device), device)
+    tier = make_tier("host", device=device)
+    try:
+        out, back, _, _ = _measured(tier, device)
+    finally:
+        tier.close()
     return Link("host", out, back, 0.0, capacity_bytes)
 
 
-def _measured(tier: Tier, device: torch.device) -> tuple[float, float, float, int]:
-    """Return bytes per second out and back, the processor's seconds for a byte one way, and the bytes of staging.
+def _processor_seconds(tier: Tier, device: torch.device) -> float:
+    """Return the processor's seconds for one small copy, in all threads, where a step's operators run in between."""
+    best = dict.fromkeys((False, True), float("inf"))
+    with _disable_current_modes(), torch.inference_mode():
+        sample, chill = torch.ones(SMALL_BYTES, dtype=torch.uint8, device=device), Chill(device)
+        for _ in range(NUM_ROUNDS):
+            for moves in best:
+                start, stored = time.process_time(), []
+                for _ in range(NUM_SMALL):
+                    chill()
+                    stored += [tier.put(sample)] if moves else []
+                tier.flush()
+                for at in range(NUM_SMALL):
+                    chill()
+                    if moves:
+                        stored[at].get()
+                best[moves] = min(best[moves], time.process_time() - start)
+    return max(0.0, best[True] - best[False]) / (2 * NUM_SMALL)
 
-    The tier is closed.
-    """
+
+def _measured(tier: Tier, device: torch.device) -> tuple[float, float, float, int]:
+    """Return bytes per second out and back, the processor's seconds for a byte one way, and the bytes of staging."""
     num_bytes = NUM_SAMPLES * SAMPLE_BYTES
-    try:
-        with _disable_current_modes(), torch.inference_mode():
-            sample = torch.ones(SAMPLE_BYTES, dtype=torch.uint8, device=device)
-            first = [tier.put(sample) for _ in range(NUM_SAMPLES)]  # they make threads, buffers and pinned memory
-            first[-1].get()
-            tier.flush()
-            del first
-            busy, start = time.process_time(), time.perf_counter()
-            stored = [tier.put(sample) for _ in range(NUM_SAMPLES)]
-            tier.flush()
-            turn = time.perf_counter()
-            for each in stored:
-                each.get()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            back, busy = time.perf_counter() - turn, time.process_time() - busy
-        staging_bytes = tier.traffic().pinned_bytes
-    finally:
-        tier.close()
+    with _disable_current_modes(), torch.inference_mode():
+        sample = torch.ones(SAMPLE_BYTES, dtype=torch.uint8, device=device)
+        first = [tier.put(sample) for _ in range(NUM_SAMPLES)]  # they make threads, buffers and pinned memory
+        first[-1].get()
+        tier.flush()
+        del first
+        busy, start = time.process_time(), time.perf_counter()
+        stored = [tier.put(sample) for _ in range(NUM_SAMPLES)]
+        tier.flush()
+        turn = time.perf_counter()
+        for each in stored:
+            each.get()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        back, busy = time.perf_counter() - turn, time.process_time() - busy
+    staging_bytes = tier.traffic().pinned_bytes
     return num_bytes / (turn - start), num_bytes / back, busy / (2 * num_bytes), staging_bytes

@@ -151,10 +151,11 @@ def order_of_use(profile: Profile, groups: Mapping[str, Group], treated: Mapping
 
 def moved_bytes(profile: Profile, group: Group, treatment: Treatment) -> int:
     """Return what a group takes on the tier."""
-    return sum(_parts_bytes(profile, group, treatment))
+    return sum(parts_bytes(profile, group, treatment))
 
 
-def _parts_bytes(profile: Profile, group: Group, treatment: Treatment) -> tuple[int, ...]:
+def parts_bytes(profile: Profile, group: Group, treatment: Treatment) -> tuple[int, ...]:
+    """Return the same for each tensor that the tier gets."""
     if treatment.choice == "offload":
         return (profile.storages[group.storage].num_bytes,)
     return encoded_parts(treatment.codec, profile.saves[group.saves[0]].num_elements)
@@ -165,7 +166,7 @@ def _move(profile: Profile, group: Group, treatment: Treatment, gone: Collection
     is_encoded = treatment.choice != "offload"
     return Move(
         name=group.name,
-        parts_bytes=_parts_bytes(profile, group, treatment),
+        parts_bytes=parts_bytes(profile, group, treatment),
         is_encoded=is_encoded,
         site=first.site,
         first=first,
