@@ -314,10 +314,12 @@ def _points(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     return [row["peak_bytes"] / 2**20 for row in rows], [row["slowdown"] for row in rows]
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
+def write(rows: Sequence[Row], path: Path, before: Row) -> None:
     """Write what there is so far, and draw it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = {"command": ["python", "-m", "benchmarks.fit", *sys.argv[1:]], "verdict": verdict(rows), "rows": rows}
+    command = ["python", "-m", "benchmarks.fit", *sys.argv[1:]]
+    told = {"command": before["command"], "again": [*before.get("again", []), command]} if before else {}
+    made = {"command": command, **told, "verdict": verdict(rows), "rows": rows}
     path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     plot(rows, path.with_suffix(".html"))
 
@@ -334,9 +336,12 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="exclude lossy choices")
     parser.add_argument("--disk", default=tempfile.gettempdir(), help="folder for what is offloaded from a CPU")
     parser.add_argument("--output", type=Path, help="where to write rows and verdict as JSON, and the plot beside it")
+    parser.add_argument("--again", action="store_true", help="put rows in the place of the output's for these families")
     options = parser.parse_args()
-    console, rows = Console(), []
-    for family in options.families.split(","):
+    console, families = Console(), options.families.split(",")
+    before = json.loads(options.output.read_text(encoding="utf-8")) if options.again else {}
+    rows = [row for row in before.get("rows", []) if row["family"] not in families]
+    for family in families:
         arguments = {name: getattr(options, name) for name in ("device", "scale")}
         ways = [way for way in options.ways.split(",") if way]
         shares = [int(share) for share in options.shares.split(",")]
@@ -345,7 +350,7 @@ def main() -> None:
         console.print(table(own))
         rows += own
         if options.output:  # after each family: all of them take an hour
-            write(rows, options.output)
+            write(rows, options.output, before)
     console.print_json(data=verdict(rows))
 
 

@@ -90,7 +90,7 @@ class Link:
         capacity_bytes: most that may be stored.
         staging_bytes: what copies take of the host's memory for themselves, from the first one on.
         folder: of the disk tier.
-        copy_seconds: what each copy takes from compute besides, whatever its size.
+        busy_seconds_per_copy: what each copy takes from compute besides, whatever its size.
     """
 
     tier: str
@@ -100,7 +100,7 @@ class Link:
     capacity_bytes: int
     staging_bytes: int = 0
     folder: str = ""
-    copy_seconds: float = 0.0
+    busy_seconds_per_copy: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from packlight.planner.moving import moved_bytes, order_of_use, simulate
 from packlight.planner.profile import profile
 from packlight.planner.tensors import flat_tensors
 from packlight.planner.timeline import Timeline
-from packlight.step import Link, Profile
+from packlight.step import EngineSeconds, Link, Profile
 from tests.cases import CASES, Case
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -188,6 +188,33 @@ def test_the_disk_takes_the_predicted_bytes(name: str, tmp_path: Path) -> None:
     )
     uses = order_of_use(step, costs.groups, treated)
     assert [predicted.peak_bytes] * 2 == real_peaks(case, choices_of(step, costs, treated), tier, uses)
+
+
+class CountingTier(LateTier):
+    """Counts copies, out and back."""
+
+    num_copies = 0
+
+    def _send(self, record: Record[bytes], place: bytes) -> None:
+        self.num_copies += 1
+        super()._send(record, place)
+
+    def _bring(self, record: Record[bytes], place: bytes) -> Arrival:
+        self.num_copies += 1
+        return super()._bring(record, place)
+
+
+@pytest.mark.parametrize("choice", ["offload", "compress+offload"])
+@pytest.mark.parametrize("name", CASES)
+def test_each_copy_that_the_engine_makes_takes_its_time_from_compute(name: str, choice: str) -> None:
+    step, case = profiled(name), CASES[name]()
+    step = replace(step, link=replace(LINK, busy_seconds_per_copy=1.0), engine=EngineSeconds())
+    costs = StepCost(step).through(2**40)
+    able = [group for group in costs.groups.values() if group.can_encode and not has_sign(step, group)]
+    treated = {group.name: Treatment(choice, "int8" if "compress" in choice else "") for group in able}
+    tier = CountingTier(costs.window_bytes)
+    real_peaks(case, choices_of(step, costs, treated), tier, order_of_use(step, costs.groups, treated))
+    assert 2 * sum(costs.treatment_seconds(*each) for each in treated.items()) == tier.num_copies > 0
 
 
 @pytest.mark.parametrize("slowness", [0.1, 1.0, 10.0])

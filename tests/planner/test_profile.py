@@ -374,6 +374,18 @@ def test_a_plan_is_the_same_where_the_callers_tensors_are_made_on_the_meta_devic
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("name", ["gpt", "mlp"])
+def test_a_step_is_the_same_where_the_caller_records_no_gradients(name: str) -> None:
+    case = CASES[name]()
+    made = [profile(case.model, case.batch, adamw(case.model), loss=case.loss)]
+    with torch.no_grad():
+        made.append(profile(case.model, case.batch, adamw(case.model), loss=case.loss))
+    assert made[0].storages == made[1].storages
+    assert [replace(each, packed_seconds=0.0, unpacked_seconds=0.0) for each in made[0].saves] == [
+        replace(each, packed_seconds=0.0, unpacked_seconds=0.0) for each in made[1].saves
+    ]
+
+
 @pytest.mark.parametrize("name", ["gpt", "llama", "convnet"])
 def test_a_model_on_the_meta_device_profiles_like_the_same_model_on_the_cpu(name: str) -> None:
     case = CASES[name]()

@@ -102,7 +102,16 @@ def _disk_link(device_type: str, folder: str) -> Link:
         tier.close()
     stat = os.statvfs(folder)
     capacity_bytes, share = stat.f_bavail * stat.f_frsize, _share_taken()
-    return Link("disk", out, back, busy * share, capacity_bytes, staging_bytes, folder, copy_seconds=small * share)
+    return Link(
+        "disk",
+        out_bytes_per_second=out,
+        in_bytes_per_second=back,
+        busy_seconds_per_byte=busy * share,
+        capacity_bytes=capacity_bytes,
+        staging_bytes=staging_bytes,
+        folder=folder,
+        busy_seconds_per_copy=small * share,
+    )
 
 
 def _share_taken() -> float:

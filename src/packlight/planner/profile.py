@@ -100,7 +100,8 @@ def _traced(
         try:
             with fake.autocasting():
                 output = trace.forward(fake)
-                scalar = _loss(output, batch=fake, loss=loss, seen=seen, notes=notes)
+                with torch.enable_grad():  # as in forward: the caller may plan where it records nothing
+                    scalar = _loss(output, batch=fake, loss=loss, seen=seen, notes=notes)
             held = _held(output, seen)
             del output
             trace.backward(scalar)

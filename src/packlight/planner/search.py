@@ -11,6 +11,7 @@ goes the search: an event at which the choice takes too much becomes a constrain
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,6 @@ from packlight.step import OptimizerCost
 
 MAX_ROUNDS = 100
 """A search that needs more of them has found a contradiction between program and prices."""
-LIMIT_SECONDS = 2.0
-"""Of one solve."""
 MAX_SECONDS = 4.0
 """Of all solves of a search; each takes half of what is left at most."""
 MAX_TRIES = 5
@@ -33,6 +32,9 @@ LITTLE_WAITING = 0.005
 """Below this share of a step's time, waiting is not worth another try."""
 LEAST_SECONDS = 0.2
 """Of a solve when nothing is left: the plan is a little slower then, but still one that fits."""
+
+PATIENT_SECONDS = 20.0
+"""Of all solves of a search where none had found a plan, and there is one."""
 
 MAX_NEEDLESS = 64
 """So many choices at most are tried without, to see whether they are needed."""
@@ -92,11 +94,12 @@ class Search:
     def _spread(self) -> Spread:
         return Spread(self._costs)
 
-    def fastest(self, allowed_bytes: int) -> Chosen | None:
+    def fastest(self, allowed_bytes: int, *, max_seconds: float = MAX_SECONDS) -> Chosen | None:
         """Find the fastest plan whose peak is allowed, but for a little that what is lossy has to spare.
 
         Args:
             allowed_bytes: most that may live on the device.
+            max_seconds: of all solves; each takes half of it at most.
 
         Returns:
             The plan; None where there is none, or none was found in time.
@@ -107,7 +110,7 @@ class Search:
         program = self._program
         program.loosen()
         self._learn(program, chosen, above_bytes=allowed_bytes)
-        best, clock, too_large = None, _Clock(), set[int]()
+        best, clock, too_large = None, _Clock(max_seconds), set[int]()
         for _ in range(MAX_TRIES):
             found = self._fitting(program, allowed_bytes, clock, too_large, is_first=best is None)
             if found is None:
@@ -185,7 +188,7 @@ class Search:
         # A program of its own: what budgets have taught does not change the least.
         program = Program(self._costs, self._options, taken_bytes=taken_bytes)
         self._learn(program, chosen, above_bytes=chosen.cost.peak_bytes - 1)
-        clock = _Clock()
+        clock = _Clock(MAX_SECONDS)
         for _ in range(MAX_ROUNDS):
             with clock as limit_seconds:
                 found = program.solve(allowed_bytes=None, limit_seconds=limit_seconds)
@@ -215,7 +218,9 @@ class Search:
     def without_needless(self, chosen: Chosen, allowed_bytes: int) -> Chosen:
         """Take back every choice that need not be made for a peak that is allowed, the slowest first."""
         blocks = sorted(chosen.recomputed, key=self._costs.recompute_seconds, reverse=True)
-        for name in (*blocks[:MAX_NEEDLESS], *list(chosen.treated)[:MAX_NEEDLESS]):
+        added = itertools.starmap(self._costs.treatment_seconds, chosen.treated.items())
+        groups = [name for _, name in sorted(zip(added, chosen.treated, strict=True), reverse=True)]
+        for name in (*blocks[:MAX_NEEDLESS], *groups[:MAX_NEEDLESS]):
             treated = {key: at for key, at in chosen.treated.items() if key != name}
             without = self._priced(chosen.recomputed - {name}, treated, chosen.optimizer)
             chosen = without if without.cost.peak_bytes <= allowed_bytes else chosen
@@ -229,8 +234,8 @@ def _state_bytes(optimizer: OptimizerCost | None) -> int:
 class _Clock:
     """Counts the seconds of a search; a context returns how many its body may take."""
 
-    def __init__(self) -> None:
-        self._left_seconds, self._started = MAX_SECONDS, 0.0
+    def __init__(self, max_seconds: float) -> None:
+        self._left_seconds, self._started = max_seconds, 0.0
 
     @property
     def is_spent(self) -> bool:
@@ -239,7 +244,7 @@ class _Clock:
 
     def __enter__(self) -> float:
         self._started = time.perf_counter()
-        return max(LEAST_SECONDS, min(LIMIT_SECONDS, self._left_seconds / 2))
+        return max(LEAST_SECONDS, self._left_seconds / 2)
 
     def __exit__(self, *exc_info: object) -> None:
         self._left_seconds -= time.perf_counter() - self._started

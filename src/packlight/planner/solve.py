@@ -17,7 +17,7 @@ from packlight.planner.moving import ONE_AT_A_TIME
 from packlight.planner.options import encodings, moves
 from packlight.planner.outcome import plain_cost, plan_of
 from packlight.planner.program import Option
-from packlight.planner.search import Chosen, Search
+from packlight.planner.search import PATIENT_SECONDS, Chosen, Search
 from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile
 
@@ -95,12 +95,18 @@ class Solver:
         return self._rated(Chosen(self._costs.price((), optimizer), optimizer))
 
     def _least_that_fits(self, limit_bytes: int) -> Chosen | None:
-        """Return a plan where the integer program found none in time."""
+        """Return a plan where the integer program found none in time.
+
+        At the smallest budgets it is hard to find any. The plan with the lowest peak is one, and may be a slow one.
+        """
         found = list[Chosen]()
         for optimizer, search in itertools.product(self._formats, self._tightest):
             least = search.least(optimizer)
             if least.cost.peak_bytes <= limit_bytes:
                 found.append(search.without_needless(least, limit_bytes))
+        if found:
+            patient = (each.fastest(limit_bytes, max_seconds=PATIENT_SECONDS) for each in self._tightest)
+            found += [chosen for chosen in patient if chosen is not None]
         return min(found, key=self._rated, default=None)
 
     def least(self, budget: Budget) -> Plan:
