@@ -348,7 +348,7 @@ def main() -> None:
         with Runs(family, arguments, disk=options.disk, exact=options.exact) as runs:
             own = one_family(runs, shares, ways, num_rounds=options.rounds)
         console.print(table(own))
-        rows += own
+        rows = sorted([*rows, *own], key=lambda row: list(FAMILIES).index(row["family"]))
         if options.output:  # after each family: all of them take an hour
             write(rows, options.output, before)
     console.print_json(data=verdict(rows))
