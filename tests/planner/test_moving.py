@@ -210,11 +210,14 @@ def test_each_copy_that_the_engine_makes_takes_its_time_from_compute(name: str, 
     step, case = profiled(name), CASES[name]()
     step = replace(step, link=replace(LINK, busy_seconds_per_copy=1.0), engine=EngineSeconds())
     costs = StepCost(step).through(2**40)
-    able = [group for group in costs.groups.values() if group.can_encode and not has_sign(step, group)]
+    able = list(costs.groups.values())
+    if choice != "offload":
+        able = [group for group in able if group.can_encode and not has_sign(step, group)]
     treated = {group.name: Treatment(choice, "int8" if "compress" in choice else "") for group in able}
     tier = CountingTier(costs.window_bytes)
     real_peaks(case, choices_of(step, costs, treated), tier, order_of_use(step, costs.groups, treated))
-    assert 2 * sum(costs.treatment_seconds(*each) for each in treated.items()) == tier.num_copies > 0
+    assert 2 * sum(costs.treatment_seconds(*each) for each in treated.items()) == tier.num_copies
+    assert tier.num_copies > 0 or not able
 
 
 @pytest.mark.parametrize("slowness", [0.1, 1.0, 10.0])

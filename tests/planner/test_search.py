@@ -116,8 +116,8 @@ def test_a_search_that_is_told_of_waiting_finds_a_plan_that_waits_less_than_its_
     allowed_bytes = least.peak_bytes + (plain.peak_bytes - least.peak_bytes) // 3
     found = []
     for num_tries in (1, search.MAX_TRIES):
-        with mock.patch.multiple(search, MAX_TRIES=num_tries, MAX_SECONDS=120.0, LIMIT_SECONDS=30.0):
-            chosen = Search(costs, options, step.optimizers[:1]).fastest(allowed_bytes)
+        with mock.patch.object(search, "MAX_TRIES", num_tries):
+            chosen = Search(costs, options, step.optimizers[:1]).fastest(allowed_bytes, max_seconds=120.0)
         assert chosen is not None and chosen.cost.peak_bytes <= allowed_bytes
         found.append((chosen.cost.seconds, costs.moving(chosen.recomputed, chosen.treated).waiting_seconds))
     (first_seconds, first_waiting), (seconds, waiting) = found

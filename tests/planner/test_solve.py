@@ -3,6 +3,8 @@
 import functools
 import itertools
 import math
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from packlight.planner.loop import Seen
 from packlight.planner.outcome import treated_by
 from packlight.planner.plan import device_bytes, plan
 from packlight.planner.profile import profile
-from packlight.planner.program import GAP, LOSS_SHARE
+from packlight.planner.program import GAP, LOSS_SHARE, Found, Program
+from packlight.planner.search import MAX_SECONDS
 from packlight.planner.solve import HEADROOM, LOADED_BATCHES, solve
 from packlight.records import Plan
 from packlight.step import OptimizerCost, Profile
@@ -241,3 +244,21 @@ def test_planning_runs_nothing_and_changes_nothing_of_the_model() -> None:
     assert not set(calls) & set(case.model.modules()), "a module of the model itself ran"
     assert all(torch.equal(value, state[name]) for name, value in case.model.state_dict().items())
     assert all(parameter.grad is None for parameter in case.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt", "convnet"])
+def test_where_no_choice_is_found_in_time_more_time_is_taken_before_the_lowest_peak_is(name: str) -> None:
+    step, found, limits = step_of(name), Program.solve, []
+    budget = Budget.of((smallest_bytes(step) + plain_bytes(step)) // 2, total_bytes=2**40)
+
+    def hurried(program: Program, *, allowed_bytes: int | None, limit_seconds: float, **options: Any) -> Found | None:
+        limits.append(limit_seconds)
+        if allowed_bytes is not None and limit_seconds <= MAX_SECONDS / 2:
+            return None
+        return found(program, allowed_bytes=allowed_bytes, limit_seconds=limit_seconds, **options)
+
+    with mock.patch.object(Program, "solve", hurried):
+        made = solve(step, budget)
+    assert max(limits) > MAX_SECONDS / 2
+    assert slowdown(made) == pytest.approx(slowdown(solve(step, budget)))
+    assert made.estimate.device_peak_bytes <= budget.device_bytes
