@@ -108,8 +108,9 @@ class Contestant:
 
     def _end(self) -> Exception:
         status, errors = self._process.wait(), self._errors.read_text(encoding="utf-8")
-        if status == NO_PLAN:
-            return Refused(int(re.findall(r"smallest budget that fits is (\d+) bytes", errors)[-1]))
+        smallest = re.findall(r"smallest budget that fits is (\d+) bytes", errors)
+        if status == NO_PLAN and smallest:
+            return Refused(int(smallest[-1]))
         return RuntimeError(f"{' '.join(self._command)} ended with {status}:\n{errors}")
 
 
@@ -223,6 +224,7 @@ def _row(family: str, way: str, contestant: Contestant, least: bool) -> Row:
         "step_seconds": statistics.median(contestant.seconds),
         "slowdown": statistics.median(contestant.over_plain),
         "slowdowns": contestant.over_plain,
+        "seconds": contestant.seconds,
         "last_loss": measured["losses"]["last"][-1],
     }
     if record["plan"] is None:
@@ -319,7 +321,7 @@ def write(rows: Sequence[Row], path: Path, before: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     command = ["python", "-m", "benchmarks.fit", *sys.argv[1:]]
     told = {"command": before["command"], "again": [*before.get("again", []), command]} if before else {}
-    made = {"command": command, **told, "verdict": verdict(rows), "rows": rows}
+    made = {"command": command, **told, "allocator": KEEPS_MEMORY, "verdict": verdict(rows), "rows": rows}
     path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     plot(rows, path.with_suffix(".html"))
 
@@ -338,6 +340,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write rows and verdict as JSON, and the plot beside it")
     parser.add_argument("--again", action="store_true", help="put rows in the place of the output's for these families")
     options = parser.parse_args()
+    if options.again and not options.output:
+        parser.error("--again puts rows into a record; wanted --output too")
     console, families = Console(), options.families.split(",")
     before = json.loads(options.output.read_text(encoding="utf-8")) if options.again else {}
     rows = [row for row in before.get("rows", []) if row["family"] not in families]

@@ -90,7 +90,7 @@ class Link:
         capacity_bytes: most that may be stored.
         staging_bytes: what copies take of the host's memory for themselves, from the first one on.
         folder: of the disk tier.
-        busy_seconds_per_copy: what each copy takes from compute besides, whatever its size.
+        busy_seconds_per_copy: what each copy takes from compute besides, whatever its size; pipelines do not count it.
     """
 
     tier: str

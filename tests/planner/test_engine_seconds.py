@@ -14,7 +14,7 @@ from packlight.activations.engine import Engine
 from packlight.planner.carry import carry_out
 from packlight.planner.cost import StepCost
 from packlight.planner.fake import FakeLine
-from packlight.planner.hardware import _engine_of, measure
+from packlight.planner.hardware import NUM_CHILLED, Chill, _engine_of, measure
 from packlight.planner.held import Treatment
 from packlight.planner.known_hardware import KNOWN
 from packlight.planner.loop import Seen
@@ -163,3 +163,18 @@ def test_what_the_engine_takes_is_told_apart_from_what_operators_and_codecs_take
     assert found.codec_seconds == {"int8": 1e-9}
     nothing = _engine_of(dict.fromkeys(best, 1.0), 10, 0.05, {})
     assert nothing.save_seconds == nothing.call_seconds == nothing.again_seconds == 0
+
+
+def test_caches_are_chilled_by_real_memory_wherever_tensors_are_made_by_default() -> None:
+    with torch.device("meta"):
+        chill = Chill(torch.device("cpu"))
+    parts = [next(chill._parts) for _ in range(NUM_CHILLED + 1)]
+    assert {part.device.type for part in parts} == {"cpu"} and parts[0].data_ptr() == parts[-1].data_ptr()
+    chill()
+    assert parts[1].eq(1).all() and parts[2].eq(0).all()
+
+
+def test_a_gpu_s_operators_leave_the_host_s_caches_alone() -> None:
+    chill = Chill(torch.device("cuda"))
+    chill()
+    assert list(chill._parts) == []

@@ -226,7 +226,8 @@ class StepCost:
             seconds += times * num_elements * self.profile.engine.codec_seconds.get(treatment.codec, 0.0)
         if treatment.is_moved and link is not None:
             parts = parts_bytes(self.profile, group, treatment)
-            seconds += 2 * (sum(parts) * link.busy_seconds_per_byte + times * len(parts) * link.busy_seconds_per_copy)
+            each = sum(parts) * link.busy_seconds_per_byte + len(parts) * link.busy_seconds_per_copy
+            seconds += 2 * times * each
         return seconds * self.profile.num_microbatches
 
     def group_bytes(self, name: str) -> int:

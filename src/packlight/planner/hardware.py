@@ -157,10 +157,10 @@ def _launch_seconds(device: torch.device) -> float:
 
 def _codec_seconds(codec: str, parts: Sequence[torch.Tensor]) -> float:
     """Measure an encoding and its decoding, in seconds for one element."""
-    encoded_parts = [parts[at % len(parts)] for at in range(NUM_ENCODED)]
+    inputs = [parts[at % len(parts)] for at in range(NUM_ENCODED)]
 
     def run() -> None:  # as a step encodes many tensors before it decodes one, so that memory comes fresh
-        encoded = [Encoded(values, codec) for values in encoded_parts]
+        encoded = [Encoded(values, codec) for values in inputs]
         decoded = [each.get() for each in encoded]
         del encoded, decoded
 
@@ -180,7 +180,7 @@ class Chill:
 
     def __init__(self, device: torch.device) -> None:
         num_parts = NUM_CHILLED if device.type == "cpu" else 0
-        whole = torch.zeros(num_parts, CHILL_BYTES, dtype=torch.uint8)
+        whole = torch.zeros(num_parts, CHILL_BYTES, dtype=torch.uint8, device="cpu")
         self._parts = itertools.cycle(whole.unbind())
 
     def __call__(self) -> None:

@@ -152,6 +152,8 @@ def _processor_seconds(tier: Tier, device: torch.device) -> float:
                     chill()
                     if moves:
                         stored[at].get()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 best[moves] = min(best[moves], time.process_time() - start)
     return max(0.0, best[True] - best[False]) / (2 * NUM_SMALL)
 

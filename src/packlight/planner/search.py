@@ -34,7 +34,7 @@ LEAST_SECONDS = 0.2
 """Of a solve when nothing is left: the plan is a little slower then, but still one that fits."""
 
 PATIENT_SECONDS = 20.0
-"""Of all solves of a search where none had found a plan, and there is one."""
+"""Of all solves together, where no search had found a plan in time, and there is one."""
 
 MAX_NEEDLESS = 64
 """So many choices at most are tried without, to see whether they are needed."""
@@ -99,7 +99,7 @@ class Search:
 
         Args:
             allowed_bytes: most that may live on the device.
-            max_seconds: of all solves; each takes half of it at most.
+            max_seconds: of all solves, each of which takes half of what is left; a first plan is sought beyond them.
 
         Returns:
             The plan; None where there is none, or none was found in time.
@@ -216,7 +216,7 @@ class Search:
         return Chosen(cost, optimizer, recomputed, treated, self._costs.window_bytes)
 
     def without_needless(self, chosen: Chosen, allowed_bytes: int) -> Chosen:
-        """Take back every choice that need not be made for a peak that is allowed, the slowest first."""
+        """Take back what need not be chosen for a peak that is allowed: blocks, then groups, the slowest first."""
         blocks = sorted(chosen.recomputed, key=self._costs.recompute_seconds, reverse=True)
         added = itertools.starmap(self._costs.treatment_seconds, chosen.treated.items())
         groups = [name for _, name in sorted(zip(added, chosen.treated, strict=True), reverse=True)]

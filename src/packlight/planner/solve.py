@@ -105,7 +105,8 @@ class Solver:
             if least.cost.peak_bytes <= limit_bytes:
                 found.append(search.without_needless(least, limit_bytes))
         if found:
-            patient = (each.fastest(limit_bytes, max_seconds=PATIENT_SECONDS) for each in self._tightest)
+            seconds = PATIENT_SECONDS / len(self._tightest)
+            patient = (each.fastest(limit_bytes, max_seconds=seconds) for each in self._tightest)
             found += [chosen for chosen in patient if chosen is not None]
         return min(found, key=self._rated, default=None)
 
