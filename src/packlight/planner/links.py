@@ -8,6 +8,7 @@ process and folder). A copy to pinned host memory goes through the device's own 
 import functools
 import os
 import time
+from contextlib import closing
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -94,12 +95,9 @@ def host_memory_bytes() -> int:
 @functools.cache
 def _disk_link(device_type: str, folder: str) -> Link:
     device = torch.device(device_type)
-    tier = make_tier("disk", device=device, folder=folder)
-    try:
+    with closing(make_tier("disk", device=device, folder=folder)) as tier:
         out, back, busy, staging_bytes = _measured(tier, device)
         small = _processor_seconds(tier, device)
-    finally:
-        tier.close()
     stat = os.statvfs(folder)
     capacity_bytes, share = stat.f_bavail * stat.f_frsize, _share_taken()
     return Link(
@@ -128,11 +126,8 @@ def _share_taken() -> float:
 @functools.cache
 def _host_link(device_type: str, capacity_bytes: int) -> Link:
     device = torch.device(device_type)
-    tier = make_tier("host", device=device)
-    try:
+    with closing(make_tier("host", device=device)) as tier:
         out, back, _, _ = _measured(tier, device)
-    finally:
-        tier.close()
     return Link("host", out, back, 0.0, capacity_bytes)
 
 
