@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -73,15 +73,12 @@ class JsonRecord:
 
 def write_whole(target: Path, text: str) -> None:
     """Write a text file under another name, and give it its own once it is complete."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def convert(
     output.check_place(place, path, overwrite=overwrite)
     given = None if model is None else read_model(Path(model))
     with refused(str(place)), output.beside(path) as folder:
+        folder.mkdir(mode=0o700)
         output.check_room(folder, 2 * came.nbytes() if came.kind != TORCH else 0)
         tree = came.read(folder)
         optimizer_path = came.optimizer_path(tree)

@@ -5,11 +5,13 @@ than none, so there is never one:
 
     1 room is made sure of   2 written to a name of its own, in the same folder   3 read again, compared
     4 renamed                5 what was there before is removed
+
+An interrupt may come between any two operations. So what removes a folder is in place before the folder is.
 """
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,8 +62,8 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def beside(out: Path) -> Iterator[Path]:
-    """Lend a new folder beside a place; it is removed in the end, with all that is still in it."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".partial", dir=out.absolute().parent))
+    """Lend a name for a folder beside a place, to be made there; in the end it is removed, with all that is in it."""
+    folder = out.absolute().parent / f".{out.name}-{secrets.token_hex(8)}.partial"
     try:
         yield folder
     finally:
@@ -72,16 +74,16 @@ def put(made: Path, out: Path) -> None:
     """Move a complete result from a lent folder to its place, and what was there into the lent folder.
 
     Raises:
-        OSError: it cannot be moved; what was there is there again.
+        OSError: it cannot be moved; what was there is there again, as it is after an interrupt.
     """
     _to_disk(made)
     before = made.parent / "before"
-    if out.is_dir():
-        os.rename(out, before)
     try:
+        if out.is_dir():
+            os.rename(out, before)
         os.replace(made, out)
-    except OSError:
-        if before.exists():
+    except BaseException:
+        if before.exists() and not out.exists():
             os.rename(before, out)
         raise
     _sync(out.absolute().parent)
