@@ -5,9 +5,9 @@ that fits), in four ways that people save activations by hand, and planned again
 budget. Every run is a process of its own and is measured by `packlight run`.
 
 On a machine that others use, too, the time of a step drifts by more in a minute than the slowdowns that are to be told
-apart. So all runs of a family live at once and take turns, a step each, and every second one is followed by a plain
-step: a slowdown is the median over `--rounds` of a step over the mean of the plain ones before and after it. Prints
-tables, and writes JSON and a page that plots slowdown against peak.
+apart. So all runs of a family live at once, as many as the memory holds, and take turns, a step each, and every second
+one is followed by a plain step: a slowdown is the median over `--rounds` of a step over the mean of the plain ones
+before and after it. Prints tables, and writes JSON and a page that plots slowdown against peak.
 
     python -m benchmarks.fit --output benchmarks/results/HARDWARE/fit.json
 """
@@ -26,12 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fit_families import FAMILIES
+from packlight.planner.operators import free_bytes
 
 ROOT = Path(__file__).parents[1]
 SHARES = (80, 60, 40, 25)
@@ -50,8 +52,11 @@ MOST_REFUSALS = 3
 """What a first step shows of a loop may raise the smallest budget by a little."""
 PER_PLAIN = 2
 """So many runs take a step between two plain ones."""
+RESIDENT = 1.5
+"""A run is taken to need at most so many times the memory of the plain process: MiniLM's took 1.23 times as much."""
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 
 class Contestant:
@@ -92,6 +97,11 @@ class Contestant:
             if found := re.match(r"step \d+ loss \S+ seconds (\S+)", line):
                 return float(found[1])
         raise self._end()
+
+    def resident_bytes(self) -> int:
+        """Return the most memory that the process had so far."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
     def finish(self) -> Row:
         """End the training; return the record."""
@@ -151,6 +161,10 @@ class Runs:
         """Begin to train without a plan, and take the steps that are followed."""
         return self._started(["--measure-only"], ["--way", way, "--folder", self._disk])
 
+    def start(self, way: str, budget_bytes: int | None) -> tuple[Contestant, bool]:
+        """Begin to train under a plan for a budget, or in a way by hand where there is none."""
+        return (self.by_hand(way), False) if budget_bytes is None else self.planned(budget_bytes)
+
     def planned(self, budget_bytes: int) -> tuple[Contestant, bool]:
         """Begin to train under a plan, under the smallest budget that fits if this is less; return whether it is."""
         wanted_bytes = budget_bytes
@@ -163,12 +177,12 @@ class Runs:
             f"{self.family} was refused {wanted_bytes} bytes, which were said to be the smallest that fit"
         )
 
-    def peaks(self, ways: Iterable[str]) -> dict[str, int]:
+    def peaks(self, ways: Sequence[str], *, num_live: int) -> dict[str, int]:
         """Return the peak of each way by hand, in runs beside each other that time nothing."""
-        with ThreadPoolExecutor() as pool:
-            records = pool.map(lambda way: self.by_hand(way).finish(), found := list(ways))
+        with ThreadPoolExecutor(num_live) as pool:
+            records = pool.map(lambda way: self.by_hand(way).finish(), ways)
             peaks = [record["measurement"]["device_peak_bytes"] for record in records]
-        return dict(zip(found, peaks, strict=True))
+        return dict(zip(ways, peaks, strict=True))
 
     def _started(self, options: Sequence[str], arguments: Sequence[str]) -> Contestant:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -194,22 +208,41 @@ def take_turns(plain: Contestant, others: Sequence[Contestant], *, num_rounds: i
             before = after
 
 
-def _batched(values: Iterable[Contestant], number: int) -> Iterator[list[Contestant]]:
+def _batched(values: Iterable[Item], number: int) -> Iterator[list[Item]]:
     left = iter(values)
     while part := list(islice(left, number)):
         yield part
 
 
+def most_live(plain: Contestant) -> int:
+    """Return how many runs beside the plain one the memory holds, in whole pairs: a way and its plan are one.
+
+    Raises:
+        MemoryError: it does not hold a pair.
+    """
+    wanted_bytes, left_bytes = int(RESIDENT * plain.resident_bytes()), free_bytes(torch.device("cpu"))
+    if left_bytes < PER_PLAIN * wanted_bytes:
+        raise MemoryError(
+            f"{left_bytes} bytes are free, and {PER_PLAIN} runs of {wanted_bytes} were wanted; see --scale"
+        )
+    return left_bytes // wanted_bytes // PER_PLAIN * PER_PLAIN
+
+
 def one_family(runs: Runs, shares: Iterable[int], ways: Sequence[str], *, num_rounds: int) -> list[Row]:
     """Return the rows of one family: plain, at shares of its peak, by hand, and planned at those peaks."""
-    peaks = runs.peaks(["plain", *ways])
-    entries = [("plain", runs.by_hand("plain"), False)]
-    entries += [(f"{share} %", *runs.planned(peaks["plain"] * share // 100)) for share in shares]
+    plain = runs.by_hand("plain")
+    num_live = most_live(plain)
+    peaks = runs.peaks(["plain", *ways], num_live=num_live)
+    entrants: list[tuple[str, int | None]] = []
     for way in ways:
-        entries += [(way, runs.by_hand(way), False), (f"at {way}", *runs.planned(peaks[way]))]
-    contestants = [contestant for _, contestant, _ in entries]
-    take_turns(contestants[0], contestants[1:], num_rounds=num_rounds)
-    return [_row(runs.family, *entry) for entry in entries]
+        entrants += [(way, None), (f"at {way}", peaks[way])]
+    entrants += [(f"{share} %", peaks["plain"] * share // 100) for share in shares]
+    rows: list[Row] = []
+    for group in _batched(entrants, num_live):
+        entries = [(way, *runs.start(way, budget_bytes)) for way, budget_bytes in group]
+        take_turns(plain, [contestant for _, contestant, _ in entries], num_rounds=num_rounds)
+        rows += [_row(runs.family, *entry) for entry in entries]
+    return [_row(runs.family, "plain", plain, False), *rows]
 
 
 def _row(family: str, way: str, contestant: Contestant, least: bool) -> Row:

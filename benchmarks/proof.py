@@ -54,7 +54,6 @@ PROOFS: tuple[Callable[[], Proof], ...] = (
 )
 """In the order of the page."""
 NOT_SHOWN = {
-    "cpu-2-cores-amd-epyc-avx2/by_hand.html": "the drawing of by_hand.json, for a browser",
     "cpu-2-cores-amd-epyc-avx2/fit.html": "the drawing of fit.json, for a browser",
 }
 """Files below `results` that no table is made from, with the reason."""

@@ -29,7 +29,7 @@ from benchmarks.proof_form import (
     yes,
 )
 
-FIT, BY_HAND, SCRIPTS = f"{CPU_AVX2}/fit.json", f"{CPU_AVX2}/by_hand.json", f"{CPU}/scripts.json"
+FIT, SCRIPTS = f"{CPU_AVX2}/fit.json", f"{CPU}/scripts.json"
 SURPRISES, META = f"{CPU_AVX2}/surprises.json", f"{CPU_AVX2}/meta_plan.json"
 FIT_GPU, FIT_GPU_BYTES = f"{GPU}/fit_gpu.json", f"{GPU}/fit_gpu_bytes.json"
 SHARES = ("80 %", "60 %", "40 %", "25 %")
@@ -52,12 +52,9 @@ def _fit(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
     goals: Sequence[str],
-    *,
-    record: str = FIT,
-    command: str = "",
 ) -> Proof:
-    made_on = machine(*(row["environment"] for row in read(record)["rows"] if "environment" in row))
-    return Proof(name, claim, record, command or recorded_command(record), made_on, header, rows, goals)
+    made_on = machine(*(row["environment"] for row in read(FIT)["rows"] if "environment" in row))
+    return Proof(name, claim, FIT, recorded_command(FIT), made_on, header, rows, goals)
 
 
 def _families() -> list[str]:
@@ -133,8 +130,8 @@ def by_hand() -> Proof:
     """Ways by hand, each beside a plan at its peak."""
     rows, everything = [], []
     for way, told in WAYS.items():
-        hand = [row for row in read(BY_HAND)["rows"] if row["way"] == way]
-        plans = [row_of(read(BY_HAND)["rows"], family=row["family"], way=f"at {way}") for row in hand]
+        hand = [row for row in read(FIT)["rows"] if row["way"] == way]
+        plans = [row_of(read(FIT)["rows"], family=row["family"], way=f"at {way}") for row in hand]
         over = [plan["slowdown"] / row["slowdown"] for plan, row in zip(plans, hand, strict=True)]
         everything += over
         medians = [statistics.median(row["slowdown"] for row in each) for each in (hand, plans)]
@@ -145,8 +142,7 @@ def by_hand() -> Proof:
     header = ["by hand", "slowdown, median", "of plans at its peaks", "plan over way, median", "least", "most"]
     told = f"{_num_kept(everything)} of {len(everything)}"
     claim = f"At the peak that a way by hand reaches, a plan is no slower in {told} cases."
-    command = f"python -m benchmarks.fit --output benchmarks/results/{BY_HAND}"  # the record's own is of a former form
-    return _fit("by-hand", claim, [*header, "not slower"], rows, goals, record=BY_HAND, command=command)
+    return _fit("by-hand", claim, [*header, "not slower"], rows, goals)
 
 
 def _spread(over: Sequence[float]) -> list[str]:

@@ -31,8 +31,8 @@ def readme() -> str:
         f"peak is within {plans.cell(peak, 'within')} of the measured one in {plans.cell(peak, 'count')}, and "
         f"{plans.cell(peak, 'most off')} off at most. The slowdown is within {plans.cell(slowdown, 'within')} in "
         f"{plans.cell(slowdown, 'count')}, and {plans.cell(slowdown, 'most off')} off at most.",
-        "In an earlier record, at the peak of each of four ways by hand (recompute every layer, every second one, all "
-        f"but products; offload everything), {by_hand.cell('all', 'not slower')} plans were no slower, and the slowest "
+        "At the peak of each of four ways by hand (recompute every layer, every second one, all but products; offload "
+        f"everything) {by_hand.cell('all', 'not slower')} plans were no slower, and the slowest "
         f"took {by_hand.cell('all', 'most')} times as long.",
         f"On an H100 exact plans fit, and their predicted peaks were at most {percent(-lowest / 100)} below the "
         f"allocator's; slowdowns of short steps are predicted too low: {_range(gpu.column('measured'))} were measured "

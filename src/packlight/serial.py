@@ -73,9 +73,10 @@ class JsonRecord:
 
 def write_whole(target: Path, text: str) -> None:
     """Write a text file under another name, and give it its own once it is complete."""
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    unfinished = target.parent / f".{target.name}.{secrets.token_hex(8)}"
     try:
         unfinished.write_text(text, encoding="utf-8")
+        os.chmod(unfinished, 0o644)
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)

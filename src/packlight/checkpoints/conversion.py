@@ -58,7 +58,7 @@ def convert(
     overwrite: bool = False,
     tell: Tell = lambda done, total: None,
 ) -> Summary:
-    """Write a checkpoint in another format; on any error there is nothing new on the disk.
+    """Write a checkpoint in another format; on an error or an interrupt there is nothing new on the disk, or all of it.
 
     Args:
         source: a file of torch.save with an optimiser's state dict in it, a folder of torch.distributed.checkpoint, or

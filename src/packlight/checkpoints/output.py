@@ -4,9 +4,10 @@ A job may be stopped at any moment, and a disk may be full. A half-written check
 than none, so there is never one:
 
     1 room is made sure of   2 written to a name of its own, in the same folder   3 read again, compared
-    4 renamed                5 what was there before is removed
+    4 what was there before is set aside, and the result renamed   5 what was set aside is removed
 
-An interrupt may come between any two operations. So what removes a folder is in place before the folder is.
+An interrupt may come between any two operations. So what removes a folder is in place before the folder is, and what
+was set aside is removed only where there is a result.
 """
 
 import os
@@ -21,6 +22,9 @@ from packlight.checkpoints.refusal import CheckpointError
 
 SIGNS = (".metadata", "latest_universal", "latest", "zero")
 """What a folder has one of that is a checkpoint: others are not overwritten."""
+
+BEFORE = "before"
+"""In a lent folder: what was at the result's place."""
 
 
 def check_place(source: Path, out: Path, *, overwrite: bool) -> None:
@@ -67,17 +71,18 @@ def beside(out: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.path.lexists(out) or not (folder / BEFORE).exists():  # else it holds the only one
+            _remove(folder)
 
 
 def put(made: Path, out: Path) -> None:
     """Move a complete result from a lent folder to its place, and what was there into the lent folder.
 
     Raises:
-        OSError: it cannot be moved; what was there is there again, as it is after an interrupt.
+        OSError: it cannot be moved; what was there is there again. After an interrupt that is, or the whole result.
     """
     _to_disk(made)
-    before = made.parent / "before"
+    before = made.parent / BEFORE
     try:
         if out.is_dir():
             os.rename(out, before)
@@ -87,6 +92,13 @@ def put(made: Path, out: Path) -> None:
             os.rename(before, out)
         raise
     _sync(out.absolute().parent)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:  # the rest, where an interrupt cut it short
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _to_disk(made: Path) -> None:
