@@ -34,6 +34,7 @@ from rich.table import Table
 
 from benchmarks.fit_families import FAMILIES
 from packlight.planner.operators import free_bytes
+from packlight.planner.process import resident_bytes
 
 ROOT = Path(__file__).parents[1]
 SHARES = (80, 60, 40, 25)
@@ -100,8 +101,7 @@ class Contestant:
 
     def resident_bytes(self) -> int:
         """Return the most memory that the process had so far."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
-        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+        return resident_bytes("VmHWM", self._process.pid)
 
     def finish(self) -> Row:
         """End the training; return the record."""
@@ -222,9 +222,7 @@ def most_live(plain: Contestant) -> int:
     """
     wanted_bytes, left_bytes = int(RESIDENT * plain.resident_bytes()), free_bytes(torch.device("cpu"))
     if left_bytes < PER_PLAIN * wanted_bytes:
-        raise MemoryError(
-            f"{left_bytes} bytes are free, and {PER_PLAIN} runs of {wanted_bytes} were wanted; see --scale"
-        )
+        raise MemoryError(f"{left_bytes} bytes are free, and {PER_PLAIN} runs of {wanted_bytes} bytes were wanted")
     return left_bytes // wanted_bytes // PER_PLAIN * PER_PLAIN
 
 

@@ -57,7 +57,7 @@ class Interrupts:
     """
 
     def __init__(self, *numbers: int) -> None:
-        self.left, self.num_calls = list(numbers), 0
+        self.left, self.num_calls, self.came = list(numbers), 0, False
         self.lending: CodeType = output.beside.__wrapped__.__code__  # type: ignore[attr-defined]
         self.watched = {conversion.convert.__code__, output.put.__code__, self.lending}
 
@@ -67,11 +67,12 @@ class Interrupts:
             return None
         if event == "call":
             frame.f_trace_opcodes = True
-            self.num_calls += frame.f_code is self.lending  # the second call is the removal
-        elif event == "opcode" and self.left and not (frame.f_code is self.lending and self.num_calls > 1):
+            self.num_calls += frame.f_code is self.lending  # of two, the second is the removal
+        elif event == "opcode" and self.left and (frame.f_code is not self.lending or self.num_calls == 1 or self.came):
             self.left[0] -= 1
             if not self.left[0]:
                 del self.left[0]
+                self.came = True
                 raise KeyboardInterrupt(f"in {frame.f_code.co_name}, line {frame.f_lineno}")
         return self
 
@@ -138,7 +139,7 @@ def test_a_second_interrupt_while_the_first_is_handled_leaves_the_old_or_the_new
         if interrupt is None:
             break
         assert {path.read_bytes() for path in place.rglob(TENSORS)} & whole, interrupt
-        num_put += "in put" in str(interrupt)
+        num_put += "in put" in f"{interrupt} {interrupt.__context__}"
     assert num_put > 10
 
 

@@ -6,8 +6,8 @@ than none, so there is never one:
     1 room is made sure of   2 written to a name of its own, in the same folder   3 read again, compared
     4 what was there before is set aside, and the result renamed   5 what was set aside is removed
 
-An interrupt may come between any two operations. So what removes a folder is in place before the folder is, and what
-was set aside is removed only where there is a result.
+An interrupt may come between any two operations. So what removes a folder is in place before the folder is, and first
+puts back what was set aside where there is no result.
 """
 
 import os
@@ -66,31 +66,32 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def beside(out: Path) -> Iterator[Path]:
-    """Lend a name for a folder beside a place, to be made there; in the end it is removed, with all that is in it."""
+    """Lend a name for a folder beside a place, to be made there; in the end it is removed, with all that is in it.
+
+    What `put` set aside is put back first where nothing took its place; a folder from which it cannot be is kept.
+
+    Yields:
+        The name.
+    """
     folder = out.absolute().parent / f".{out.name}-{secrets.token_hex(8)}.partial"
     try:
         yield folder
     finally:
-        if os.path.lexists(out) or not (folder / BEFORE).exists():  # else it holds the only one
-            _remove(folder)
+        if (folder / BEFORE).exists() and not os.path.lexists(out):
+            os.rename(folder / BEFORE, out)
+        _remove(folder)
 
 
 def put(made: Path, out: Path) -> None:
     """Move a complete result from a lent folder to its place, and what was there into the lent folder.
 
     Raises:
-        OSError: it cannot be moved; what was there is there again. After an interrupt that is, or the whole result.
+        OSError: it cannot be moved; what was there is put back as the folder is removed.
     """
     _to_disk(made)
-    before = made.parent / BEFORE
-    try:
-        if out.is_dir():
-            os.rename(out, before)
-        os.replace(made, out)
-    except BaseException:
-        if before.exists() and not out.exists():
-            os.rename(before, out)
-        raise
+    if out.is_dir():
+        os.rename(out, made.parent / BEFORE)
+    os.replace(made, out)
     _sync(out.absolute().parent)
 
 

@@ -1,11 +1,11 @@
-"""What the operating system says that this process has in memory, beside what tensors take."""
+"""What the operating system says that a process has in memory, beside what tensors take."""
 
 from pathlib import Path
 
 
-def resident_bytes(field: str) -> int:
-    """Read VmRSS or VmHWM (the peak) of this process."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+def resident_bytes(field: str, process: int | str = "self") -> int:
+    """Read VmRSS or VmHWM (the peak) of this process, or of one with a number."""
+    for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return 0
