@@ -309,6 +309,19 @@ def test_a_disk_that_refuses_is_told_to_the_next_caller_and_nothing_is_lost(
     tier.flush()
 
 
+def test_flush_tells_of_a_failure_when_nothing_is_under_way_any_more(
+    tier: DiskTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_writes(monkeypatch, errno.EIO)
+    slow_writes(monkeypatch)
+    lost = [tier.put(full(KIB, number)) for number in range(6)]
+    wait_for_failure(tier)
+    with pytest.raises(OffloadError, match="failed"):
+        tier.flush()
+    tier.flush()
+    assert [int(each.get()[-1]) for each in lost] == list(range(6))
+
+
 def wait_for_failure(tier: DiskTier) -> None:
     with tier._changed:
         assert tier._changed.wait_for(lambda: tier._failure is not None, timeout=60)
@@ -351,6 +364,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_step_stops_it_and_the_next_step_is
                 tier.flush()  # writes that were under way fail as well
         gc.collect()  # the error's frames hold the graph
         assert all(map(torch.equal, wanted, gradients(model, batch)))
+        tier.flush()  # backward may end before a write does
         assert (tier.traffic().kept_bytes, tier.traffic().stored_bytes) == (0, 0)
 
 

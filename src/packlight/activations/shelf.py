@@ -203,10 +203,10 @@ class Shelf(ABC, Generic[Place]):
                 self._changed.release()
 
     def flush(self) -> None:
-        """Wait until everything that was put has been moved."""
+        """Wait until everything that was put has been moved, or could not be; then tell of what could not."""
         self._check_caller()
         with self._changed:
-            self._begin_call()
+            self._check_open()
             self._make_room(0)
             self._begin_call()
 
