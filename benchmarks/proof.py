@@ -14,10 +14,11 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from benchmarks import proof_fit, proof_states, proof_steps
-from benchmarks.proof_form import FOLDER, RESULTS, Proof
+from benchmarks.proof_form import CPU_AVX2, CPU_AVX512, FOLDER, RESULTS, Proof
 from benchmarks.proof_quotes import ROOT, quotes
 
 PAGE = FOLDER / "README.md"
@@ -28,6 +29,7 @@ PROOFS: tuple[Callable[[], Proof], ...] = (
     proof_fit.fit_peaks,
     proof_fit.fit_slowdowns,
     proof_fit.by_hand,
+    *(partial(make, proof_fit.FIT_XEON) for make in (proof_fit.fit, proof_fit.fit_slowdowns, proof_fit.by_hand)),
     proof_fit.scripts,
     proof_fit.surprises,
     proof_fit.host_budgets,
@@ -53,9 +55,7 @@ PROOFS: tuple[Callable[[], Proof], ...] = (
     proof_steps.ranks,
 )
 """In the order of the page."""
-NOT_SHOWN = {
-    "cpu-2-cores-amd-epyc-avx2/fit.html": "the drawing of fit.json, for a browser",
-}
+NOT_SHOWN = {f"{folder}/fit.html": "the drawing of fit.json, for a browser" for folder in (CPU_AVX2, CPU_AVX512)}
 """Files below `results` that no table is made from, with the reason."""
 
 

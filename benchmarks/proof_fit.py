@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from benchmarks.proof_form import (
     CPU,
     CPU_AVX2,
+    CPU_AVX512,
     GPU,
     Proof,
     Row,
@@ -29,7 +30,9 @@ from benchmarks.proof_form import (
     yes,
 )
 
-FIT, SCRIPTS = f"{CPU_AVX2}/fit.json", f"{CPU}/scripts.json"
+FIT, FIT_XEON, SCRIPTS = f"{CPU_AVX2}/fit.json", f"{CPU_AVX512}/fit.json", f"{CPU}/scripts.json"
+NAMED = {FIT: "", FIT_XEON: "-xeon"}
+"""What the names of tables end in that are made from a record of `fit.py`."""
 SURPRISES, META = f"{CPU_AVX2}/surprises.json", f"{CPU_AVX2}/meta_plan.json"
 FIT_GPU, FIT_GPU_BYTES = f"{GPU}/fit_gpu.json", f"{GPU}/fit_gpu_bytes.json"
 SHARES = ("80 %", "60 %", "40 %", "25 %")
@@ -42,28 +45,29 @@ WAYS = {
 """What the record calls a way, and what it is."""
 
 
-def _planned() -> list[Row]:
-    return [row for row in read(FIT)["rows"] if row["way"] in SHARES]
+def _planned(record: str) -> list[Row]:
+    return [row for row in read(record)["rows"] if row["way"] in SHARES]
 
 
 def _fit(
     name: str,
+    record: str,
     claim: str,
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
     goals: Sequence[str],
 ) -> Proof:
-    made_on = machine(*(row["environment"] for row in read(FIT)["rows"] if "environment" in row))
-    return Proof(name, claim, FIT, recorded_command(FIT), made_on, header, rows, goals)
+    made_on = machine(*(row["environment"] for row in read(record)["rows"] if "environment" in row))
+    return Proof(name + NAMED[record], claim, record, recorded_command(record), made_on, header, rows, goals)
 
 
-def _families() -> list[str]:
-    return list(dict.fromkeys(row["family"] for row in read(FIT)["rows"]))
+def _families(record: str) -> list[str]:
+    return list(dict.fromkeys(row["family"] for row in read(record)["rows"]))
 
 
-def fit() -> Proof:
+def fit(record: str = FIT) -> Proof:
     """How the plans of twelve families came out, in sum."""
-    plans = _planned()
+    plans = _planned(record)
     errors = [abs(row["peak_error"]) for row in plans]
     slowdown_errors = [abs(row["slowdown"] - row["predicted_slowdown"]) for row in plans]
     num_near = sum(error <= 0.01 for error in errors)
@@ -88,22 +92,22 @@ def fit() -> Proof:
     claim = (
         "Plans for twelve model families at 80, 60, 40 and 25 % of their peak fit, and take the peak that they predict."
     )
-    return _fit("fit", claim, ["", "count", "within", "median off", "most off"], rows, goals)
+    return _fit("fit", record, claim, ["", "count", "within", "median off", "most off"], rows, goals)
 
 
 def _off(errors: Sequence[float]) -> list[str]:
     return [points(statistics.median(errors)), points(max(errors))]
 
 
-def fit_peaks() -> Proof:
+def fit_peaks(record: str = FIT) -> Proof:
     """The peaks of each family."""
     rows = [
-        [family, mib(row_of(read(FIT)["rows"], family=family, way="plain")["peak_bytes"])]
-        + [_peaks(row_of(_planned(), family=family, way=share)) for share in SHARES]
-        for family in _families()
+        [family, mib(row_of(read(record)["rows"], family=family, way="plain")["peak_bytes"])]
+        + [_peaks(row_of(_planned(record), family=family, way=share)) for share in SHARES]
+        for family in _families(record)
     ]
     claim = "Peaks by family, in MiB: budget / predicted / measured; * where the share did not fit, and the least does."
-    return _fit("fit-peaks", claim, ["family", "plain", *SHARES], rows, ())
+    return _fit("fit-peaks", record, claim, ["family", "plain", *SHARES], rows, ())
 
 
 def _peaks(row: Row) -> str:
@@ -112,26 +116,26 @@ def _peaks(row: Row) -> str:
     return f"{sizes[0]}{least} / {sizes[1]} / {sizes[2]}"
 
 
-def fit_slowdowns() -> Proof:
+def fit_slowdowns(record: str = FIT) -> Proof:
     """The slowdowns of each family."""
     rows = [
-        [family, *(_slowdowns(row_of(_planned(), family=family, way=share)) for share in SHARES)]
-        for family in _families()
+        [family, *(_slowdowns(row_of(_planned(record), family=family, way=share)) for share in SHARES)]
+        for family in _families(record)
     ]
     claim = "Slowdowns by family: predicted / measured."
-    return _fit("fit-slowdowns", claim, ["family", *SHARES], rows, ())
+    return _fit("fit-slowdowns", record, claim, ["family", *SHARES], rows, ())
 
 
 def _slowdowns(row: Row) -> str:
     return f"{row['predicted_slowdown']:.2f} / {row['slowdown']:.2f}"
 
 
-def by_hand() -> Proof:
+def by_hand(record: str = FIT) -> Proof:
     """Ways by hand, each beside a plan at its peak."""
     rows, everything = [], []
     for way, told in WAYS.items():
-        hand = [row for row in read(FIT)["rows"] if row["way"] == way]
-        plans = [row_of(read(FIT)["rows"], family=row["family"], way=f"at {way}") for row in hand]
+        hand = [row for row in read(record)["rows"] if row["way"] == way]
+        plans = [row_of(read(record)["rows"], family=row["family"], way=f"at {way}") for row in hand]
         over = [plan["slowdown"] / row["slowdown"] for plan, row in zip(plans, hand, strict=True)]
         everything += over
         medians = [statistics.median(row["slowdown"] for row in each) for each in (hand, plans)]
@@ -142,7 +146,7 @@ def by_hand() -> Proof:
     header = ["by hand", "slowdown, median", "of plans at its peaks", "plan over way, median", "least", "most"]
     told = f"{_num_kept(everything)} of {len(everything)}"
     claim = f"At the peak that a way by hand reaches, a plan is no slower in {told} cases."
-    return _fit("by-hand", claim, [*header, "not slower"], rows, goals)
+    return _fit("by-hand", record, claim, [*header, "not slower"], rows, goals)
 
 
 def _spread(over: Sequence[float]) -> list[str]:

@@ -16,9 +16,10 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
-CPU, CPU_AVX2, GPU, SIMULATED = (
+CPU, CPU_AVX2, CPU_AVX512, GPU, SIMULATED = (
     "cpu-2-cores-amd-epyc",
     "cpu-2-cores-amd-epyc-avx2",
+    "cpu-2-cores-intel-xeon-avx512",
     "nvidia-h100-80gb-hbm3",
     "simulated",
 )
